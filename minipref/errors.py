@@ -1,0 +1,27 @@
+"""The one exception for everything a user can cause: train.py and predict.py print it as one line and exit with code 2."""
+
+from pathlib import Path
+
+
+class InputError(Exception):
+    """What a user gave is wrong.
+
+    The message is one line that says where (file, row, column), what was found and what was expected, as far as
+    each applies. A row is the record's number in the file, the header not counted: the first record is row 1.
+    """
+
+    def __init__(self, *, found: str, expected: str = "", file: str | Path | None = None,
+                 row: int | None = None, column: str | None = None):
+        self.file, self.row, self.column, self.found, self.expected = file, row, column, found, expected
+        where = [str(file)] if file is not None else []
+        where += [f"row {row}"] if row is not None else []
+        where += [f"column {column}"] if column is not None else []
+        message = f"{', '.join(where)}: {found}" if where else found
+        message += f"; expected {expected}" if expected else ""
+        super().__init__(" ".join(message.split()))
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """`value` as an error message may quote it: its repr on one line, cut to `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
