@@ -1,4 +1,4 @@
-"""The one exception for everything a user can cause: train.py and predict.py print it as one line and exit with code 2."""
+"""The one exception for everything a user can cause: the programs print it as one line and exit with code 2."""
 
 from pathlib import Path
 

@@ -1,0 +1,258 @@
+"""Hugging Face checkpoints in and out. The table below *is* the documentation of the file format.
+
+Nothing is skipped silently. Every tensor of the body must be there with the right shape; what belongs to the
+pre-training heads is left out and counted; anything else is an error that names it.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minipref.classifier import PreferenceModel
+from minipref.config import EncoderConfig
+from minipref.encoder import Encoder, initialise
+from minipref.errors import InputError, shown
+from minipref.files import replacing, write_json
+
+# minipref's name -> Hugging Face's name, `{}` for the layer's number. Each stands for a .weight and, but for the two
+# tables, a .bias: 3 + 3 tensors around the layers and 16 in each, 102 for v3-small's six.
+BODY_NAMES = {
+    "word_table": "embeddings.word_embeddings",
+    "word_norm": "embeddings.LayerNorm",
+    "rel_table": "encoder.rel_embeddings",
+    "rel_norm": "encoder.LayerNorm",
+    "layers.{}.attention.q_proj": "encoder.layer.{}.attention.self.query_proj",
+    "layers.{}.attention.k_proj": "encoder.layer.{}.attention.self.key_proj",
+    "layers.{}.attention.v_proj": "encoder.layer.{}.attention.self.value_proj",
+    "layers.{}.attention.out_proj": "encoder.layer.{}.attention.output.dense",
+    "layers.{}.attn_norm": "encoder.layer.{}.attention.output.LayerNorm",
+    "layers.{}.ff_in": "encoder.layer.{}.intermediate.dense",
+    "layers.{}.ff_out": "encoder.layer.{}.output.dense",
+    "layers.{}.ff_norm": "encoder.layer.{}.output.LayerNorm",
+}
+BODY_PREFIX = "deberta."               # in a classifier's file; an encoder's own file may go without
+HEAD_NAMES = {"pooler": "pooler.dense", "head": "classifier"}
+
+PRETRAINING_HEADS = ("lm_predictions.", "mask_predictions.", "cls.")
+LEFTOVERS = {  # in some published files, and of no use: name -> why
+    "embeddings.position_ids": "a counter 0, 1, 2, ...",
+    "embeddings.position_embeddings.weight": "absolute positions, which v3 trained with but does not use at the input",
+    "embeddings.word_embeddings._weight": "the discriminator's difference, already added to the word table",
+}
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor of a checkpoint; `str()` says it in one line."""
+
+    loaded: int = 0
+    body: int = 0
+    heads_skipped: list[str] = field(default_factory=list)      # of the pre-training heads
+    leftovers_skipped: list[str] = field(default_factory=list)
+    classifier_skipped: list[str] = field(default_factory=list)   # when only the encoder was asked for
+    new: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"loaded {self.loaded} of {self.body} body tensors"]
+        if self.heads_skipped:
+            parts.append(f"skipped {len(self.heads_skipped)} of the pre-training heads")
+        if self.leftovers_skipped:
+            parts.append(f"skipped {', '.join(self.leftovers_skipped)}")
+        if self.classifier_skipped:
+            parts.append(f"skipped {len(self.classifier_skipped)} of the classification head")
+        if self.new:
+            parts.append(f"new: {', '.join(self.new)}")
+        return "; ".join(parts)
+
+
+def load_encoder(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Encoder:
+    """The encoder of a Hugging Face folder (config.json and model.safetensors), in eval mode.
+
+    The folder may hold an encoder, a pre-training checkpoint or a classifier. `encoder.load_report` says what was read
+    and what was left out.
+    Errors: `InputError` for a folder, a config.json or a tensor that is missing, damaged or not DeBERTa-v3's.
+    """
+    folder = Path(folder)
+    config = EncoderConfig.from_json(folder / "config.json")
+    with _open_checkpoint(folder) as checkpoint:
+        report, body, head = _sort_tensors(checkpoint, config)
+        report.classifier_skipped = list(head.values())
+        with torch.device("meta"):
+            encoder = Encoder(config)
+        _fill(encoder, {name: checkpoint.read(source) for name, source in body.items()}, dtype, device)
+    encoder.load_report = report
+    return encoder.eval()
+
+
+def load_classifier(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+                    ) -> PreferenceModel:
+    """Encoder, pooler and head of a Hugging Face folder, in eval mode.
+
+    A file without `pooler.*` or `classifier.*` (the published one has neither) gets fresh ones, N(0, init_std) from
+    torch's global generator: seed it first. `model.load_report` says which.
+    Errors: as `load_encoder`, and a classifier that does not have three classes.
+    """
+    folder = Path(folder)
+    config = EncoderConfig.from_json(folder / "config.json")
+    with _open_checkpoint(folder) as checkpoint:
+        report, body, head = _sort_tensors(checkpoint, config)
+        with torch.device("meta"):
+            model = PreferenceModel(config)
+        tensors = {f"encoder.{name}": checkpoint.read(source) for name, source in body.items()}
+        for part in HEAD_NAMES:
+            names = [f"{part}.weight", f"{part}.bias"]
+            if names[0] in head:
+                tensors |= {name: checkpoint.read(head[name]) for name in names}
+            else:
+                report.new.append(HEAD_NAMES[part].split(".")[0])
+                fresh = getattr(model, part).to_empty(device="cpu")
+                initialise(fresh, config.init_std)
+                tensors |= {f"{part}.{name}": value for name, value in fresh.state_dict().items()}
+        _fill(model, tensors, dtype, device)
+    model.load_report = report
+    return model.eval()
+
+
+def save_classifier(model: PreferenceModel, folder: str | Path) -> None:
+    """Write config.json and model.safetensors, which `AutoModelForSequenceClassification.from_pretrained` loads.
+
+    The file is float32 in the Hugging Face layout; each file is replaced whole or not at all.
+    """
+    tensors = {BODY_PREFIX + hf: model.encoder.get_parameter(name) for name, hf in _body_names(model.config).items()}
+    tensors |= {f"{hf}.{kind}": model.get_parameter(f"{name}.{kind}")
+                for name, hf in HEAD_NAMES.items() for kind in ("weight", "bias")}
+    write_checkpoint(tensors, model.config.to_json(), folder)
+
+
+def write_checkpoint(tensors: dict[str, Tensor], config_fields: dict, folder: str | Path,
+                     dtype: torch.dtype = torch.float32) -> None:
+    """Write tensors under their Hugging Face names, and config.json last: it is what makes a folder a checkpoint."""
+    folder = Path(folder)
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(folder / "config.json", config_fields)
+
+
+def encoder_tensors(encoder: Encoder) -> dict[str, Tensor]:
+    """The encoder's parameters under their Hugging Face names, with the prefix."""
+    return {BODY_PREFIX + hf: encoder.get_parameter(name) for name, hf in _body_names(encoder.config).items()}
+
+
+def _body_names(config: EncoderConfig) -> dict[str, str]:
+    """The rename table written out: minipref's parameter name -> Hugging Face's, in the model's order."""
+    names = {}
+    for ours, theirs in BODY_NAMES.items():
+        kinds = ("weight",) if ours in ("word_table", "rel_table") else ("weight", "bias")
+        for layer in range(config.layers) if "{}" in ours else (0,):
+            names |= {f"{ours.format(layer)}.{kind}": f"{theirs.format(layer)}.{kind}" for kind in kinds}
+    return names
+
+
+def _sort_tensors(checkpoint: "_Checkpoint", config: EncoderConfig) -> tuple[LoadReport, dict, dict]:
+    """Decide what each tensor of the file is. Returns the report, {our name: file's name} of the body and of the head.
+
+    Errors: `InputError` naming the tensor for a missing, misshapen or unknown one.
+    """
+    report = LoadReport()
+    prefix = BODY_PREFIX if any(name.startswith(BODY_PREFIX) for name in checkpoint.shapes) else ""
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in PreferenceModel(config).named_parameters()}
+    body = {ours: prefix + theirs for ours, theirs in _body_names(config).items()}
+    head = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in HEAD_NAMES.items() for kind in ("weight", "bias")
+            if any(f"{theirs}.{k}" in checkpoint.shapes for k in ("weight", "bias"))}
+
+    for ours, theirs in ({f"encoder.{name}": source for name, source in body.items()} | head).items():
+        if theirs not in checkpoint.shapes:
+            raise InputError(file=checkpoint.path, found=f"no tensor {theirs}", expected=f"one of shape {shapes[ours]}")
+        if checkpoint.shapes[theirs] != shapes[ours]:
+            raise InputError(file=checkpoint.path, found=f"tensor {theirs} has shape {checkpoint.shapes[theirs]}",
+                             expected=f"{shapes[ours]}, from config.json")
+
+    for name in sorted(checkpoint.shapes.keys() - set(body.values()) - set(head.values())):
+        if name.startswith(PRETRAINING_HEADS):
+            report.heads_skipped.append(name)
+        elif name.removeprefix(prefix) in LEFTOVERS:
+            report.leftovers_skipped.append(name)
+        else:
+            raise InputError(file=checkpoint.path, found=f"tensor {name}, which DeBERTa-v3 with {config.layers} "
+                             "layers does not have", expected="only the encoder's, the classifier's and the "
+                             "pre-training heads' tensors")
+    report.loaded = report.body = len(body)
+    return report, body, head
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give a module built on the meta device its parameters. float16 files are upcast here, tensor by tensor."""
+    module.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+
+
+class _Checkpoint:
+    """The tensors of `model.safetensors`, or of the several files that `model.safetensors.index.json` names."""
+
+    def __init__(self, path: Path, files: list[Path]):
+        self.path = path
+        self.files = [_open_safetensors(file) for file in files]
+        self.home, self.shapes = {}, {}
+        for file, opened in zip(files, self.files):
+            for name in opened.keys():  # noqa: SIM118 - safe_open is not a dict
+                tensor = opened.get_slice(name)
+                if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16", "I64", "BOOL"):
+                    raise InputError(file=file, found=f"tensor {name} is of type {tensor.get_dtype()}",
+                                     expected="float32, float16 or bfloat16")
+                self.shapes[name] = tuple(tensor.get_shape())
+                self.home[name] = opened
+
+    def __enter__(self) -> "_Checkpoint":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.home.clear()
+        self.files.clear()             # safetensors unmaps a file when its last user is gone
+
+    def read(self, name: str) -> Tensor:
+        try:
+            tensor = self.home[name].get_tensor(name)
+        except (SafetensorError, OSError) as problem:
+            raise InputError(file=self.path, found=f"tensor {name} cannot be read ({problem})",
+                             expected="a complete file: fetch it again") from None
+        if not tensor.is_floating_point():
+            raise InputError(file=self.path, found=f"tensor {name} is of type {tensor.dtype}",
+                             expected="float32, float16 or bfloat16")
+        if not torch.isfinite(tensor).all():
+            raise InputError(file=self.path, found=f"tensor {name} holds NaN or infinity",
+                             expected="finite weights; the file is damaged or its training diverged")
+        return tensor
+
+
+def _open_checkpoint(folder: Path) -> _Checkpoint:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return _Checkpoint(single, [single])
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(file=index, found="not an index of safetensors files",
+                         expected='{"weight_map": {tensor: file}}') from None
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise InputError(file=index, found=f"file names {shown(names)}", expected="names of files in the same folder")
+    return _Checkpoint(index, [folder / name for name in names])
+
+
+def _open_safetensors(path: Path):
+    if not path.is_file():
+        hint = " (there is a pytorch_model.bin: `make weights` converts it)" if (
+            path.parent / "pytorch_model.bin").is_file() else ""
+        raise InputError(file=path, found="no such file" + hint, expected="the weights, as safetensors")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as problem:
+        raise InputError(file=path, found=f"not a complete safetensors file ({problem})",
+                         expected="the file as it was written: fetch or save it again") from None
