@@ -1,0 +1,116 @@
+"""AdamW, the learning rate's course, and gradient clipping, written out.
+
+Unusual here: the word table is 98 of v3-small's 142 million parameters, and AdamW's arithmetic is trivial beside the
+memory it touches. Done tensor by tensor, each of its eight elementwise operations streams the whole table through
+the processor again. Done piece by piece, a piece of the parameter, its gradient and its two moments stay in the cache
+while all eight pass over them, and memory is read once.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+PIECE = 1 << 17        # elements: four float32 arrays of this length are 2 MiB, about one core's second-level cache
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay; a drop-in for `torch.optim.AdamW`, its state_dict included.
+
+    At step t, for a parameter p with gradient g (all elementwise):
+
+        p <- p - lr * weight_decay * p                       decay: on the weight, not through the gradient
+        m <- beta1 * m + (1 - beta1) * g                     mean of gradients
+        v <- beta2 * v + (1 - beta2) * g * g                 mean of their squares
+        p <- p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    m and v start at zero; dividing by 1 - beta^t takes that bias out again.
+
+    Paper: Loshchilov and Hutter, Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2, without the
+    schedule multiplier, which is folded into lr.
+    Errors: ValueError for a hyper-parameter out of range, RuntimeError for a sparse gradient.
+    """
+
+    def __init__(self, params_or_groups: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.01):
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(f"lr {lr}, betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range")
+        super().__init__(params_or_groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
+        return loss
+
+    def _update(self, p: Tensor, group: dict) -> None:
+        if p.grad.is_sparse:
+            raise RuntimeError("AdamW needs dense gradients: its moments move even where a gradient is zero")
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        state["step"] += 1
+        t, (beta1, beta2) = state["step"].item(), group["betas"]
+        step_size = group["lr"] / (1 - beta1**t)
+        root_correction = math.sqrt(1 - beta2**t)
+
+        for p_, g, m, v in _in_pieces(p, p.grad, state["exp_avg"], state["exp_avg_sq"]):
+            p_.mul_(1 - group["lr"] * group["weight_decay"])
+            m.lerp_(g, 1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            p_.addcdiv_(m, v.sqrt().div_(root_correction).add_(group["eps"]), value=-step_size)
+
+
+def _in_pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Equal tensors, cut into the same flat pieces of memory. What is small or has gaps comes whole."""
+    if tensors[0].numel() <= PIECE or not all(t.is_contiguous() for t in tensors) or tensors[0].is_cuda:
+        return [tensors]                   # a GPU has no cache to fit into, and pays for every launch
+    return zip(*(t.view(-1).split(PIECE) for t in tensors))
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameters in two groups: matrices and tables decay; biases and LayerNorms do not.
+
+    A bias or a norm's gain has no scale that a product elsewhere could undo, so pulling it to zero changes the function
+    instead of regularising it. Frozen parameters are left out.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+
+
+def cosine_with_warmup(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:
+    """The learning rate at `step`, counted from 0: up in a straight line, then down along half a cosine.
+
+    The same numbers as transformers' `get_cosine_schedule_with_warmup`, as a function without state.
+    """
+    if step < warmup_steps:                                             # 1. warming up, from 0
+        return peak_lr * step / warmup_steps
+    if step >= total_steps:                                             # 2. past the end
+        return 0.0
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)     # 3. 0 at the peak, 1 at the end
+    return peak_lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale all gradients together so that their joint L2 norm is at most `max_norm`; return the norm before.
+
+    A norm that is not finite is returned as it is, with the gradients untouched: the caller must not step on them.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return 0.0
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).item()
+    if math.isfinite(norm) and norm > max_norm:
+        torch._foreach_mul_(gradients, max_norm / norm)
+    return norm

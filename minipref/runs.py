@@ -1,0 +1,176 @@
+"""A run's folder: state that survives anything, and logs that equal runs write equally.
+
+    runs/NAME/
+        config.json     what was asked for
+        metrics.csv     a row an evaluation; no times and no paths, so that equal runs have equal files
+        timing.csv      the times that metrics.csv leaves out
+        report.json     the end's figures
+        model/          the best so far, in the Hugging Face layout
+        state/          everything needed to go on exactly; two generations
+
+Unusual here: a state is never overwritten. A new one is written beside the old one under a new name, flushed, and only
+then does `state/current.json`, one small file with the checksums, point to it. A process killed at any instant leaves
+the old pointer or the new one, and both lead to a complete state. No pickle: tensors go into safetensors, everything
+else into JSON.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minipref.errors import InputError
+from minipref.files import replacing, sha256_of, write_json, write_text
+
+CURRENT = "current.json"
+PREVIOUS = "previous.json"
+
+
+def save_state(folder: str | Path, tensors: dict[str, Tensor], facts: dict) -> None:
+    """Write a state that `load_state` gives back bit for bit: tensors of any dtype, and facts that JSON can hold.
+
+    The state before it is kept as `previous` until the next save. Errors: OSError, with the old state intact.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pointer, previous = _read_pointer(folder / CURRENT), _read_pointer(folder / PREVIOUS)
+    in_use = {p["tensors"] for p in (pointer, previous) if p}
+    name = next(n for n in ("tensors-0", "tensors-1", "tensors-2") if f"{n}.safetensors" not in in_use) + ".safetensors"
+    # Tensors that share memory would be refused, and an optimizer's step counters are many small ones: one pass.
+    with replacing(folder / name) as temporary:
+        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, temporary)
+        digest = sha256_of(temporary)
+    facts_text = json.dumps(facts, sort_keys=True)
+    if pointer:
+        write_json(folder / PREVIOUS, pointer)
+    write_json(folder / CURRENT, {"tensors": name, "sha256": digest, "facts": facts_text,
+                                  "facts_sha256": _digest(facts_text)})
+    for leftover in folder.glob("tensors-*.safetensors"):       # the generation that nothing points to any more
+        if leftover.name not in {name, pointer["tensors"] if pointer else name}:
+            leftover.unlink()
+
+
+def load_state(folder: str | Path, which: str = CURRENT) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and facts of the last complete state.
+
+    Errors: `InputError` naming the file that is missing or damaged, and the previous state where there is a good one.
+    """
+    folder = Path(folder)
+    try:
+        return _load(folder, which)
+    except InputError as problem:
+        if which == CURRENT and (folder / PREVIOUS).exists():
+            try:
+                _, facts = _load(folder, PREVIOUS)
+            except InputError:
+                raise problem from None
+            raise InputError(file=problem.file, found=problem.found,
+                             expected=f"the file as it was written; the state before it (step {facts.get('step')}) is "
+                                      f"whole: copy {folder / PREVIOUS} over {folder / CURRENT} to go on from there"
+                             ) from None
+        raise
+
+
+def has_state(folder: str | Path) -> bool:
+    """Whether there is something to go on from, damaged or not."""
+    return (Path(folder) / CURRENT).exists()
+
+
+def _load(folder: Path, which: str) -> tuple[dict[str, Tensor], dict]:
+    pointer = _read_pointer(folder / which)
+    if pointer is None:
+        found = "damaged" if (folder / which).exists() else "no such file"
+        raise InputError(file=folder / which, found=found, expected="the pointer to a saved state")
+    if _digest(pointer["facts"]) != pointer["facts_sha256"]:
+        raise InputError(file=folder / which, found="the facts do not match their checksum",
+                         expected="the file as it was written")
+    path = folder / pointer["tensors"]
+    if not path.is_file():
+        raise InputError(file=path, found="no such file", expected=f"the tensors that {which} points to")
+    if sha256_of(path) != pointer["sha256"]:
+        raise InputError(file=path, found="the content does not match its checksum",
+                         expected="the file as it was written")
+    try:
+        return load_file(path), json.loads(pointer["facts"])
+    except (SafetensorError, ValueError) as problem:
+        raise InputError(file=path, found=str(problem), expected="the file as it was written") from None
+
+
+def _read_pointer(path: Path) -> dict | None:
+    """The pointer file's content, or None where there is none that can be used."""
+    try:
+        pointer = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    wanted = ("tensors", "sha256", "facts", "facts_sha256")
+    whole = isinstance(pointer, dict) and all(isinstance(pointer.get(key), str) for key in wanted)
+    return pointer if whole and Path(pointer["tensors"]).name == pointer["tensors"] else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def random_state() -> tuple[dict[str, Tensor], dict]:
+    """Every global generator's state: torch's (and each GPU's) as tensors, Python's and numpy's as JSON facts."""
+    tensors = {"random.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    facts = {"python": [version, list(numbers), gauss],
+             "numpy": [kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)]}
+    return tensors, facts
+
+
+def restore_random_state(tensors: dict[str, Tensor], facts: dict) -> None:
+    """Put every generator back to where `random_state` found it."""
+    torch.set_rng_state(tensors["random.torch"])
+    cuda = sorted((name for name in tensors if name.startswith("random.cuda.")), key=lambda n: int(n.rsplit(".", 1)[1]))
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([tensors[name] for name in cuda])
+    version, numbers, gauss = facts["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, position, has_gauss, cached = facts["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's, Python's and numpy's global generators."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer.") -> dict[str, Tensor]:
+    """An optimizer's per-parameter state as flat, named tensors: `optimizer.<parameter number>.<key>`."""
+    return {f"{prefix}{index}.{key}": value for index, entry in optimizer.state_dict()["state"].items()
+            for key, value in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "optimizer.") -> None:
+    """The reverse of `optimizer_tensors`; groups (learning rates and all) stay as they are."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith(prefix):
+            index, key = name[len(prefix):].split(".")
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def write_rows(path: str | Path, rows: list[dict]) -> None:
+    """Write a small CSV whole: the log of a run, where a resumed run must not repeat or lose a row."""
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    write_text(path, text.getvalue())
