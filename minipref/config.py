@@ -204,3 +204,83 @@ class _NumberReader:
 
     def rate(self, name: str, default: object = REQUIRED) -> float:
         return float(self._get(name, default, lambda v: 0 <= v < 1, "a dropout rate, from 0 to below 1"))
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The figures of a fine-tuning run that change its result. `RECIPES` has three sets, each with its sources."""
+
+    epochs: int
+    batch_size: int            # rows in one pass forward and backward, over all processes
+    eval_batch_size: int
+    lr: float                  # at the peak
+    warmup: float              # steps; below 1, a share of all steps
+    weight_decay: float
+    adam_eps: float
+    clip: float                # the joint norm of all gradients is scaled down to this
+    head_dropout: float
+    patience: int              # evaluations without a better log loss before the run stops; 0: never
+    evals_per_epoch: int
+    max_length: int            # tokens of the whole sequence
+    accumulate: int = 1        # passes per optimizer step
+    valid_fraction: float = 0.1
+    swap: bool = True          # show half of the rows, drawn anew each epoch, with A and B exchanged
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Whole steps of warmup; never more than a tenth of the run, or the peak would not be reached in time."""
+        steps = round(self.warmup * total_steps) if self.warmup < 1 else round(self.warmup)
+        return min(steps, max(1, total_steps // 10))
+
+
+MNLI = "Microsoft's mnli.sh for v3-small"
+RECIPES: dict[str, dict[str, tuple[int | float, str]]] = {   # recipe -> figure -> (value, where it comes from)
+    "seed": {
+        "epochs": (20, "the recipe this project started from"),
+        "batch_size": (8, "the recipe this project started from"),
+        "eval_batch_size": (32, "the recipe this project started from"),
+        "lr": (1.6e-5, f"{MNLI}: 4.5e-5 at batch 64, times sqrt(8 / 64)"),
+        "warmup": (0.08, f"{MNLI}: 1,500 of 18,408 steps"),
+        "weight_decay": (0.01, f"{MNLI}; none on biases and LayerNorms"),
+        "adam_eps": (1e-6, MNLI),
+        "clip": (1.0, MNLI),
+        "head_dropout": (0.5, "the recipe this project started from"),
+        "patience": (2, "the recipe this project started from"),
+        "evals_per_epoch": (1, "the recipe this project started from"),
+        "max_length": (512, "the longest the encoder was pretrained on"),
+    },
+    "microsoft": {
+        "epochs": (3, MNLI),
+        "batch_size": (64, MNLI),
+        "eval_batch_size": (64, "has no influence on the result beyond rounding"),
+        "lr": (4.5e-5, MNLI),
+        "warmup": (1500, MNLI),
+        "weight_decay": (0.01, f"{MNLI}; none on biases and LayerNorms"),
+        "adam_eps": (1e-6, MNLI),
+        "clip": (1.0, MNLI),
+        "head_dropout": (0.2, MNLI),
+        "patience": (0, "the published recipe runs to its end"),
+        "evals_per_epoch": (2, "so that the best of six states is kept"),
+        "max_length": (512, "the longest the encoder was pretrained on"),
+    },
+    "tiny": {
+        "epochs": (6, "trials with the bundled encoder, docs/experiments.md"),
+        "batch_size": (32, "trials with the bundled encoder, docs/experiments.md"),
+        "eval_batch_size": (128, "has no influence on the result beyond rounding"),
+        "lr": (1e-3, "trials with the bundled encoder, docs/experiments.md"),
+        "warmup": (0.1, "trials with the bundled encoder, docs/experiments.md"),
+        "weight_decay": (0.01, f"{MNLI}; none on biases and LayerNorms"),
+        "adam_eps": (1e-6, MNLI),
+        "clip": (1.0, MNLI),
+        "head_dropout": (0.1, "trials with the bundled encoder, docs/experiments.md"),
+        "patience": (2, "the recipe this project started from"),
+        "evals_per_epoch": (1, "the recipe this project started from"),
+        "max_length": (256, "longer than all but a few pairs of the sample"),
+    },
+}
+
+
+def recipe(name: str) -> TrainConfig:
+    """A recipe's figures, without their sources."""
+    return TrainConfig(**{figure: value for figure, (value, _) in RECIPES[name].items()})

@@ -1,5 +1,6 @@
 """The one exception for everything a user can cause: the programs print it as one line and exit with code 2."""
 
+import argparse
 from pathlib import Path
 
 
@@ -25,3 +26,10 @@ def shown(value: object, limit: int = 60) -> str:
     """`value` as an error message may quote it: its repr on one line, cut to `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, but for a wrong argument it raises `InputError`: one line, as for every other mistake."""
+
+    def error(self, message: str):
+        raise InputError(found=message, expected=f"what {self.prog} --help describes")

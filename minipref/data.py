@@ -1,0 +1,387 @@
+"""From CSV rows to padded batches.
+
+    row      id, prompt, response_a, response_b and, for training, three one-hot label columns (Kaggle's layout)
+    turns    each text cell is a JSON list of turns; anything else is one turn of plain text
+    fields   the token ids of prompt, A and B, each cut to its share of the budget
+    batch    [CLS] prompt [SEP] A [SEP] B [SEP], rows of similar length together, padded to the longest
+
+Unusual here:
+- **Fields are cut before they are put together**, so that a long prompt cannot push answer B out of sight. A field that
+  is too long keeps its head and its tail: whether an answer was ever finished shows at its end.
+- **Swapping A and B is free**: the budget treats the two answers alike, so one encoding serves both orders.
+- **The split is by prompt.** One row in six shares its prompt with another; split by row, the validation score lies.
+- **An epoch's order is a function of (seed, epoch)**, not of a generator's state: a resumed run needs just the number
+  of the batch it had reached.
+"""
+
+import csv
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from minipref.errors import InputError, shown
+from minipref.files import replacing
+from minipref.tokenizer import Tokenizer
+
+TEXT_COLUMNS = ("prompt", "response_a", "response_b")
+LABEL_COLUMNS = ("winner_model_a", "winner_model_b", "winner_tie")       # the classes 0, 1, 2
+SHARES = (1, 2, 2)                                                       # prompt : A : B
+SPECIALS = 4                                                             # [CLS] and three [SEP]
+NO_ANSWER = "(no answer)"                                                # what the model reads for a null turn
+
+Turns = tuple[str | None, ...]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One row: a prompt, two answers, and what a person said (0 A, 1 B, 2 tie; None where the file has no labels)."""
+
+    id: str
+    prompt: Turns
+    response_a: Turns
+    response_b: Turns
+    label: int | None = None
+
+
+def parse_turns(cell: str) -> Turns:
+    """The turns in a text cell: the items of a JSON list, else the cell itself as one turn.
+
+    In a list, `null` is a missing turn (None), a string is its text, a number or `true` is the text that stands there,
+    and what is nested is its JSON. Nothing is an error: `42`, `{"a": 1}` and an empty cell are each one plain turn.
+    """
+    if cell.lstrip()[:1] != "[":
+        return (cell,)
+    try:
+        items = json.loads(cell, parse_int=str, parse_float=str, parse_constant=str)
+    except (ValueError, RecursionError):
+        return (cell,)
+    return tuple(item if item is None or isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+                 for item in items)
+
+
+def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = False) -> Iterator[Pair]:
+    """The rows of a CSV in Kaggle's layout, one at a time. Columns other than those needed are left alone.
+
+    `labels`: "required", or "if present" (all three label columns, or none of them).
+    `unique_ids`: refuse a blank or repeated id, as a submission would.
+    Errors: `InputError` naming file, row (the header is not counted) and column for whatever does not fit.
+    """
+    seen: dict[str, int] = {}
+    for row, record in _records(Path(path), labels):
+        label = None
+        if LABEL_COLUMNS[0] in record:
+            label = _one_hot([record[column] for column in LABEL_COLUMNS], path, row)
+        if unique_ids:
+            if not record["id"].strip():
+                raise InputError(file=path, row=row, column="id", found="a blank id", expected="any non-empty text")
+            if record["id"] in seen:
+                raise InputError(file=path, row=row, column="id",
+                                 found=f"{shown(record['id'])}, which row {seen[record['id']]} has already",
+                                 expected="ids that are unique in the file")
+            seen[record["id"]] = row
+        yield Pair(record["id"], *(parse_turns(record[column]) for column in TEXT_COLUMNS), label)
+
+
+def _records(path: Path, labels: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """(row number, {column: cell}) of a CSV file, with only the columns that are needed."""
+    limit = csv.field_size_limit(2**31 - 1)         # a module-wide setting; answers longer than its 131,072 exist
+    row = 0
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, None)
+            places = _places(header, path, labels)
+            for cells in reader:
+                if not cells:                       # a line with nothing on it, usually the last
+                    continue
+                row += 1
+                if len(cells) != len(header):
+                    raise InputError(file=path, row=row, found=f"{len(cells)} cells",
+                                     expected=f"{len(header)}, as in the header; is a quote missing?")
+                yield row, {column: cells[place] for column, place in places.items()}
+    except FileNotFoundError:
+        raise InputError(file=path, found="no such file", expected="a CSV file") from None
+    except UnicodeDecodeError as problem:
+        packed = problem.object[:2] == b"\x1f\x8b"
+        found = "a gzip file" if packed else f"not UTF-8 text ({problem.reason} after row {row})"
+        raise InputError(file=path, found=found, expected="an unpacked CSV file" if packed else
+                         "a CSV file in UTF-8") from None
+    except csv.Error as problem:
+        raise InputError(file=path, row=row + 1, found=f"not CSV ({problem})",
+                         expected="cells in double quotes, quotes inside them doubled") from None
+    except OSError as problem:
+        raise InputError(file=path, found=problem.strerror or str(problem), expected="a readable CSV file") from None
+    finally:
+        csv.field_size_limit(limit)
+    if row == 0:
+        raise InputError(file=path, found="a header and no rows", expected="at least one row")
+
+
+def _places(header: list[str] | None, path: Path, labels: str) -> dict[str, int]:
+    """Where each needed column stands."""
+    if not header:
+        raise InputError(file=path, found="an empty file" if header is None else "an empty first line",
+                         expected="a header with id, prompt, response_a, response_b")
+    needed = ["id", *TEXT_COLUMNS]
+    if labels == "required" or any(column in header for column in LABEL_COLUMNS):
+        needed += LABEL_COLUMNS
+    for column in needed:
+        if header.count(column) != 1:
+            times = "no column" if column not in header else "more than one column"
+            raise InputError(file=path, column=column, found=f"{times} of this name among {shown(header, 120)}",
+                             expected=", ".join(needed))
+    return {column: header.index(column) for column in needed}
+
+
+def _one_hot(cells: list[str], path: str | Path, row: int) -> int:
+    """The class that three label cells name."""
+    values = []
+    for column, cell in zip(LABEL_COLUMNS, cells):
+        if cell.strip() not in ("0", "1", "0.0", "1.0"):
+            raise InputError(file=path, row=row, column=column, found=shown(cell), expected="0 or 1")
+        values.append(cell.strip()[0] == "1")
+    if sum(values) != 1:
+        raise InputError(file=path, row=row, column=", ".join(LABEL_COLUMNS), found=shown(",".join(cells)),
+                         expected="exactly one 1")
+    return values.index(True)
+
+
+def character_counts(pairs: Sequence[Pair]) -> np.ndarray:
+    """How long each row's prompt, A and B are, all turns together. Shapes: N rows -> (N, 3) int64 characters."""
+    return np.array([[sum(len(turn or "") for turn in turns) for turns in (p.prompt, p.response_a, p.response_b)]
+                     for p in pairs])
+
+
+# --- splitting --------------------------------------------------------------------------------------------------------
+
+def prompt_key(prompt: Turns) -> str:
+    """What two rows with 'the same prompt' share: the turns, but for case, width of characters and white space."""
+    return "\0".join(" ".join(unicodedata.normalize("NFKC", turn or "").casefold().split()) for turn in prompt)
+
+
+def split_by_prompt(prompts: Sequence[Turns], labels: Sequence[int], shares: Sequence[float], seed: int) -> np.ndarray:
+    """Deal rows out into parts of the given shares; rows with the same prompt stay together, labels stay balanced.
+
+    `shares` (K,) are positive and sum to 1: (0.9, 0.1) for a validation split, (0.2,) * 5 for folds. Groups are dealt
+    largest first, in an order drawn from `seed`, each to the part that still lacks its labels most.
+    Shapes: N prompts, N labels in 0..2 -> (N,) int64, the part of each row.
+    """
+    group_of: dict[str, int] = {}
+    groups = np.array([group_of.setdefault(prompt_key(prompt), len(group_of)) for prompt in prompts])
+    counts = np.zeros((len(group_of), len(LABEL_COLUMNS)))
+    np.add.at(counts, (groups, np.asarray(labels)), 1)
+
+    wanted = np.outer(shares, counts.sum(0)).clip(min=1e-9)              # (K, C)
+    lacking = wanted.copy()
+    part_of_group = np.empty(len(group_of), dtype=np.int64)
+    shuffled = np.random.default_rng([seed, 1]).permutation(len(group_of))
+    for group in shuffled[np.argsort(-counts[shuffled].sum(1), kind="stable")]:
+        part = np.argmax((lacking / wanted) @ counts[group])
+        part_of_group[group] = part
+        lacking[part] -= counts[group]
+    return part_of_group[groups]
+
+
+# --- token ids --------------------------------------------------------------------------------------------------------
+
+def field_budgets(lengths: Sequence[int], room: int) -> list[int]:
+    """How many tokens each of prompt, A and B may keep of its own, in `room` tokens together.
+
+    Shares are 1 : 2 : 2. What a short field leaves is shared out among the others in the same proportion; the odd
+    token goes to the prompt or stays unused, so that A and B are always treated alike.
+    """
+    budgets, open_fields = list(lengths), {0, 1, 2}
+    if sum(lengths) <= room:
+        return budgets
+    while True:
+        weight = sum(SHARES[f] for f in open_fields)
+        fitting = {f for f in open_fields if lengths[f] * weight <= room * SHARES[f]}
+        if not fitting:
+            break
+        room -= sum(lengths[f] for f in fitting)
+        open_fields -= fitting
+    for f in open_fields:
+        budgets[f] = room * SHARES[f] // weight
+    if 0 in open_fields:
+        budgets[0] = min(lengths[0], room - sum(budgets[f] for f in open_fields - {0}))
+    return budgets
+
+
+def head_and_tail(ids: list[int], budget: int) -> list[int]:
+    """The first and the last tokens of a field that is too long, half and half."""
+    if len(ids) <= budget:
+        return ids
+    tail = budget // 2
+    return ids[:budget - tail] + ids[len(ids) - tail:]
+
+
+def field_texts(turns: Turns) -> list[str]:
+    """A field as texts to tokenise, one after the other. Several turns are numbered, so that they stay apart."""
+    texts = [NO_ANSWER if turn is None else turn for turn in turns]
+    if len(texts) == 1:
+        return texts
+    return [part for number, text in enumerate(texts, 1) for part in (f"Turn {number}:", text)]
+
+
+@dataclass
+class Examples:
+    """Encoded rows: their fields' token ids, one after the other in one array, and where each begins.
+
+    tokens (T,) int32; starts (N, 4) int64: row n's prompt, A and B lie between starts[n, 0..3]; labels (N,) int64, -1
+    for none. `cut` (N,) int64 counts the tokens that each row lost to the budget.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    labels: np.ndarray
+    cut: np.ndarray
+    max_length: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) tokens of each row's whole sequence, the four special ones included."""
+        return self.starts[:, 3] - self.starts[:, 0] + SPECIALS
+
+    def fields(self, row: int) -> list[np.ndarray]:
+        begin = self.starts[row]
+        return [self.tokens[begin[f]:begin[f + 1]] for f in range(3)]
+
+    def truncation(self) -> str:
+        """In words, how many rows the budget has cut and by how much."""
+        rows = self.cut[self.cut > 0]
+        if not len(rows):
+            return f"no row is longer than {self.max_length} tokens"
+        share = np.median(rows / (self.cut + self.lengths)[self.cut > 0])
+        return (f"{len(rows):,} of {len(self):,} rows ({len(rows) / len(self):.0%}) cut to {self.max_length} tokens; "
+                f"the median cut row loses {int(np.median(rows)):,} tokens ({share:.0%}), the worst {rows.max():,}")
+
+    def take(self, rows: np.ndarray) -> "Examples":
+        """Some of the rows, in the order given; the tokens are shared, not copied."""
+        return Examples(self.tokens, self.starts[rows], self.labels[rows], self.cut[rows], self.max_length)
+
+
+def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int, progress: bool = False) -> Examples:
+    """Tokenise rows and cut them to `max_length` tokens. Rows are taken in blocks, so that memory stays bounded."""
+    if max_length < SPECIALS + 3:
+        raise InputError(found=f"a maximum length of {max_length}", expected=f"at least {SPECIALS + 3} tokens")
+    chunks, lengths, cut = [], [], []
+    for begin in tqdm(range(0, len(pairs), 1000), desc="tokenising", unit="k rows", leave=False, disable=not progress):
+        block = pairs[begin:begin + 1000]
+        fields = [turns for pair in block for turns in (pair.prompt, pair.response_a, pair.response_b)]
+        encoded = iter(_encode_fields(fields, tokenizer))
+        for prompt, a, b in zip(encoded, encoded, encoded):
+            whole = [len(prompt), len(a), len(b)]
+            budgets = field_budgets(whole, max_length - SPECIALS)
+            kept = [head_and_tail(ids, budget) for ids, budget in zip((prompt, a, b), budgets)]
+            chunks.extend(np.array(ids, dtype=np.int32) for ids in kept)
+            lengths.append([len(ids) for ids in kept])
+            cut.append(sum(whole) - sum(lengths[-1]))
+    ends = np.cumsum(np.array(lengths, dtype=np.int64).reshape(-1)).reshape(-1, 3)
+    starts = np.column_stack([np.concatenate([[0], ends[:-1, 2]]), ends])
+    labels = np.array([-1 if pair.label is None else pair.label for pair in pairs], dtype=np.int64)
+    return Examples(np.concatenate(chunks), starts, labels, np.array(cut, dtype=np.int64), max_length)
+
+
+def _encode_fields(fields: list[Turns], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    texts = [field_texts(turns) for turns in fields]
+    encoded = iter(tokenizer.encode_batch([text for field in texts for text in field]))
+    for field in texts:
+        yield [token for _ in field for token in next(encoded)]
+
+
+def encode_cached(pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int, cache: Path, source: str,
+                  progress: bool = False) -> tuple[Examples, bool]:
+    """`encode_pairs`, kept in the file `cache` for the next time that the same rows meet the same tokenizer and budget.
+
+    `source` identifies the rows (a hash of their files and of which were taken). Returns the examples and whether they
+    came from the cache. A cache that is damaged or of something else is made anew.
+    """
+    key = hashlib.sha256(json.dumps([source, tokenizer.fingerprint, max_length, SHARES, NO_ANSWER]).encode())
+    try:
+        stored = load_file(cache)
+    except (SafetensorError, OSError):
+        stored = {}
+    if "key" in stored and bytes(stored["key"]) == key.digest():
+        return Examples(*(stored[name] for name in ("tokens", "starts", "labels", "cut")), max_length), True
+    examples = encode_pairs(pairs, tokenizer, max_length, progress)
+    with replacing(cache) as temporary:
+        save_file({"tokens": examples.tokens, "starts": examples.starts, "labels": examples.labels,
+                   "cut": examples.cut, "key": np.frombuffer(key.digest(), dtype=np.uint8).copy()}, temporary)
+    return examples, False
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Row numbers in shuffled batches of rows of similar length, another shuffle for each (seed, epoch).
+
+    All rows are shuffled and taken in stretches of 50 batches; each stretch is sorted by length and cut into batches;
+    then the batches are shuffled. So there is little padding, and neighbours differ from epoch to epoch.
+    """
+    random = np.random.default_rng([seed, 2, epoch])
+    order = random.permutation(len(lengths))
+    stretch = 50 * batch_size
+    batches = []
+    for begin in range(0, len(order), stretch):
+        rows = order[begin:begin + stretch]
+        rows = rows[np.argsort(-lengths[rows], kind="stable")]
+        batches.extend(rows[i:i + batch_size] for i in range(0, len(rows), batch_size))
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def epoch_swaps(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """Which rows show B before A in this epoch: a fair coin for each. Shapes: -> (rows,) bool."""
+    return np.random.default_rng([seed, 3, epoch]).random(rows) < 0.5
+
+
+def batches_by_tokens(lengths: np.ndarray, batch_tokens: int, most_rows: int = 256) -> Iterator[np.ndarray]:
+    """Row numbers, longest first, in batches of at most `batch_tokens` tokens with padding (or of a single row)."""
+    order = np.argsort(-lengths, kind="stable")
+    begin = 0
+    while begin < len(order):
+        rows = max(1, min(most_rows, batch_tokens // int(lengths[order[begin]])))
+        yield order[begin:begin + rows]
+        begin += rows
+
+
+def make_batch(examples: Examples, rows: Iterable[int], swapped: Iterable[bool], tokenizer: Tokenizer
+               ) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences of the given rows, padded to the longest: B before A, and the label turned with it, where `swapped`.
+
+    Shapes: -> ids (B, L) int64, is_token (B, L) bool, labels (B,) int64 (-1 for none).
+    """
+    sequences, labels = [], []
+    for row, swap in zip(rows, swapped):
+        prompt, a, b = examples.fields(row)
+        first, second = (b, a) if swap else (a, b)
+        sep = [tokenizer.sep_id]
+        sequences.append(np.concatenate([[tokenizer.cls_id], prompt, sep, first, sep, second, sep]))
+        label = int(examples.labels[row])
+        labels.append({0: 1, 1: 0}.get(label, label) if swap else label)
+    longest = max(map(len, sequences))
+    ids = np.full((len(sequences), longest), tokenizer.pad_id, dtype=np.int64)
+    is_token = np.zeros((len(sequences), longest), dtype=bool)
+    for i, sequence in enumerate(sequences):
+        ids[i, :len(sequence)] = sequence
+        is_token[i, :len(sequence)] = True
+    return torch.from_numpy(ids), torch.from_numpy(is_token), torch.tensor(labels)
+
+
+def swap_classes(probabilities: np.ndarray) -> np.ndarray:
+    """Probabilities (..., 3) of the answers in the other order: A and B change places, a tie stays one."""
+    return probabilities[..., [1, 0, 2]]

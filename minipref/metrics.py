@@ -1,0 +1,226 @@
+"""How good three probabilities are, what they must beat, and a temperature that makes them honest.
+
+Unusual here: a score never stands alone. It is printed beside what one gets for nothing (uniform, class prior) and for
+counting characters (a logistic regression on lengths alone, a strong baseline: people prefer longer answers).
+Every figure is computed in float64.
+"""
+
+import numpy as np
+import torch
+
+from minipref.config import LABELS
+
+CLASSES = len(LABELS)
+BINS = 15              # of the calibration figures, equally wide over the confidence 0..1
+
+
+def evaluate(probabilities: np.ndarray, labels: np.ndarray) -> dict:
+    """Score predictions against labels.
+
+    Shapes: probabilities (N, 3) summing to 1, labels (N,) int in 0..2 -> a dict of plain numbers and lists:
+    `log_loss` (nats; the competition's score), `accuracy`, macro `precision`, `recall` and `f1` (0 where a class was
+    never predicted), `ece` (expected calibration error of the top class), `confusion` (3, 3; rows are truth, columns
+    prediction), `per_class` (precision, recall, f1 and support by label), `calibration` (per bin: confidence, accuracy,
+    rows), `clipped` (how many probabilities of true classes were raised to 2.2e-16, so that their logarithm is finite).
+    Errors: ValueError for shapes, labels or sums that do not fit.
+    """
+    p, y = _checked(probabilities, labels)
+    rows = np.arange(len(y))
+    smallest = np.finfo(np.float64).eps
+    chosen = p[rows, y]
+    predicted = p.argmax(1)
+    confusion = np.zeros((CLASSES, CLASSES), dtype=np.int64)
+    np.add.at(confusion, (y, predicted), 1)
+
+    hits, truths, guesses = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    precision = hits / np.maximum(guesses, 1)
+    recall = hits / np.maximum(truths, 1)
+    f1 = 2 * hits / np.maximum(truths + guesses, 1)
+    present = (truths + guesses) > 0                       # as scikit-learn: a class nobody names does not count
+    calibration, ece = _calibration(p.max(1), predicted == y)
+    return {
+        "rows": len(y),
+        "log_loss": float(-np.log(chosen.clip(min=smallest)).mean()),
+        "accuracy": float((predicted == y).mean()),
+        "precision": float(precision[present].mean()),
+        "recall": float(recall[present].mean()),
+        "f1": float(f1[present].mean()),
+        "ece": ece,
+        "confusion": confusion.tolist(),
+        "per_class": {label: {"precision": float(precision[c]), "recall": float(recall[c]), "f1": float(f1[c]),
+                              "support": int(truths[c])} for c, label in enumerate(LABELS)},
+        "calibration": calibration,
+        "clipped": int((chosen < smallest).sum()),
+    }
+
+
+def _checked(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(labels)
+    if p.ndim != 2 or p.shape[1] != CLASSES or y.shape != (len(p),) or not len(p):
+        raise ValueError(f"probabilities {p.shape} and labels {y.shape}: expected (N, {CLASSES}) and (N,), N > 0")
+    if not np.isin(y, range(CLASSES)).all():
+        raise ValueError(f"labels must be 0, 1 or 2, found {sorted(set(y.tolist()) - set(range(CLASSES)))[:3]}")
+    if not (np.isfinite(p).all() and (p >= 0).all() and np.allclose(p.sum(1), 1, atol=1e-5, rtol=0)):
+        raise ValueError("each row of probabilities must be non-negative and sum to 1")
+    return p, y.astype(np.int64)
+
+
+def _calibration(confidence: np.ndarray, right: np.ndarray) -> tuple[list[dict], float]:
+    """Rows binned by the confidence in their top class: a bin's mean confidence should be its accuracy."""
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    table, ece = [], 0.0
+    for b in range(BINS):
+        inside = bins == b
+        if inside.any():
+            mean, accuracy = float(confidence[inside].mean()), float(right[inside].mean())
+            table.append({"confidence": mean, "accuracy": accuracy, "rows": int(inside.sum())})
+            ece += inside.mean() * abs(mean - accuracy)
+    return table, float(ece)
+
+
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+def class_prior(labels: np.ndarray) -> np.ndarray:
+    """The share of each class, every class counted once more so that none is impossible. Shapes: (N,) -> (3,)."""
+    counts = np.bincount(labels, minlength=CLASSES) + 1
+    return counts / counts.sum()
+
+
+def length_features(lengths: np.ndarray) -> np.ndarray:
+    """What one knows of a pair by counting characters alone.
+
+    Shapes: lengths (N, 3) of prompt, A and B -> (N, 5): how much longer A is (as a log ratio), by how much they differ,
+    and the three log lengths.
+    """
+    logs = np.log1p(np.asarray(lengths, dtype=np.float64))
+    longer = logs[:, 1] - logs[:, 2]
+    return np.column_stack([longer, np.abs(longer), logs])
+
+
+def logistic_regression(features: np.ndarray, labels: np.ndarray, penalty: float = 1.0):
+    """Fit softmax regression with an L2 penalty on the weights of standardised features; return its predictor.
+
+    Shapes: features (N, K), labels (N,) -> a function from (M, K) to probabilities (M, 3). The loss is convex and
+    L-BFGS reaches its minimum from zero, so there is no seed.
+    """
+    mean, spread = features.mean(0), features.std(0)
+    spread[spread == 0] = 1
+    x = torch.from_numpy((features - mean) / spread)
+    y = torch.from_numpy(np.asarray(labels, dtype=np.int64))
+    weights = torch.zeros(x.shape[1] + 1, CLASSES, dtype=torch.float64, requires_grad=True)   # the last row: intercepts
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, tolerance_grad=1e-9, tolerance_change=1e-12,
+                                  line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        total = torch.nn.functional.cross_entropy(x @ weights[:-1] + weights[-1], y, reduction="sum")
+        total = (total + penalty / 2 * weights[:-1].square().sum()) / len(y)
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    fitted = weights.detach()
+
+    def predict(features: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy((features - mean) / spread)
+        return torch.softmax(x @ fitted[:-1] + fitted[-1], dim=-1).numpy()
+
+    return predict
+
+
+def baselines(train_lengths: np.ndarray, train_labels: np.ndarray, valid_lengths: np.ndarray, valid_labels: np.ndarray
+              ) -> dict[str, dict]:
+    """What a model must beat, fitted on the training rows and scored on the validation rows.
+
+    Shapes: lengths (N, 3) in characters of prompt, A and B; labels (N,) -> {name: `evaluate`'s dict}.
+    """
+    rows = len(valid_labels)
+    by_length = logistic_regression(length_features(train_lengths), train_labels)
+    return {
+        "uniform": evaluate(np.full((rows, CLASSES), 1 / CLASSES), valid_labels),
+        "class prior": evaluate(np.tile(class_prior(train_labels), (rows, 1)), valid_labels),
+        "length only": evaluate(by_length(length_features(valid_lengths)), valid_labels),
+    }
+
+
+def collapsed(probabilities: np.ndarray) -> bool:
+    """Whether the model says nearly the same of every row, the common failure: it has learnt the class prior only."""
+    return bool(np.asarray(probabilities).std(axis=0).max() < 0.01)
+
+
+# --- temperature ------------------------------------------------------------------------------------------------------
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis, in float64."""
+    logits = np.asarray(logits, dtype=np.float64)
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def averaged(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities from the logits of one or both orders: each order's softmax at `temperature`, then their mean.
+
+    Shapes: (N, orders, 3), already turned so that the classes of every order agree -> (N, 3).
+    """
+    return softmax(np.asarray(logits, dtype=np.float64) / temperature).mean(1)
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature, from 1/20 to 20, under which `averaged` has the least log loss on these rows.
+
+    Shapes: (N, orders, 3), (N,) -> float. A golden-section search over log T.
+    Paper: Guo et al., On Calibration of Modern Neural Networks (arXiv 1706.04599).
+    """
+    def loss(log_t: float) -> float:
+        chosen = averaged(logits, np.exp(log_t))[np.arange(len(labels)), labels]
+        return -np.log(chosen.clip(min=np.finfo(np.float64).tiny)).mean()
+
+    low, high = -np.log(20), np.log(20)
+    ratio = (np.sqrt(5) - 1) / 2
+    inner = [high - ratio * (high - low), low + ratio * (high - low)]
+    losses = [loss(t) for t in inner]
+    while high - low > 1e-5:
+        if losses[0] < losses[1]:
+            high, inner[1], losses[1] = inner[1], inner[0], losses[0]
+            inner[0] = high - ratio * (high - low)
+            losses[0] = loss(inner[0])
+        else:
+            low, inner[0], losses[0] = inner[0], inner[1], losses[1]
+            inner[1] = low + ratio * (high - low)
+            losses[1] = loss(inner[1])
+    return float(np.exp((low + high) / 2))
+
+
+def cross_fitted(logits: np.ndarray, labels: np.ndarray, seed: int, folds: int = 5) -> np.ndarray:
+    """Calibrated probabilities of rows that the temperature was not fitted on: each fold's is fitted on the others.
+
+    What `fit_temperature` gains on its own rows flatters it a little; this is the honest figure to report beside it.
+    Shapes: (N, orders, 3), (N,) -> (N, 3).
+    """
+    fold = np.random.default_rng([seed, 4]).permutation(len(labels)) % min(folds, len(labels))
+    probabilities = np.empty((len(labels), CLASSES))
+    for f in np.unique(fold):
+        held, rest = fold == f, fold != f
+        temperature = fit_temperature(logits[rest], labels[rest]) if rest.any() else 1.0
+        probabilities[held] = averaged(logits[held], temperature)
+    return probabilities
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+def score_table(results: dict[str, dict]) -> str:
+    """Results of `evaluate` under each other, a line each, as the terminal shows them."""
+    width = max(len(name) for name in results) + 2
+    lines = [" " * width + "log loss  accuracy  precision  recall      F1     ECE"]
+    for name, r in results.items():
+        lines.append(f"{name:<{width}}{r['log_loss']:8.4f}{r['accuracy']:10.3f}{r['precision']:11.3f}"
+                     f"{r['recall']:8.3f}{r['f1']:8.3f}{r['ece']:8.3f}")
+    return "\n".join(lines)
+
+
+def confusion_table(result: dict) -> str:
+    """The confusion matrix, rows what people said, columns what the model said."""
+    lines = ["people \\ model" + "".join(f"{label:>8}" for label in LABELS)]
+    lines += [f"{label:<14}" + "".join(f"{count:8,}" for count in row)
+              for label, row in zip(LABELS, result["confusion"])]
+    return "\n".join(lines)

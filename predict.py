@@ -1,0 +1,136 @@
+"""Judge a CSV of pairs, or one pair: three probabilities each.
+
+    python predict.py test.csv                              writes submission.csv with the newest run's model
+    python predict.py test.csv --model runs/a/model runs/b/model      the average of several models
+    python predict.py --prompt "..." --a "..." --b "..."    one pair, printed
+
+A CSV with label columns is scored as well. What is unusual here: the submission is checked before it is moved into
+place, so a file of that name is always a whole and valid one.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from minipref import metrics
+from minipref.config import LABELS
+from minipref.data import LABEL_COLUMNS, read_pairs
+from minipref.errors import ArgumentParser, InputError
+from minipref.files import replacing
+from minipref.judge import Judge, choose_device, choose_precision, load_judge
+
+LATEST = Path("runs/latest")
+ROWS_AT_ONCE = 4096            # rows that are tokenised and sorted by length together
+
+
+def parse_arguments(arguments: list[str] | None):
+    parser = ArgumentParser(prog="predict.py", description="Three probabilities for each pair of answers.")
+    add = parser.add_argument
+    add("csv", nargs="?", metavar="CSV", help="rows with id, prompt, response_a, response_b")
+    add("--prompt", metavar="TEXT", help="one pair instead of a CSV")
+    add("--a", metavar="TEXT")
+    add("--b", metavar="TEXT")
+    add("--model", nargs="+", metavar="DIR", help="trained models, averaged (default: the newest run's)")
+    add("--output", default="submission.csv", metavar="CSV")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    add("--batch-tokens", type=int, default=16_384, help="tokens of a batch, padding included")
+    add("--no-swap-average", action="store_true", help="judge each pair in one order only: half the time")
+    options = parser.parse_args(arguments)
+    pair = [options.prompt, options.a, options.b]
+    if options.csv is None and None in pair:
+        parser.error("neither a CSV nor all of --prompt, --a and --b")
+    if options.csv is not None and any(text is not None for text in pair):
+        parser.error("both a CSV and --prompt, --a or --b")
+    if options.batch_tokens < 1:
+        parser.error(f"--batch-tokens {options.batch_tokens}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        options = parse_arguments(arguments)
+        device = choose_device(options.device)
+        precision = choose_precision(options.precision, device)
+        folders = options.model or newest_models()
+        judges = [load_judge(folder, device, precision) for folder in folders]
+        if options.csv is None:
+            for label, p in zip(LABELS, judge_block(judges, [(options.prompt, options.a, options.b)], options)[0]):
+                print(f"{label:<4} {p:.4f}")
+        else:
+            print(f"model      {', '.join(map(str, folders))}")
+            predict_file(judges, options)
+    except InputError as problem:
+        print(f"predict.py: {problem}", file=sys.stderr)
+        return 2
+    except OSError as problem:
+        print(f"predict.py: {' '.join(str(problem).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("predict.py: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def newest_models() -> list[Path]:
+    """The model of the newest run, or of each of its folds. Errors: `InputError` where there is none."""
+    try:
+        run = Path(LATEST.read_text(encoding="utf-8").strip())
+    except OSError:
+        raise InputError(file=LATEST, found="no run so far", expected="--model DIR, or train.py first") from None
+    models = [run / "model"] if (run / "model").is_dir() else sorted(run.glob("fold-*/model"))
+    if not models:
+        raise InputError(file=run, found="no model in the newest run", expected="--model DIR")
+    return models
+
+
+def predict_file(judges: list[Judge], options) -> None:
+    """Judge every row of the CSV and write the submission; print the metrics if the rows are labelled.
+
+    All rows are read before the first is judged: that costs their text's memory, and spares the hours that a bad last
+    row would have wasted. Tokens and logits are made block by block.
+    """
+    pairs = list(read_pairs(options.csv, labels="if present", unique_ids=True))
+    print(f"rows       {options.csv}: {len(pairs):,}")
+    with tqdm(total=len(pairs) * len(judges), unit="pairs", disable=None, dynamic_ncols=True) as bar:
+        probabilities = np.concatenate([judge_block(judges, pairs[begin:begin + ROWS_AT_ONCE], options, bar.update)
+                                        for begin in range(0, len(pairs), ROWS_AT_ONCE)])
+    ids, labels = [pair.id for pair in pairs], [pair.label for pair in pairs]
+    write_submission(options.output, ids, probabilities)
+    orders = "one order" if options.no_swap_average else "both orders"
+    print(f"wrote      {options.output}: {len(ids):,} rows, {orders} "
+          f"of each, {len(judges)} model{'s' if len(judges) > 1 else ''}")
+    broken = judges[0].tokenizer.replaced_surrogates
+    if broken:
+        print(f"           {broken:,} texts with broken characters mended")
+    if labels[0] is not None:
+        result = metrics.evaluate(probabilities, np.array(labels))
+        print(f"\n{metrics.score_table({'these rows': result})}\n\n{metrics.confusion_table(result)}")
+
+
+def judge_block(judges: list[Judge], pairs: list, options,
+                progress: Callable[[int], object] | None = None) -> np.ndarray:
+    """The mean of all models' probabilities. Shapes: N rows -> (N, 3)."""
+    return np.mean([judge.compare_many(pairs, options.batch_tokens, not options.no_swap_average, progress)
+                    for judge in judges], axis=0)
+
+
+def write_submission(path: str, ids: list[str], probabilities: np.ndarray) -> None:
+    """Write `id,winner_model_a,winner_model_b,winner_tie`, ids in order; check it, then move it into place."""
+    frame = pd.DataFrame(dict(zip(LABEL_COLUMNS, probabilities.T)))
+    frame.insert(0, "id", ids)
+    with replacing(path) as temporary:
+        frame.to_csv(temporary, index=False, float_format="%.9f", lineterminator="\n")
+        back = pd.read_csv(temporary, dtype={"id": str}, keep_default_na=False)
+        values = back[list(LABEL_COLUMNS)].to_numpy(dtype=np.float64)
+        if back["id"].tolist() != ids or not np.isfinite(values).all() or abs(values.sum(1) - 1).max() > 1e-6:
+            raise InputError(file=path, found="ids or probabilities that do not survive writing",
+                             expected="finite rows that sum to 1, and ids without line breaks at their ends")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

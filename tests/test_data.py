@@ -1,0 +1,357 @@
+"""From CSV to batches: nothing is lost, leaked, cut unfairly or put under the wrong label."""
+
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from minipref.data import (
+    LABEL_COLUMNS,
+    Pair,
+    batches_by_tokens,
+    character_counts,
+    encode_cached,
+    encode_pairs,
+    epoch_batches,
+    epoch_swaps,
+    field_budgets,
+    field_texts,
+    head_and_tail,
+    make_batch,
+    parse_turns,
+    prompt_key,
+    read_pairs,
+    split_by_prompt,
+    swap_classes,
+)
+from minipref.errors import InputError
+
+HEADER = "id,model_a,model_b,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie\n"
+GOOD = '1,x,y,"[""p""]","[""a""]","[""b""]",1,0,0\n'
+
+
+class Words:
+    """A tokenizer for these tests: a word is its own id, from a dictionary that grows."""
+
+    pad_id, cls_id, sep_id, fingerprint = 0, 1, 2, "words"
+
+    def __init__(self):
+        self.ids = {}
+
+    def encode_batch(self, texts):
+        return [[self.ids.setdefault(word, len(self.ids) + 10) for word in text.split()] for text in texts]
+
+    def words(self, ids):
+        names = {i: word for word, i in self.ids.items()} | {0: "[PAD]", 1: "[CLS]", 2: "[SEP]"}
+        return " ".join(names[int(i)] for i in ids)
+
+
+def write(path, text, encoding="utf-8"):
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+# --- cells and rows
+
+@pytest.mark.parametrize(("cell", "turns"), [
+    ('["one", "two"]', ("one", "two")),
+    ('["a", null, "b"]', ("a", None, "b")),
+    ("[null]", (None,)),
+    ("[]", ()),
+    ('[1, 2.50, true, 123456789012345678901234567890]', ("1", "2.50", "true", "123456789012345678901234567890")),
+    ('["caf\\u00e9 \\/ \\ud83d\\ude00"]', ("café / 😀",)),
+    ('[{"x": null}]', ('{"x": null}',)),
+    ("42", ("42",)),
+    ('{"a": 1}', ('{"a": 1}',)),
+    ("", ("",)),
+    ("plain text", ("plain text",)),
+    ("[not json", ("[not json",)),
+    ('["a"] and more', ('["a"] and more',)),
+    ("null", ("null",)),
+])
+def test_a_cell_is_a_json_list_of_turns_or_one_turn_of_text(cell, turns):
+    assert parse_turns(cell) == turns
+
+
+def test_deeply_nested_json_is_plain_text_and_ten_thousand_turns_are_turns():
+    assert parse_turns("[" * 100_000) == ("[" * 100_000,)
+    assert len(parse_turns(json.dumps(["x"] * 10_000))) == 10_000
+
+
+@hypothesis.given(st.lists(st.none() | st.text()))
+def test_any_list_of_turns_survives_json(turns):
+    assert parse_turns(json.dumps(turns)) == tuple(turns)
+
+
+def test_rows_keep_their_ids_as_text_and_their_label(tmp_path):
+    path = write(tmp_path / "t.csv", HEADER + GOOD + '0012345678901,x,y,p,"[""a1"",null]","line\nbreak, ""q""",0,0,1\n')
+    first, second = read_pairs(path)
+    assert first == Pair("1", ("p",), ("a",), ("b",), 0)
+    assert second == Pair("0012345678901", ("p",), ("a1", None), ('line\nbreak, "q"',), 2)
+
+
+def test_a_byte_order_mark_windows_line_ends_and_other_column_orders_are_read(tmp_path):
+    text = "response_b,id,prompt,response_a\r\nb,7,p,a\r\n\r\n"
+    assert list(read_pairs(write(tmp_path / "t.csv", text, "utf-8-sig"), "if present")) == [
+        Pair("7", ("p",), ("a",), ("b",), None)]
+
+
+def test_an_answer_longer_than_the_csv_modules_limit_is_read(tmp_path):
+    long = "word " * 50_000
+    [pair] = read_pairs(write(tmp_path / "t.csv", f"id,prompt,response_a,response_b\n1,p,{long},b\n"), "if present")
+    assert pair.response_a == (long,)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("", "an empty file"),
+    ("\n1,2\n", "an empty first line"),
+    (HEADER, "a header and no rows"),
+    ("id,prompt,response_a\n1,p,a\n", "column response_b: no column of this name"),
+    ("id,id,prompt,response_a,response_b\n1,1,p,a,b\n", "column id: more than one column of this name"),
+    ("id,prompt,response_a,response_b\n1,p,a,b\n", "column winner_model_a: no column of this name"),
+    ("id,prompt,response_a,response_b,winner_tie\n1,p,a,b,1\n", "column winner_model_a: no column of this name"),
+    (HEADER + GOOD + "2,x,y,p,a\n", "row 2: 5 cells; expected 9"),
+    (HEADER + GOOD + "2,x,y,p,a,b,1,0,0,9\n", "row 2: 10 cells"),
+    (HEADER + GOOD.replace("1,0,0", "1,1,0"), "row 1, column winner_model_a, winner_model_b, winner_tie: '1,1,0'"),
+    (HEADER + GOOD.replace("1,0,0", "0,0,0"), "exactly one 1"),
+    (HEADER + GOOD.replace("1,0,0", "yes,0,0"), "row 1, column winner_model_a: 'yes'; expected 0 or 1"),
+    (HEADER + GOOD.replace("1,0,0", ",0,1"), "row 1, column winner_model_a: ''"),
+    (HEADER + GOOD.replace("1,0,0", "nan,0,1"), "column winner_model_a: 'nan'"),
+    (HEADER + GOOD + '2,x,y,"unclosed', "row 2: not CSV"),
+    (HEADER + '1,x,y,"p"q,a,b,1,0,0\n', "row 1: not CSV"),
+])
+def test_a_bad_file_is_named_with_row_and_column_and_what_was_expected(tmp_path, text, said):
+    path = write(tmp_path / "bad.csv", text)
+    with pytest.raises(InputError, match=r"bad\.csv") as caught:
+        list(read_pairs(path))
+    assert said in str(caught.value) and "expected" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_no_csv_file_at_all_is_named(tmp_path):
+    (tmp_path / "packed.csv").write_bytes(b"\x1f\x8b\x08\x00abc")
+    (tmp_path / "latin.csv").write_bytes(HEADER.encode() + "1,x,y,café,a,b,1,0,0\n".encode("latin-1"))
+    for path, said in ((tmp_path / "packed.csv", "a gzip file"), (tmp_path / "latin.csv", "not UTF-8"),
+                       (tmp_path, "irectory"), (tmp_path / "none.csv", "no such file")):
+        with pytest.raises(InputError, match=said):
+            list(read_pairs(path))
+
+
+@pytest.mark.parametrize(("ids", "said"), [(["1", "2", "1"], "row 3, column id: '1', which row 1 has"),
+                                           (["1", " "], "row 2, column id: a blank id")])
+def test_a_test_file_needs_ids_that_are_unique_and_not_blank(tmp_path, ids, said):
+    path = write(tmp_path / "t.csv", "id,prompt,response_a,response_b\n" + "".join(f"{i},p,a,b\n" for i in ids))
+    with pytest.raises(InputError, match=said):
+        list(read_pairs(path, "if present", unique_ids=True))
+    assert len(list(read_pairs(path, "if present"))) == len(ids)
+
+
+def test_characters_are_counted_over_all_turns_and_missing_answers_count_nothing():
+    pair = Pair("1", ("ab", "c"), (None, "dé"), ())
+    assert character_counts([pair]).tolist() == [[3, 2, 0]]
+
+
+# --- the split
+
+def rows_with_shared_prompts(count, seed=0):
+    random = np.random.default_rng(seed)
+    prompts = [(f"Prompt  {random.integers(count // 3)}",) for _ in range(count)]
+    return prompts, random.choice(3, count, p=[0.36, 0.34, 0.30])
+
+
+def test_no_prompt_is_on_both_sides_of_the_split():
+    prompts, labels = rows_with_shared_prompts(3000)
+    prompts = [(p[0].upper() if i % 2 else p[0].replace("  ", " "),) for i, p in enumerate(prompts)]
+    part = split_by_prompt(prompts, labels, (0.9, 0.1), seed=1)
+    sides = [{prompt_key(p) for p, side in zip(prompts, part) if side == s} for s in (0, 1)]
+    assert not sides[0] & sides[1] and all(sides)
+
+
+def test_the_split_has_its_size_and_its_balance_of_labels():
+    prompts, labels = rows_with_shared_prompts(3000)
+    for shares in ((0.9, 0.1), (0.2,) * 5):
+        part = split_by_prompt(prompts, labels, shares, seed=1)
+        for k, share in enumerate(shares):
+            assert abs((part == k).mean() - share) < 0.01
+            for c in range(3):
+                assert abs((labels[part == k] == c).mean() - (labels == c).mean()) < 0.02
+
+
+def test_the_split_is_the_seeds():
+    prompts, labels = rows_with_shared_prompts(500)
+    first = split_by_prompt(prompts, labels, (0.8, 0.2), seed=1)
+    assert (first == split_by_prompt(prompts, labels, (0.8, 0.2), seed=1)).all()
+    assert (first != split_by_prompt(prompts, labels, (0.8, 0.2), seed=2)).any()
+
+
+def test_prompts_differ_by_their_turns_not_only_by_their_text():
+    assert prompt_key(("a b",)) != prompt_key(("a", "b"))
+    assert prompt_key(("Ａ  B\n",)) == prompt_key(("a b",))
+
+
+# --- the budget
+
+lengths = st.tuples(*[st.integers(0, 3000)] * 3)
+
+
+@hypothesis.given(lengths, st.integers(3, 1020))
+def test_budgets_fit_the_room_waste_at_most_one_token_and_treat_answers_alike(whole, room):
+    budgets = field_budgets(whole, room)
+    assert all(0 <= kept <= length for kept, length in zip(budgets, whole))
+    assert sum(budgets) <= room
+    if sum(whole) <= room:
+        assert list(whole) == budgets
+    else:
+        assert sum(budgets) >= room - 1
+    prompt, a, b = whole
+    assert field_budgets((prompt, b, a), room) == [budgets[0], budgets[2], budgets[1]]
+
+
+def test_long_fields_share_one_to_two_to_two_and_short_ones_leave_theirs_to_the_others():
+    assert field_budgets((9999, 9999, 9999), 500) == [100, 200, 200]
+    assert field_budgets((10, 9999, 9999), 500) == [10, 245, 245]
+    assert field_budgets((9999, 20, 9999), 500) == [160, 20, 320]
+    assert field_budgets((9999, 20, 30), 500) == [450, 20, 30]
+
+
+def test_a_field_that_is_cut_keeps_its_head_and_its_tail():
+    assert head_and_tail([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], 5) == [0, 1, 2, 8, 9]
+    assert head_and_tail([0, 1, 2], 3) == [0, 1, 2]
+    assert head_and_tail([0, 1, 2], 1) == [0]
+    assert head_and_tail([0, 1, 2], 0) == []
+
+
+def test_several_turns_are_numbered_and_a_missing_answer_is_words():
+    assert field_texts(("only",)) == ["only"]
+    assert field_texts(("one", None)) == ["Turn 1:", "one", "Turn 2:", "(no answer)"]
+
+
+# --- sequences and batches
+
+def encoded(rows, max_length=64, tokenizer=None):
+    tokenizer = tokenizer or Words()
+    return encode_pairs(rows, tokenizer, max_length), tokenizer
+
+
+ROWS = [Pair("1", ("what is up",), ("the sky",), ("not much dear",), 0),
+        Pair("2", ("count",), ("one two three four five six seven eight nine ten",), (None,), 1),
+        Pair("3", ("hi", "and bye"), ("hello", "so long"), ("hey", "ciao"), 2)]
+
+
+def test_a_sequence_is_cls_prompt_sep_a_sep_b_sep_padded_to_the_longest_of_its_batch():
+    examples, words = encoded(ROWS)
+    ids, is_token, labels = make_batch(examples, [0, 1], [False, False], words)
+    assert words.words(ids[0]) == "[CLS] what is up [SEP] the sky [SEP] not much dear [SEP]" + " [PAD]" * 5
+    assert words.words(ids[1]) == ("[CLS] count [SEP] one two three four five six seven eight nine ten [SEP] "
+                                   "(no answer) [SEP]")
+    assert is_token.sum(1).tolist() == examples.lengths[:2].tolist() == [12, 17]
+    assert labels.tolist() == [0, 1]
+
+
+def test_a_swapped_row_shows_b_first_and_turns_its_label():
+    examples, words = encoded(ROWS)
+    ids, _, labels = make_batch(examples, [0, 1, 2], [True, True, True], words)
+    assert words.words(ids[0]).startswith("[CLS] what is up [SEP] not much dear [SEP] the sky [SEP]")
+    assert labels.tolist() == [1, 0, 2]
+
+
+def test_turns_stay_in_order_and_apart():
+    examples, words = encoded(ROWS)
+    ids, _, _ = make_batch(examples, [2], [False], words)
+    assert words.words(ids[0]) == ("[CLS] Turn 1: hi Turn 2: and bye [SEP] Turn 1: hello Turn 2: so long [SEP] "
+                                   "Turn 1: hey Turn 2: ciao [SEP]")
+
+
+def test_answer_b_is_there_whatever_the_length_of_prompt_and_a():
+    long = " ".join(f"w{i}" for i in range(500))
+    examples, words = encoded([Pair("1", (long,), (long,), (" ".join(f"b{i}" for i in range(300)),), 0)])
+    ids, is_token, _ = make_batch(examples, [0], [False], words)
+    text = words.words(ids[0])
+    assert ids.shape[1] == 64 and is_token.all()
+    assert " b0 b1 " in text and text.endswith("b298 b299 [SEP]") and text.count("[SEP]") == 3
+    assert examples.cut[0] == 1300 - 60 and "1 of 1 rows (100%) cut to 64 tokens" in examples.truncation()
+
+
+def test_examples_taken_are_the_rows_asked_for():
+    examples, words = encoded(ROWS)
+    some = examples.take(np.array([2, 0]))
+    assert some.labels.tolist() == [2, 0]
+    assert words.words(some.fields(1)[1]) == "the sky"
+
+
+def test_the_cache_is_used_for_the_same_rows_only_and_a_damaged_one_is_made_anew(tmp_path):
+    cache, words = tmp_path / "tokens.safetensors", Words()
+    first, cached = encode_cached(ROWS, words, 64, cache, "source")
+    assert not cached
+    again, cached = encode_cached(ROWS, words, 64, cache, "source")
+    assert cached and all((getattr(first, f) == getattr(again, f)).all() for f in ("tokens", "starts", "labels", "cut"))
+    for source, length in (("other", 64), ("source", 32)):
+        assert not encode_cached(ROWS, words, length, cache, source)[1]
+    cache.write_bytes(cache.read_bytes()[:-3])
+    mended, cached = encode_cached(ROWS, words, 64, cache, "source")
+    assert not cached and (mended.tokens == first.tokens).all()
+    assert encode_cached(ROWS, words, 64, cache, "source")[1]
+
+
+@hypothesis.given(st.integers(1, 400), st.integers(1, 33), st.integers(0, 5))
+def test_an_epoch_shows_every_row_once(rows, batch_size, epoch):
+    lengths = np.random.default_rng(0).integers(4, 500, rows)
+    batches = epoch_batches(lengths, batch_size, seed=3, epoch=epoch)
+    assert sorted(np.concatenate(batches)) == list(range(rows))
+    assert all(len(b) <= batch_size for b in batches) and len(batches) == -(-rows // batch_size)
+
+
+def test_epochs_differ_seeds_differ_and_the_same_comes_again():
+    lengths = np.random.default_rng(0).integers(4, 500, 1000)
+    def order(seed, epoch):
+        return np.concatenate(epoch_batches(lengths, 8, seed, epoch)).tolist()
+    assert order(1, 0) == order(1, 0) and order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
+    assert (epoch_swaps(1000, 1, 0) == epoch_swaps(1000, 1, 0)).all()
+    assert 0.4 < (epoch_swaps(1000, 1, 0) != epoch_swaps(1000, 1, 1)).mean() < 0.6
+
+
+def test_batches_of_similar_lengths_need_little_padding_and_come_shuffled():
+    lengths = np.random.default_rng(0).integers(4, 500, 4000)
+    batches = epoch_batches(lengths, 8, 0, 0)
+    padded = sum(len(b) * lengths[b].max() for b in batches)
+    assert padded / lengths.sum() < 1.05
+    means = np.array([lengths[b].mean() for b in batches])
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15
+
+
+@hypothesis.given(st.lists(st.integers(4, 600), min_size=1, max_size=200), st.integers(1, 5000))
+def test_prediction_batches_hold_every_row_within_the_token_budget(row_lengths, budget):
+    row_lengths = np.array(row_lengths)
+    batches = list(batches_by_tokens(row_lengths, budget))
+    assert sorted(np.concatenate(batches)) == list(range(len(row_lengths)))
+    assert all(len(b) == 1 or len(b) * row_lengths[b].max() <= budget for b in batches)
+
+
+def test_swapping_classes_exchanges_a_and_b_and_leaves_the_tie():
+    assert swap_classes(np.array([[0.5, 0.2, 0.3]])).tolist() == [[0.2, 0.5, 0.3]]
+
+
+# --- real rows
+
+def test_the_competitions_own_rows_are_read_without_loss(reference_dir):
+    import pandas as pd
+    path = reference_dir / "data" / "arena" / "train.csv"
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    pairs = list(read_pairs(path))
+    assert len(pairs) == len(frame) == 100
+    assert np.bincount([p.label for p in pairs]).tolist() == [31, 33, 36]
+    assert sum(len(p.prompt) > 1 for p in pairs) == 16
+    for pair, row in zip(pairs, frame.to_dict("records")):
+        assert pair.id == row["id"] and row[LABEL_COLUMNS[pair.label]] == "1"
+        assert [list(turns) for turns in (pair.prompt, pair.response_a, pair.response_b)] == [
+            json.loads(row[column]) for column in ("prompt", "response_a", "response_b")]
+
+
+def test_every_real_file_is_read_and_split_without_a_leak(reference_dir):
+    for name, rows in (("autoj", 1392), ("llmeval2", 2553), ("qa_feedback", 3000)):
+        pairs = list(read_pairs(reference_dir / "data" / "preferences" / f"{name}.csv"))
+        assert len(pairs) == rows
+        part = split_by_prompt([p.prompt for p in pairs], [p.label for p in pairs], (0.9, 0.1), seed=42)
+        keys = [{prompt_key(p.prompt) for p, side in zip(pairs, part) if side == s} for s in (0, 1)]
+        assert not keys[0] & keys[1]

@@ -1,0 +1,632 @@
+"""Fine-tune DeBERTa-v3 on human preference: the whole loop, top to bottom.
+
+    python train.py                                     what `make train` does: real rows and weights if they are there
+    python train.py --train data/train.csv --encoder weights/deberta-v3-small --run runs/first
+    python train.py --resume --run runs/first           go on exactly where it stopped
+
+What is unusual here:
+- The loop has one flat body: evaluate if an evaluation is due, else take one optimizer step; save now and then. All
+  that the next turn depends on is in `Progress`, the model, the optimizer and the random generators, and all of that
+  is the saved state. So a run can stop between any two turns, and goes on bit for bit.
+- Order and swaps of an epoch are functions of (seed, epoch): there is no sampler whose state could be lost.
+- The score at the end stands beside what one gets for nothing, and is said as it is.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from minipref import metrics, runs, sample
+from minipref.checkpoint import load_classifier
+from minipref.classifier import PreferenceModel
+from minipref.config import LABELS, RECIPES, TrainConfig
+from minipref.data import (
+    Examples,
+    Pair,
+    character_counts,
+    encode_cached,
+    epoch_batches,
+    epoch_swaps,
+    make_batch,
+    prompt_key,
+    read_pairs,
+    split_by_prompt,
+)
+from minipref.errors import ArgumentParser, InputError
+from minipref.files import sha256_of, write_json, write_text
+from minipref.judge import Judge, autocast, check_vocabulary, choose_device, choose_precision, predict_logits
+from minipref.optim import AdamW, clip_gradients, cosine_with_warmup, decay_groups
+from minipref.report import as_text, model_card, score_folds, score_logits
+from minipref.tokenizer import Tokenizer, load_tokenizer
+
+HERE = Path(__file__).resolve().parent
+REAL_WEIGHTS, BUNDLED_WEIGHTS = Path("weights/deberta-v3-small"), Path("weights/minipref-tiny")
+REAL_ROWS, SAMPLE_ROWS = Path("data/train.csv"), Path("data/sample/train.csv")
+LATEST = Path("runs/latest")
+MOST_SKIPPED = 25                  # fp16 steps in a row that overflow before the run gives up
+
+
+# --- what was asked for -----------------------------------------------------------------------------------------------
+
+def parse_arguments(arguments: list[str] | None) -> dict:
+    """The options that were given; those that were not are absent, so that --resume can tell."""
+    whole, real = _number(int, 1), _number(float, 0)
+    parser = ArgumentParser(prog="train.py", description="Fine-tune DeBERTa-v3 on human preference.",
+                            argument_default=None)
+    add = parser.add_argument
+    add("--train", nargs="+", metavar="CSV", help="labelled rows (default: data/train.csv, else the generated sample)")
+    add("--valid", metavar="CSV", help="validate on these rows instead of a part of the training rows")
+    add("--encoder", metavar="DIR", help="config.json, model.safetensors and tokenizer in the Hugging Face layout")
+    add("--run", metavar="DIR", help="where the run's files go (default: runs/ and the time)")
+    add("--recipe", choices=sorted(RECIPES), help="the set of figures to start from")
+    add("--resume", action="store_true", help="go on with the run in --run")
+    add("--folds", type=_number(int, 2), help="train this many models, each validated on rows that it never saw")
+    add("--all-rows", action="store_true", help="train on every row; nothing is left to validate on")
+    add("--epochs", type=whole, help="passes over the training rows")
+    add("--batch-size", type=whole, help="rows in one pass forward and backward")
+    add("--eval-batch-size", type=whole, help="the same, for evaluation")
+    add("--accumulate", type=whole, help="passes per optimizer step")
+    add("--lr", type=real, help="learning rate at the peak")
+    add("--warmup", type=real, help="steps of warmup; below 1, a share of all steps")
+    add("--weight-decay", type=real, help="AdamW's, on matrices and tables")
+    add("--head-dropout", type=_number(float, 0, 0.999), help="dropout before the classifier")
+    add("--patience", type=_number(int, 0), help="evaluations without a better score before stopping; 0 never stops")
+    add("--evals-per-epoch", type=whole, help="evaluations per epoch")
+    add("--max-length", type=_number(int, 8), help="tokens of prompt and answers together")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the forward pass; weights stay float32")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"))
+    add("--seed", type=_number(int, 0), help="of the split, the order, the swaps, the fresh head and dropout")
+    add("--valid-fraction", type=_number(float, 0.001, 0.9), help="share of the rows that validate")
+    add("--no-swap", action="store_true", help="do not exchange A and B at random in training")
+    add("--freeze-embeddings", action="store_true", help="keep the word table as it is")
+    add("--checkpoint-activations", action="store_true", help="less memory for a second forward pass")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--save-every", type=real, metavar="MINUTES", help="the most that a sudden death can cost (default 10)")
+    add("--limit", type=whole, metavar="N", help="only the first N rows, for a quick look")
+    return {name: value for name, value in vars(parser.parse_args(arguments)).items() if value not in (None, False)}
+
+
+def _number(kind: type, lowest: float, highest: float = math.inf):
+    def parse(text: str):
+        value = kind(text)
+        if not lowest <= value <= highest or not math.isfinite(value):
+            raise ValueError
+        return value
+    parse.__name__ = f"number of at least {lowest}" if highest == math.inf else f"number from {lowest} to {highest}"
+    return parse
+
+
+DEFAULTS = {"precision": "auto", "device": "auto", "seed": 42, "save_every": 10.0}
+FREE_TO_CHANGE = {"resume", "run", "save_every"}       # on --resume; everything else would change the result
+
+
+def fill_in(given: dict) -> dict:
+    """The options of a new run: what was given, and a default for what was not."""
+    options = DEFAULTS | given
+    options.setdefault("run", str(Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]))
+    if "encoder" not in options:
+        places = (REAL_WEIGHTS, HERE / REAL_WEIGHTS, BUNDLED_WEIGHTS, HERE / BUNDLED_WEIGHTS)
+        options["encoder"] = str(next((place for place in places if place.is_dir()), places[-1]))
+    if "train" not in options:
+        if not REAL_ROWS.is_file():
+            sample.write_sample(SAMPLE_ROWS.parent)
+        options["train"] = [str(REAL_ROWS if REAL_ROWS.is_file() else SAMPLE_ROWS)]
+    options.setdefault("recipe", "tiny" if Path(options["encoder"]).name == BUNDLED_WEIGHTS.name else "seed")
+    for first, second in (("folds", "all_rows"), ("folds", "valid"), ("all_rows", "valid")):
+        if first in options and second in options:
+            raise InputError(found=f"--{first} and --{second}".replace("_", "-"), expected="one of the two")
+    return options
+
+
+def figures(options: dict) -> TrainConfig:
+    """The recipe's figures, with those given on the command line in their place."""
+    chosen = {name: value for name, (value, _) in RECIPES[options["recipe"]].items()}
+    chosen |= {f.name: options[f.name] for f in dataclasses.fields(TrainConfig) if f.name in options}
+    return TrainConfig(**chosen, swap="no_swap" not in options)
+
+
+def resumed(given: dict) -> dict:
+    """The options of the run to go on with. Errors: `InputError` for one given now that says otherwise."""
+    if "run" not in given:
+        raise InputError(found="--resume without --run", expected="the folder of the run to go on with")
+    path = Path(given["run"]) / "config.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["options"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(file=path, found="no run's configuration", expected="a folder that train.py made") from None
+    for name in sorted(given.keys() - FREE_TO_CHANGE):
+        if given[name] != stored.get(name):
+            raise InputError(file=path, found=f"--{name.replace('_', '-')} {given[name]}, where the run has "
+                             f"{stored.get(name, 'its default')}", expected="the same, or a run of its own")
+    return stored | {name: given[name] for name in FREE_TO_CHANGE if name in given}
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM came, and the state is saved."""
+
+
+class StopSignal:
+    """Remembers the first SIGINT or SIGTERM until the loop gets to it; a second one ends the process at once."""
+
+    def __init__(self):
+        self.number = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+
+    def check(self, *_) -> None:
+        if self.number is not None:
+            raise Stopped
+
+
+class Failed(Exception):
+    """The run cannot go on, and it is not the input's form that is wrong: one line, exit code 1."""
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+def main(arguments: list[str] | None = None) -> int:
+    stop = StopSignal()
+    try:
+        given = parse_arguments(arguments)
+        options = resumed(given) if "resume" in given else fill_in(given)
+        run(options, stop)
+    except Stopped:
+        print(f"stopped; the state is saved. To go on: python train.py --resume --run '{options['run']}'")
+        return 128 + stop.number
+    except InputError as problem:
+        print(f"train.py: {problem}", file=sys.stderr)
+        return 2
+    except (Failed, OSError) as problem:
+        print(f"train.py: {' '.join(str(problem).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+@dataclass
+class Setup:
+    """What all folds of a run share."""
+
+    options: dict
+    config: TrainConfig
+    device: torch.device
+    precision: str
+    tokenizer: Tokenizer
+    pairs: list[Pair]
+    examples: Examples
+    lengths: np.ndarray                   # (N, 3) characters of each row's prompt, A and B
+    truth: dict[str, np.ndarray]          # the sample's own probabilities, by id; empty for real rows
+    stop: StopSignal
+
+
+def run(options: dict, stop: StopSignal) -> None:
+    """Read, split, encode, train once or once per fold, report."""
+    config, folder = figures(options), Path(options["run"])
+    device = choose_device(options["device"])
+    precision = choose_precision(options["precision"], device)
+    if device.type == "cpu":              # the same sums in the same order: runs on a CPU can be repeated bit for bit
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if "resume" not in options and any(runs.has_state(s) for s in folder.glob("**/state")):
+        raise InputError(file=folder, found="a run that can go on", expected="--resume, or another name for --run")
+
+    tokenizer = load_tokenizer(options["encoder"])
+    pairs = [p for path in options["train"] for p in read_pairs(path)][:options.get("limit")]
+    held_out = list(read_pairs(options["valid"])) if "valid" in options else []
+    splits = split(pairs, held_out, config, options)
+    pairs = pairs + held_out
+    identity = check_identity(folder, options, config, device, precision)
+    source = json.dumps([identity["train"], identity["valid"], options.get("limit")])
+    examples, cached = encode_cached(pairs, tokenizer, config.max_length, folder / "tokens.safetensors", source,
+                                     progress=sys.stderr.isatty())
+    setup = Setup(options, config, device, precision, tokenizer, pairs, examples, character_counts(pairs),
+                  read_truth(options["train"]), stop)
+    say_what_was_taken(setup, splits, cached)
+
+    logits = []
+    for number, (train_rows, valid_rows) in enumerate(splits, 1):
+        if len(splits) > 1:
+            print(f"\nfold {number} of {len(splits)}")
+        logits.append(fit(folder / f"fold-{number}" if len(splits) > 1 else folder, train_rows, valid_rows, setup))
+    if len(splits) > 1:
+        scored = score_folds(logits, splits, examples.labels, setup.lengths, options["seed"])
+        print(f"\nout of fold, {len(splits)} models, {len(pairs):,} rows\n{as_text(scored, 'out of fold')}")
+        write_json(folder / "report.json", {"folds": len(splits), "rows": len(pairs)} | scored)
+    print(f"\nto predict: python predict.py test.csv   (takes {folder}, the newest run)")
+
+
+def split(pairs: list[Pair], held_out: list[Pair], config: TrainConfig, options: dict) -> list[tuple]:
+    """[(rows to train on, rows to validate on)], one entry, or one per fold; `held_out` rows count on after `pairs`."""
+    if held_out:
+        return [(np.arange(len(pairs)), np.arange(len(pairs), len(pairs) + len(held_out)))]
+    if "all_rows" in options:
+        return [(np.arange(len(pairs)), np.arange(0))]
+    folds = options.get("folds")
+    shares = [1 / folds] * folds if folds else [1 - config.valid_fraction, config.valid_fraction]
+    part = split_by_prompt([p.prompt for p in pairs], [p.label for p in pairs], shares, options["seed"])
+    splits = [(np.flatnonzero(part != k), np.flatnonzero(part == k)) for k in (range(folds) if folds else [1])]
+    if any(len(train) == 0 or len(valid) == 0 for train, valid in splits):
+        raise InputError(file=", ".join(options["train"]), found=f"{len(pairs)} rows, whose prompts cannot be split",
+                         expected="more rows with different prompts, or --all-rows")
+    return splits
+
+
+def check_identity(folder: Path, options: dict, config: TrainConfig, device: torch.device, precision: str) -> dict:
+    """Write down what the run is made of, or on --resume compare it. Files are known by content, not by name."""
+    encoder = Path(options["encoder"])
+    identity = {
+        "train": [sha256_of(path) for path in options["train"]],
+        "valid": sha256_of(options["valid"]) if "valid" in options else None,
+        "encoder": {file.name: sha256_of(file) for file in sorted(encoder.iterdir())
+                    if file.suffix in (".safetensors", ".json", ".model")},
+        "device": device.type, "precision": precision, "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "python": platform.python_version(), "system": platform.machine(),
+    }
+    path = folder / "config.json"
+    if "resume" in options:
+        stored = json.loads(path.read_text(encoding="utf-8"))["identity"]
+        for name in ("train", "valid", "encoder", "precision"):
+            if stored.get(name) != identity[name]:
+                raise InputError(file=path, found=f"{name} has changed since the run began",
+                                 expected="the same content, or a run of its own")
+        for name in ("device", "threads", "torch", "python", "system"):
+            if stored.get(name) != identity[name]:
+                print(f"note: {name} is {identity[name]} and was {stored.get(name)}: "
+                      "the run goes on, but not bit for bit")
+    else:
+        write_json(path, {"options": {k: v for k, v in options.items() if k not in ("run", "resume")},
+                          "figures": dataclasses.asdict(config), "identity": identity})
+    return identity
+
+
+def read_truth(train_files: list[str]) -> dict[str, np.ndarray]:
+    """The generated sample comes with the probabilities that its labels were drawn from; real rows do not."""
+    truth = {}
+    for path in {Path(file).with_name("truth.csv") for file in train_files}:
+        if path.is_file():
+            frame = pd.read_csv(path, dtype={"id": str})
+            truth |= dict(zip(frame["id"], frame[["p_a", "p_b", "p_tie"]].to_numpy()))
+    return truth
+
+
+def say_what_was_taken(setup: Setup, splits: list[tuple], cached: bool) -> None:
+    """The first lines: encoder, rows, recipe, split, and how to get the real thing where a stand-in was taken."""
+    options, config, pairs = setup.options, setup.config, setup.pairs
+    encoder, files = Path(options["encoder"]), options["train"]
+    hint = "   (the small one that ships with minipref; the real one: make weights)"
+    print(f"encoder    {encoder}{hint if encoder.name == BUNDLED_WEIGHTS.name else ''}")
+    hint = "   (a generated sample; real rows: make data)"
+    print(f"rows       {', '.join(files)}{hint if files == [str(SAMPLE_ROWS)] else ''}")
+    labels = np.bincount([p.label for p in pairs], minlength=3)
+    missing = sum(turn is None for p in pairs for turns in (p.response_a, p.response_b) for turn in turns)
+    print(f"           {len(pairs):,} rows: {labels[0]:,} A, {labels[1]:,} B, {labels[2]:,} ties; {missing:,} missing "
+          f"answers read as text; {setup.tokenizer.replaced_surrogates:,} texts with broken characters mended")
+    print(f"           {setup.examples.truncation()}{'; token ids from the cache' if cached else ''}")
+    train_rows, valid_rows = splits[0]
+    shared = {prompt_key(pairs[r].prompt) for r in train_rows} & {prompt_key(pairs[r].prompt) for r in valid_rows}
+    if len(splits) > 1:
+        print(f"split      {len(splits)} folds by prompt: every row is judged by a model that never saw its prompt")
+    elif len(valid_rows):
+        leak = f"WARNING: {len(shared):,} prompts are on both sides, the score will flatter" if shared else \
+            "no prompt on both sides"
+        print(f"split      {len(train_rows):,} rows to train on, {len(valid_rows):,} to validate on; {leak}")
+    else:
+        print(f"split      none: all {len(train_rows):,} rows are trained on, so there will be no score")
+    print(f"machine    {setup.device.type}, {setup.precision}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}")
+    print(f"recipe     {options['recipe']}")
+    for name, (_, source) in RECIPES[options["recipe"]].items():
+        given = name in options
+        print(f"           {name:<16} {getattr(config, name):<8g} {'given on the command line' if given else source}")
+    print(f"           {'seed':<16} {options['seed']:<8}")
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Progress:
+    """Where a run is: all that the next turn of the loop needs to know beside weights, moments and generators."""
+
+    step: int = 0                  # optimizer steps taken
+    evaluated: int = 0             # the step of the last evaluation
+    best: float = math.inf         # the least validation log loss so far
+    best_step: int = 0
+    since_best: int = 0            # evaluations since then
+    loss_sum: float = 0.0          # of the training rows since the last evaluation
+    loss_rows: int = 0
+    skipped: int = 0               # fp16 steps left out because a gradient overflowed
+    skipped_in_a_row: int = 0
+    finished: str = ""             # why the loop ended
+    rows: list[dict] = field(default_factory=list)       # metrics.csv
+    timing: list[dict] = field(default_factory=list)     # timing.csv
+    seconds: float = 0.0           # of training, over all sittings
+
+
+def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup) -> np.ndarray:
+    """Train one model and report on it. Returns the validation rows' logits in both orders, (rows, 2, 3)."""
+    options, config, device, stop = setup.options, setup.config, setup.device, setup.stop
+    valid, judge_folder, seed = setup.examples.take(valid_rows), folder / "model", options["seed"]
+
+    runs.seed_everything(seed)
+    model = load_classifier(options["encoder"], device=device)
+    say_what_was_loaded(model, folder, options, setup)
+    model.encoder.config = dataclasses.replace(model.config, head_dropout=config.head_dropout)
+    model.head_dropout.p = config.head_dropout
+    model.encoder.word_table.weight.requires_grad_("freeze_embeddings" not in options)
+    model.encoder.checkpoint_activations = "checkpoint_activations" in options
+    forward = torch.compile(model, dynamic=True) if "compile" in options else model
+    optimizer = AdamW(decay_groups(model, config.weight_decay), lr=config.lr, eps=config.adam_eps)
+    scaler = torch.amp.GradScaler(device.type, enabled=setup.precision == "fp16")
+    judge = Judge(model, setup.tokenizer, config.max_length, precision=setup.precision)
+
+    # An epoch is a list of windows, a window is the batches of one optimizer step.
+    per_pass = math.ceil(len(train_rows) / config.batch_size)
+    steps_per_epoch = math.ceil(per_pass / config.accumulate)
+    total = config.epochs * steps_per_epoch
+    warmup = config.warmup_steps(total)
+    evaluate_at = {(epoch * steps_per_epoch + round(part * steps_per_epoch / config.evals_per_epoch))
+                   for epoch in range(config.epochs) for part in range(1, config.evals_per_epoch + 1)}
+    print(f"steps      {total:,} of {config.batch_size * config.accumulate} rows, {warmup:,} of them warmup; "
+          f"{len(evaluate_at)} evaluations at most" if len(valid_rows) else f"steps      {total:,}")
+
+    progress = Progress()
+    if "resume" in options and runs.has_state(folder / "state"):
+        progress = load_state(folder / "state", model, optimizer, scaler)
+        print(f"resumed at step {progress.step:,} of {total:,}")
+
+    model.train()
+    bar = tqdm(total=config.epochs * len(train_rows), initial=progress.step * config.batch_size * config.accumulate,
+               unit="pairs", disable=None, dynamic_ncols=True, smoothing=0.05)
+    started = saved = time.monotonic()
+    first_step, epoch_in_hand = progress.step, None
+    try:
+        while not progress.finished:
+            if progress.step in evaluate_at and progress.evaluated < progress.step and len(valid_rows):
+                logits = predict_logits(model, valid, setup.tokenizer, config.eval_batch_size * config.max_length,
+                                        config.eval_batch_size, setup.precision, orders=(False,), progress=stop.check)
+                started = clock(progress, started)
+                note_evaluation(progress, metrics.averaged(logits, 1.0), valid.labels, steps_per_epoch, optimizer, bar)
+                if progress.since_best == 0:
+                    judge.save(judge_folder)
+                    remember_latest(folder)
+                elif config.patience and progress.since_best >= config.patience:
+                    progress.finished = f"no better log loss in {config.patience} evaluations"
+            elif progress.step == total:
+                progress.finished = f"all {config.epochs} epochs done"
+            else:
+                epoch, window = divmod(progress.step, steps_per_epoch)
+                if epoch != epoch_in_hand:
+                    epoch_in_hand = epoch
+                    batches = epoch_batches(setup.examples.lengths[train_rows], config.batch_size, seed, epoch)
+                    swaps = epoch_swaps(len(train_rows), seed, epoch) & config.swap
+                # Schedule steps 1 to total of total + 1: neither the first nor the last step is wasted on a rate of 0.
+                lr = cosine_with_warmup(progress.step + 1, total + 1, warmup, config.lr)
+                taken = batches[window * config.accumulate:(window + 1) * config.accumulate]
+                loss, rows = take_step(forward, optimizer, scaler, lr, [(train_rows[b], swaps[b]) for b in taken],
+                                       progress, setup)
+                progress.step += 1
+                bar.update(rows)
+                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+                if progress.step == first_step + 10:
+                    say_how_long(total - first_step, time.monotonic() - started, bar)
+                if time.monotonic() - saved < 60 * options["save_every"]:
+                    stop.check()
+                    continue
+            saved = started = clock(progress, started)
+            save_state(folder, progress, model, optimizer, scaler)
+            stop.check()
+    except Stopped:
+        clock(progress, started)
+        save_state(folder, progress, model, optimizer, scaler)
+        raise
+    finally:
+        bar.close()
+    print(f"ended: {progress.finished}")
+    return finish(folder, judge, progress, train_rows, valid_rows, setup)
+
+
+def take_step(model: torch.nn.Module, optimizer: AdamW, scaler: torch.amp.GradScaler, lr: float, window: list,
+              progress: Progress, setup: Setup) -> tuple[float, int]:
+    """One optimizer step on the batches of a window: forward, backward, clip, AdamW. Returns mean loss and rows.
+
+    The loss is the mean over the window's rows, so accumulating equals one large batch even where the last is smaller.
+    """
+    rows_in_window = sum(len(rows) for rows, _ in window)
+    total = 0.0
+    optimizer.zero_grad(set_to_none=True)
+    for rows, swapped in window:
+        ids, is_token, labels = (t.to(setup.device) for t in make_batch(setup.examples, rows, swapped, setup.tokenizer))
+        with autocast(setup.device, setup.precision):
+            logits = model(ids, is_token)                                       # (B, 3)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / rows_in_window
+        scaler.scale(loss).backward()
+        total += loss.item()
+
+    scaler.unscale_(optimizer)
+    norm = clip_gradients(model.parameters(), setup.config.clip)
+    if math.isfinite(norm) and math.isfinite(total):
+        progress.skipped_in_a_row = 0
+        progress.loss_sum += total * rows_in_window
+        progress.loss_rows += rows_in_window
+    elif scaler.is_enabled() and progress.skipped_in_a_row < MOST_SKIPPED:
+        progress.skipped += 1                  # the scale was too large: this step is left out and the scale halved
+        progress.skipped_in_a_row += 1
+    else:
+        ids = ", ".join(setup.pairs[r].id for rows, _ in window for r in rows)
+        raise Failed(f"step {progress.step + 1}: loss {total}, gradient norm {norm}; rows {ids}. "
+                     "A smaller --lr or --precision bf16 or fp32 usually helps.")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.step(optimizer)
+    scaler.update()
+    return total, rows_in_window
+
+
+def note_evaluation(progress: Progress, probabilities: np.ndarray, labels: np.ndarray, steps_per_epoch: int,
+                    optimizer: AdamW, bar: tqdm) -> None:
+    """Score an evaluation, keep its row for metrics.csv, and see whether it is the best so far."""
+    result = metrics.evaluate(probabilities, labels)
+    better = result["log_loss"] < progress.best
+    progress.evaluated = progress.step
+    progress.since_best = 0 if better else progress.since_best + 1
+    if better:
+        progress.best, progress.best_step = result["log_loss"], progress.step
+    train_loss = progress.loss_sum / max(progress.loss_rows, 1)
+    progress.rows.append({
+        "step": progress.step, "epoch": round(progress.step / steps_per_epoch, 4), "train_loss": train_loss,
+        "lr": optimizer.param_groups[0]["lr"],
+        **{name: result[name] for name in ("log_loss", "accuracy", "precision", "recall", "f1", "ece")},
+        "skipped": progress.skipped, "best": int(better)})
+    progress.timing.append({"step": progress.step, "seconds": round(progress.seconds, 1),
+                            "peak_memory_mb": round(peak_memory() / 2**20)})
+    progress.loss_sum, progress.loss_rows = 0.0, 0
+    bar.write(f"epoch {progress.step / steps_per_epoch:5.2f}   train loss {train_loss:.4f}   log loss "
+              f"{result['log_loss']:.4f}   accuracy {result['accuracy']:.3f}   F1 {result['f1']:.3f}"
+              f"{'   best' if better else ''}")
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
+def clock(progress: Progress, started: float) -> float:
+    """Add the time since `started` to the run's; return the time now, to start from."""
+    now = time.monotonic()
+    progress.seconds += now - started
+    return now
+
+
+def save_state(folder: Path, progress: Progress, model: PreferenceModel, optimizer: AdamW, scaler) -> None:
+    """Everything that `load_state` needs, in one atomic step; then the logs, which are part of it."""
+    generators, facts = runs.random_state()
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= runs.optimizer_tensors(optimizer) | generators
+    runs.save_state(folder / "state", tensors, {"progress": dataclasses.asdict(progress), "random": facts,
+                                                "scaler": scaler.state_dict(), "step": progress.step,
+                                                "lr": optimizer.param_groups[0]["lr"]})
+    runs.write_rows(folder / "metrics.csv", progress.rows)
+    runs.write_rows(folder / "timing.csv", progress.timing)
+
+
+def load_state(folder: Path, model: PreferenceModel, optimizer: AdamW, scaler) -> Progress:
+    tensors, facts = runs.load_state(folder)
+    model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items()
+                           if name.startswith("model.")})
+    runs.restore_optimizer(optimizer, tensors)
+    for group in optimizer.param_groups:
+        group["lr"] = facts["lr"]
+    scaler.load_state_dict(facts["scaler"])
+    runs.restore_random_state(tensors, facts["random"])
+    return Progress(**facts["progress"])
+
+
+def remember_latest(folder: Path) -> None:
+    """Name the newest run for predict.py; of a fold, the run that it belongs to."""
+    run = folder.parent if folder.name.startswith("fold-") else folder
+    write_text(LATEST, f"{run.resolve()}\n")
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+def finish(folder: Path, judge: Judge, progress: Progress, train_rows: np.ndarray, valid_rows: np.ndarray,
+           setup: Setup) -> np.ndarray:
+    """Score the best model beside the baselines, fit its temperature, write model/ and report.json."""
+    report = {"ended": progress.finished, "steps": progress.step, "best_step": progress.best_step,
+              "minutes": round(progress.seconds / 60, 2), "skipped_steps": progress.skipped,
+              "train_rows": len(train_rows), "valid_rows": len(valid_rows)}
+    logits = np.empty((0, 2, 3))
+    if len(valid_rows):
+        best = load_classifier(folder / "model", device=setup.device)
+        judge = Judge(best, setup.tokenizer, setup.config.max_length, precision=setup.precision)
+        valid = setup.examples.take(valid_rows)
+        logits = predict_logits(best, valid, setup.tokenizer, setup.config.eval_batch_size * setup.config.max_length,
+                                setup.config.eval_batch_size, setup.precision, progress=setup.stop.check)
+        judge.temperature = metrics.fit_temperature(logits, valid.labels)
+        reachable = [setup.truth.get(setup.pairs[row].id) for row in valid_rows]
+        scored = score_logits(logits, valid.labels, setup.lengths[valid_rows], setup.examples.labels[train_rows],
+                              setup.lengths[train_rows], setup.options["seed"],
+                              None if any(p is None for p in reachable) else np.array(reachable))
+        report |= scored | {"temperature": judge.temperature}
+        print(f"\non {len(valid):,} validation rows (log loss: lower is better; calibrated: temperature of other rows)")
+        print(as_text(scored))
+        write_predictions(folder / "valid_predictions.csv", logits, judge.temperature, valid_rows, setup)
+    judge.save(folder / "model")
+    card = model_card(report, Path(setup.options["encoder"]).name, [Path(f).name for f in setup.options["train"]],
+                      setup.options["recipe"], dataclasses.asdict(setup.config), setup.options["seed"])
+    write_text(folder / "model" / "README.md", card)
+    remember_latest(folder)
+    write_json(folder / "report.json", report)
+    return logits
+
+
+def write_predictions(path: Path, logits: np.ndarray, temperature: float, valid_rows: np.ndarray, setup: Setup) -> None:
+    """The validation rows with what the model said of them, to look at and to blend with."""
+    probabilities = metrics.averaged(logits, temperature)
+    runs.write_rows(path, [
+        {"id": setup.pairs[row].id, "label": LABELS[setup.examples.labels[row]],
+         **{f"p_{name.lower()}": f"{value:.6f}" for name, value in zip(LABELS, p)}}
+        for row, p in zip(valid_rows, probabilities)])
+
+
+# --- small talk -------------------------------------------------------------------------------------------------------
+
+def say_what_was_loaded(model: PreferenceModel, folder: Path, options: dict, setup: Setup) -> None:
+    """Report the checkpoint and what memory and disk the run takes; refuse to start on a disk that is too small."""
+    check_vocabulary(setup.tokenizer, model.config.vocab_size, options["encoder"])
+    numbers = sum(p.numel() for p in model.parameters())
+    disk = 4 * numbers * (3 * 3 + 1)       # weights and two moments in two states and one being written; and model/
+    free = shutil.disk_usage(next(p for p in (folder, *folder.resolve().parents) if p.exists())).free
+    print(f"model      {model.load_report}; {numbers / 1e6:.1f} M parameters")
+    print(f"           weights, gradients and AdamW's moments take {_size(16 * numbers)} of memory, activations come on"
+          f" top;\n           the run takes up to {_size(disk)} of disk")
+    if disk > free:
+        raise InputError(file=folder, found=f"{_size(free)} free on its disk", expected=f"{_size(disk)} for the state")
+
+
+def say_how_long(steps: int, seconds: float, bar: tqdm) -> None:
+    bar.write(f"the first 10 steps took {seconds:.1f} s: at that pace all {steps:,} take "
+              f"{_duration(seconds / 10 * steps)}, evaluations on top; peak memory so far {_size(peak_memory())}")
+
+
+def peak_memory() -> int:
+    """Bytes: the GPU's peak allocation if one is used, else the process's peak resident set."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ModuleNotFoundError:                # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _size(number: float) -> str:
+    return f"{number / 2**30:.1f} GB" if number >= 2**30 else f"{number / 2**20:.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
