@@ -1,0 +1,40 @@
+"""A very small encoder with the bundled tokenizer, and rows to train it on: a whole run in seconds."""
+
+import random
+from pathlib import Path
+
+import torch
+
+from minipref.checkpoint import encoder_tensors, write_checkpoint
+from minipref.config import EncoderConfig
+from minipref.encoder import Encoder, initialise
+from minipref.tokenizer import load_tokenizer
+
+BUNDLED = Path(__file__).resolve().parents[1] / "weights" / "minipref-tiny"
+
+
+def write_encoder(folder: Path, dropout: float = 0.1, seed: int = 0) -> Path:
+    """Write a random encoder of width 32 in the Hugging Face layout, with the bundled encoder's tokenizer."""
+    tokenizer = load_tokenizer(BUNDLED)
+    config = EncoderConfig(vocab_size=tokenizer.vocab_size, width=32, heads=2, layers=2, feed_forward=64, span=16,
+                           max_distance=64, hidden_dropout=dropout, attention_dropout=dropout)
+    torch.manual_seed(seed)
+    encoder = Encoder(config)
+    initialise(encoder, 0.1)
+    write_checkpoint(encoder_tensors(encoder), config.to_json(), folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def write_rows(path: Path, rows: int, seed: int = 0, labels: bool = True) -> Path:
+    """Write a CSV whose rule a small model learns at once: the answer that says 'yes' wins, two alike are a tie."""
+    draw = random.Random(seed)
+    lines = ["id,prompt,response_a,response_b" + (",winner_model_a,winner_model_b,winner_tie" if labels else "")]
+    for n in range(rows):
+        a, b = (draw.choice(("yes", "no")) for _ in "ab")
+        label = "0,0,1" if a == b else "1,0,0" if a == "yes" else "0,1,0"
+        filler = [" ".join(draw.choice(("the", "house", "is", "red", "and", "old")) for _ in range(3)) for _ in "pab"]
+        lines.append(f'{n}{draw.randrange(10**6):06},"[""{n} {filler[0]}""]","[""{a} {filler[1]}""]",'
+                     f'"[""{b} {filler[2]}""]"' + (f",{label}" if labels else ""))
+    path.write_text("\n".join(lines) + "\n")
+    return path

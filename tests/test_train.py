@@ -1,0 +1,343 @@
+"""train.py and predict.py as people run them: what they write, what they refuse, and that a stopped run goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small import write_encoder, write_rows
+
+import minipref
+import predict
+import train
+from minipref.checkpoint import load_classifier
+from minipref.data import read_pairs
+
+ROOT = Path(train.__file__).parent
+FAST = ["--recipe", "tiny", "--epochs", "3", "--lr", "2e-3", "--precision", "fp32", "--batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Each test in a folder of its own, with the process's signal handlers and determinism put back afterwards."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def finished(encoder, tmp_path_factory):
+    """A run that went to its end, in `folder`, with its rows beside it."""
+    folder = tmp_path_factory.mktemp("finished")
+    rows = write_rows(folder / "train.csv", 400)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert train.main(["--train", str(rows), "--encoder", str(encoder), "--run", "run", *FAST]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def said(capsys, arguments, main=train.main):
+    code = main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+# --- a whole run
+
+def test_a_run_learns_and_writes_what_the_design_promises(finished):
+    run = finished / "run"
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.csv", "timing.csv", "report.json", "model",
+                                               "state", "valid_predictions.csv", "tokens.safetensors"}
+    log = pd.read_csv(run / "metrics.csv")
+    assert log["step"].tolist() == [45, 90, 135] and log["log_loss"].iloc[-1] < 0.5 < log["train_loss"].iloc[0]
+    report = json.loads((run / "report.json").read_text())
+    assert report["results"]["model, calibrated"]["log_loss"] < report["results"]["length only"]["log_loss"]
+    assert set(report["results"]) == {"uniform", "class prior", "length only", "model, one order", "model, both orders",
+                                      "model, calibrated"}
+    assert (finished / "runs" / "latest").read_text() == f"{run.resolve()}\n"
+    card = (run / "model" / "README.md").read_text()
+    assert "train.csv" in card and str(finished) not in card and "| lr | 0.002 |" in card
+
+
+def test_metrics_hold_no_times_and_no_paths(finished):
+    log = (finished / "run" / "metrics.csv").read_text()
+    assert "second" not in log and str(finished) not in log and "/" not in log
+
+
+def test_the_newest_runs_model_writes_a_submission(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    test = write_rows(finished / "test.csv", 57, seed=1, labels=False)
+    code, out, _ = said(capsys, [str(test)], predict.main)
+    assert code == 0 and "57 rows, both orders" in out
+    frame = pd.read_csv("submission.csv", dtype={"id": str})
+    assert list(frame) == ["id", "winner_model_a", "winner_model_b", "winner_tie"]
+    assert frame["id"].tolist() == [p.id for p in read_pairs(test, "if present")]
+    values = frame.iloc[:, 1:].to_numpy()
+    assert np.isfinite(values).all() and abs(values.sum(1) - 1).max() < 1e-6
+
+
+def test_a_labelled_file_is_scored(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    code, out, _ = said(capsys, [str(write_rows(finished / "labelled.csv", 60, seed=2))], predict.main)
+    assert code == 0 and "log loss" in out and "people \\ model" in out
+
+
+def test_one_pair_is_judged_the_same_from_the_command_line_and_from_python(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    code, out, _ = said(capsys, ["--prompt", "the house", "--a", "yes it is", "--b", "no", "--precision", "fp32"],
+                        predict.main)
+    judge = minipref.load_judge("run/model")
+    p = judge.compare("the house", "yes it is", ["no"])
+    assert code == 0 and [float(line.split()[1]) for line in out.splitlines()] == [round(x, 4) for x in p]
+    assert p[0] > 0.6 and abs(sum(p) - 1) < 1e-12
+
+
+def test_averaging_both_orders_makes_the_verdict_independent_of_the_order(finished):
+    judge = minipref.load_judge(finished / "run" / "model")
+    p, q = judge.compare("old", "yes", "no red"), judge.compare("old", "no red", "yes")
+    assert np.allclose(p, (q[1], q[0], q[2]), atol=1e-6)
+
+
+def test_several_models_are_averaged(finished, encoder, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    rows = [("old", "yes", "no red"), ("red", "no", "no")]
+    test = finished / "two.csv"
+    test.write_text("id,prompt,response_a,response_b\n1,old,yes,no red\n2,red,no,no\n")
+    assert train.main(["--train", "train.csv", "--encoder", str(encoder), "--run", "other", *FAST, "--seed", "7"]) == 0
+    folders = ["run/model", "other/model"]
+    arguments = [str(test), "--model", *folders, "--precision", "fp32", "--output", "mean.csv"]
+    code, _, _ = said(capsys, arguments, predict.main)
+    wanted = np.mean([minipref.load_judge(folder).compare_many(rows) for folder in folders], axis=0)
+    assert code == 0 and np.allclose(pd.read_csv("mean.csv").iloc[:, 1:], wanted, atol=1e-7)
+
+
+def test_transformers_loads_the_trained_model_and_says_the_same(finished):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    judge = minipref.load_judge(finished / "run" / "model")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(finished / "run" / "model",
+                                                                             dtype=torch.float32).eval()
+    tokenizer = judge.tokenizer
+    ids = [tokenizer.cls_id, *tokenizer.encode("old"), tokenizer.sep_id, *tokenizer.encode("yes"), tokenizer.sep_id,
+           *tokenizer.encode("no red"), tokenizer.sep_id]
+    with torch.no_grad():
+        logits = theirs(input_ids=torch.tensor([ids])).logits
+    wanted = judge.compare_many([("old", "yes", "no red")], swap_average=False)
+    assert np.allclose(torch.softmax(logits / judge.temperature, -1).numpy(), wanted, atol=1e-5)
+    assert theirs.config.id2label == {0: "A", 1: "B", 2: "tie"}
+
+
+# --- other ways to train
+
+def test_folds_give_every_row_a_verdict_from_a_model_that_never_saw_it(encoder, tmp_path, capsys):
+    rows = write_rows(tmp_path / "t.csv", 120)
+    code, out, _ = said(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST, "--folds", "3"])
+    assert code == 0 and "out of fold, 3 models, 120 rows" in out
+    held = pd.concat([pd.read_csv(f"r/fold-{k}/valid_predictions.csv", dtype={"id": str}) for k in (1, 2, 3)])
+    assert sorted(held["id"]) == sorted(p.id for p in read_pairs(rows))
+    assert predict.main([str(write_rows(tmp_path / "test.csv", 5, labels=False))]) == 0
+    assert "3 models" in capsys.readouterr().out
+
+
+def test_all_rows_trains_on_everything_and_claims_no_score(encoder, tmp_path, capsys):
+    rows = write_rows(tmp_path / "t.csv", 60)
+    code, out, _ = said(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST, "--all-rows"])
+    assert code == 0 and "there will be no score" in out
+    report = json.loads(Path("r/report.json").read_text())
+    assert report["train_rows"] == 60 and "results" not in report
+    assert minipref.load_judge("r/model").temperature == 1.0
+
+
+def test_a_validation_file_that_shares_prompts_is_warned_of(encoder, tmp_path, capsys):
+    rows = write_rows(tmp_path / "t.csv", 60)
+    code, out, _ = said(capsys, ["--train", str(rows), "--valid", str(rows), "--encoder", str(encoder), "--run", "r",
+                                 *FAST])
+    assert code == 0 and "WARNING: 60 prompts are on both sides" in out
+
+
+def test_frozen_embeddings_stay_as_they_were(encoder, tmp_path):
+    rows = write_rows(tmp_path / "t.csv", 60)
+    assert train.main(["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST,
+                       "--freeze-embeddings"]) == 0
+    before, after = load_classifier(encoder), load_classifier("r/model")
+    assert torch.equal(before.encoder.word_table.weight, after.encoder.word_table.weight)
+    assert not torch.equal(before.encoder.rel_table.weight, after.encoder.rel_table.weight)
+
+
+def test_checkpointed_activations_give_the_same_run_bit_for_bit(encoder, tmp_path):
+    rows = write_rows(tmp_path / "t.csv", 60)
+    base = ["--train", str(rows), "--encoder", str(encoder), *FAST]
+    assert train.main([*base, "--run", "plain"]) == 0
+    assert train.main([*base, "--run", "saving", "--checkpoint-activations"]) == 0
+    assert Path("plain/metrics.csv").read_bytes() == Path("saving/metrics.csv").read_bytes()
+
+
+def test_accumulated_passes_equal_one_large_batch(tmp_path):
+    encoder = write_encoder(tmp_path / "still", dropout=0.0)
+    rows = write_rows(tmp_path / "t.csv", 58)
+    base = ["--train", str(rows), "--encoder", str(encoder), "--recipe", "tiny", "--precision", "fp32", "--epochs", "2",
+            "--lr", "1e-3", "--head-dropout", "0", "--all-rows", "--no-swap", "--max-length", "64"]
+    assert train.main([*base, "--run", "large", "--batch-size", "58"]) == 0
+    assert train.main([*base, "--run", "small", "--batch-size", "15", "--accumulate", "4"]) == 0
+    large, small = (load_classifier(f"{name}/model").state_dict() for name in ("large", "small"))
+    assert max((large[name] - small[name]).abs().max() for name in large) < 1e-6
+
+
+# --- stopping and going on
+
+def stop_at_check(monkeypatch, number):
+    """Let the run believe that SIGTERM came just before its n-th look."""
+    looks = 0
+
+    def check(self, *_):
+        nonlocal looks
+        looks += 1
+        if looks == number:
+            self.number = signal.SIGTERM
+            raise train.Stopped
+    monkeypatch.setattr(train.StopSignal, "check", check)
+
+
+@pytest.mark.parametrize("look", [1, 7, 8, 9, 16, 20, 25])    # mid-epoch, in an evaluation, after one, at the very end
+def test_a_run_stopped_anywhere_and_resumed_ends_as_if_it_had_not_been(encoder, tmp_path, monkeypatch, look):
+    rows = write_rows(tmp_path / "t.csv", 120)
+    base = ["--train", str(rows), "--encoder", str(encoder), *FAST, "--accumulate", "2"]
+    assert train.main([*base, "--run", "whole"]) == 0
+    with monkeypatch.context() as patch:
+        stop_at_check(patch, look)
+        assert train.main([*base, "--run", "broken"]) == 143
+    assert train.main(["--resume", "--run", "broken"]) == 0
+    for name in ("metrics.csv", "valid_predictions.csv", "model/model.safetensors", "model/minipref.json"):
+        assert Path("whole", name).read_bytes() == Path("broken", name).read_bytes(), name
+    whole, broken = (train.runs.load_state(f"{name}/state")[0] for name in ("whole", "broken"))
+    assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(encoder, tmp_path):
+    rows = write_rows(tmp_path / "t.csv", 2000)
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--train", str(rows), "--encoder", str(encoder),
+                                "--run", "r", *FAST, "--epochs", "200", "--patience", "0"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("steps"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume --run 'r'" in out and "Traceback" not in err
+    assert train.runs.has_state("r/state")
+
+
+def test_a_run_that_could_go_on_is_not_overwritten(finished, encoder, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    before = Path("run/report.json").read_bytes()
+    code, _, err = said(capsys, ["--train", "train.csv", "--encoder", str(encoder), "--run", "run", *FAST])
+    assert code == 2 and "--resume" in err and Path("run/report.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("arguments", "what"), [(["--lr", "1e-4"], "--lr 0.0001, where the run has 0.002"),
+                                                 (["--no-swap"], "--no-swap True, where the run has its default")])
+def test_resuming_with_other_figures_is_refused_by_name(finished, monkeypatch, capsys, arguments, what):
+    monkeypatch.chdir(finished)
+    code, _, err = said(capsys, ["--resume", "--run", "run", *arguments])
+    assert code == 2 and what in err and err.count("\n") == 1
+
+
+def test_resuming_on_other_rows_is_refused(encoder, tmp_path, capsys):
+    rows = write_rows(tmp_path / "t.csv", 60)
+    assert train.main(["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST]) == 0
+    write_rows(rows, 60, seed=5)
+    code, _, err = said(capsys, ["--resume", "--run", "r"])
+    assert code == 2 and "train has changed" in err
+
+
+# --- what is refused
+
+@pytest.mark.parametrize(("arguments", "what"), [
+    (["--train", "none.csv"], "none.csv: no such file"),
+    (["--encoder", "nowhere"], "nowhere"),
+    (["--epochs", "0"], "--epochs"),
+    (["--lr", "-1"], "--lr"),
+    (["--lr", "nan"], "--lr"),
+    (["--recipe", "best"], "--recipe"),
+    (["--folds", "2", "--all-rows"], "--folds and --all-rows"),
+    (["--resume"], "--resume without --run"),
+    (["--resume", "--run", "nowhere"], "nowhere"),
+    (["--unheard-of"], "--unheard-of"),
+    (["--limit", "1"], "cannot be split"),
+    (["--device", "cuda"] if not torch.cuda.is_available() else ["--device", "mps"], "which this machine"),
+])
+def test_wrong_arguments_get_one_line_and_exit_code_2(encoder, tmp_path, capsys, arguments, what):
+    rows = write_rows(tmp_path / "t.csv", 20)
+    base = ["--train", str(rows), "--encoder", str(encoder), "--run", "r"]
+    code, _, err = said(capsys, [*base, *arguments] if "--resume" not in arguments else arguments)
+    assert code == 2 and err.count("\n") == 1 and err.startswith("train.py: ") and what in err
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_an_encoder_without_one_of_its_files_is_refused_by_name(encoder, tmp_path, capsys, broken):
+    folder = tmp_path / "half"
+    folder.mkdir()
+    for file in encoder.iterdir():
+        if file.name != broken:
+            (folder / file.name).write_bytes(file.read_bytes())
+    code, _, err = said(capsys, ["--train", str(write_rows(tmp_path / "t.csv", 20)), "--encoder", str(folder)])
+    assert code == 2 and err.count("\n") == 1 and (broken.split(".")[0] in err)
+
+
+def test_a_half_written_checkpoint_is_refused_and_nothing_is_overwritten(finished, tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (finished / "run" / "model").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    whole = (folder / "model.safetensors").read_bytes()
+    Path("submission.csv").write_text("mine")
+    test = write_rows(tmp_path / "t.csv", 3, labels=False)
+    for part in range(0, 16):
+        (folder / "model.safetensors").write_bytes(whole[:len(whole) * part // 16])
+        code, _, err = said(capsys, [str(test), "--model", str(folder)], predict.main)
+        assert code == 2 and "model.safetensors" in err and err.count("\n") == 1
+    assert Path("submission.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("arguments", "what"), [
+    ([], "neither a CSV nor"),
+    (["--prompt", "p", "--a", "x"], "neither a CSV nor"),
+    (["t.csv", "--prompt", "p"], "both a CSV and"),
+    (["t.csv", "--model", "nowhere"], "nowhere: no such folder"),
+    (["t.csv"], "no run so far"),
+])
+def test_wrong_arguments_to_predict_get_one_line_and_exit_code_2(capsys, arguments, what):
+    code, _, err = said(capsys, arguments, predict.main)
+    assert code == 2 and what in err and err.count("\n") == 1
+
+
+def test_a_duplicate_id_in_a_test_file_stops_prediction_before_anything_is_written(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    Path("twice.csv").write_text("id,prompt,response_a,response_b\n1,p,a,b\n1,p,a,b\n")
+    code, _, err = said(capsys, ["twice.csv", "--output", "out.csv"], predict.main)
+    assert code == 2 and "twice.csv, row 2, column id" in err and not Path("out.csv").exists()
+
+
+# --- numbers
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_batchs_ids(encoder, tmp_path, capsys):
+    rows = write_rows(tmp_path / "t.csv", 40)
+    code, _, err = said(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST, "--lr", "1e30"])
+    assert code == 1 and "Traceback" not in err and err.count("\n") == 1
+    assert any(p.id in err for p in read_pairs(rows)) and "--lr" in err
