@@ -28,17 +28,20 @@ def score_logits(logits: np.ndarray, labels: np.ndarray, lengths: np.ndarray, tr
     results["model, calibrated"] = metrics.evaluate(calibrated, labels)
     if reachable is not None:
         results["best reachable"] = metrics.evaluate(reachable, labels)
-    return {"results": results, "verdict": verdict(calibrated, labels, results)}
+    return {"results": results, "verdict": verdict(calibrated, metrics.averaged(logits, 1.0), labels, results)}
 
 
-def verdict(probabilities: np.ndarray, labels: np.ndarray, results: dict[str, dict]) -> list[str]:
-    """What the figures mean, in plain sentences. `results` needs "class prior" and "length only"."""
+def verdict(probabilities: np.ndarray, raw: np.ndarray, labels: np.ndarray, results: dict[str, dict]) -> list[str]:
+    """What the figures mean, in plain sentences. `results` needs "class prior" and "length only".
+
+    `raw` are the probabilities before the temperature, which may have flattened opinions that were worthless.
+    """
     score = metrics.evaluate(probabilities, labels)["log_loss"]
     prior, by_length = results["class prior"]["log_loss"], results["length only"]["log_loss"]
     losses = -np.log(probabilities[np.arange(len(labels)), labels].clip(min=np.finfo(float).eps))
     error = losses.std() / math.sqrt(len(losses))
     said = []
-    if metrics.collapsed(probabilities):
+    if metrics.collapsed(raw):
         said.append("COLLAPSED: the model says nearly the same of every row: it has learnt the class prior, no more. "
                     "Another --lr, more --epochs or another --seed may help.")
     said.append(f"{'Better' if score < by_length else 'NOT better'} than counting characters: {score:.4f} against "
@@ -70,11 +73,12 @@ def score_folds(logits: list[np.ndarray], splits: list[tuple[np.ndarray, np.ndar
     features = metrics.length_features(lengths)
     by_length = [metrics.logistic_regression(features[train], labels[train])(features[valid])
                  for train, valid in splits]
-    probabilities = metrics.cross_fitted(np.concatenate(logits), truth, seed)
+    logits = np.concatenate(logits)
+    probabilities = metrics.cross_fitted(logits, truth, seed)
     results = {"class prior": metrics.evaluate(np.concatenate(prior), truth),
                "length only": metrics.evaluate(np.concatenate(by_length), truth),
                "out of fold": metrics.evaluate(probabilities, truth)}
-    return {"results": results, "verdict": verdict(probabilities, truth, results)}
+    return {"results": results, "verdict": verdict(probabilities, metrics.averaged(logits, 1.0), truth, results)}
 
 
 def model_card(report: dict, encoder: str, files: list[str], recipe: str, figures: dict, seed: int) -> str:
