@@ -98,7 +98,8 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     add("--compile", action="store_true", help="torch.compile the model")
     add("--save-every", type=real, metavar="MINUTES", help="the most that a sudden death can cost (default 10)")
     add("--limit", type=whole, metavar="N", help="only the first N rows, for a quick look")
-    return {name: value for name, value in vars(parser.parse_args(arguments)).items() if value not in (None, False)}
+    given = vars(parser.parse_args(arguments))
+    return {name: value for name, value in given.items() if value is not None and value is not False}    # 0 is given
 
 
 def _number(kind: type, lowest: float, highest: float = math.inf):

@@ -48,7 +48,7 @@ def save_state(folder: str | Path, tensors: dict[str, Tensor], facts: dict) -> N
     with replacing(folder / name) as temporary:
         save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, temporary)
         digest = sha256_of(temporary)
-    facts_text = json.dumps(facts, sort_keys=True)
+    facts_text = json.dumps(facts)
     if pointer:
         write_json(folder / PREVIOUS, pointer)
     write_json(folder / CURRENT, {"tensors": name, "sha256": digest, "facts": facts_text,

@@ -20,7 +20,7 @@ from minipref.checkpoint import load_classifier
 from minipref.data import read_pairs
 
 ROOT = Path(train.__file__).parent
-FAST = ["--recipe", "tiny", "--epochs", "3", "--lr", "2e-3", "--precision", "fp32", "--batch-size", "8"]
+FAST = ["--recipe", "tiny", "--epochs", "4", "--lr", "3e-3", "--precision", "fp32", "--batch-size", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +66,14 @@ def test_a_run_learns_and_writes_what_the_design_promises(finished):
     assert {p.name for p in run.iterdir()} == {"config.json", "metrics.csv", "timing.csv", "report.json", "model",
                                                "state", "valid_predictions.csv", "tokens.safetensors"}
     log = pd.read_csv(run / "metrics.csv")
-    assert log["step"].tolist() == [45, 90, 135] and log["log_loss"].iloc[-1] < 0.5 < log["train_loss"].iloc[0]
+    assert log["step"].tolist() == [45, 90, 135, 180] and log["log_loss"].iloc[-1] < 0.5 < log["train_loss"].iloc[0]
     report = json.loads((run / "report.json").read_text())
     assert report["results"]["model, calibrated"]["log_loss"] < report["results"]["length only"]["log_loss"]
     assert set(report["results"]) == {"uniform", "class prior", "length only", "model, one order", "model, both orders",
                                       "model, calibrated"}
     assert (finished / "runs" / "latest").read_text() == f"{run.resolve()}\n"
     card = (run / "model" / "README.md").read_text()
-    assert "train.csv" in card and str(finished) not in card and "| lr | 0.002 |" in card
+    assert "train.csv" in card and str(finished) not in card and "| lr | 0.003 |" in card
 
 
 def test_metrics_hold_no_times_and_no_paths(finished):
@@ -101,10 +101,9 @@ def test_a_labelled_file_is_scored(finished, monkeypatch, capsys):
 
 def test_one_pair_is_judged_the_same_from_the_command_line_and_from_python(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished)
-    code, out, _ = said(capsys, ["--prompt", "the house", "--a", "yes it is", "--b", "no", "--precision", "fp32"],
-                        predict.main)
-    judge = minipref.load_judge("run/model")
-    p = judge.compare("the house", "yes it is", ["no"])
+    prompt, a, b = "77 the house is", "yes old and red", "no the is red"
+    code, out, _ = said(capsys, ["--prompt", prompt, "--a", a, "--b", b, "--precision", "fp32"], predict.main)
+    p = minipref.load_judge("run/model").compare(prompt, a, [b])
     assert code == 0 and [float(line.split()[1]) for line in out.splitlines()] == [round(x, 4) for x in p]
     assert p[0] > 0.6 and abs(sum(p) - 1) < 1e-12
 
@@ -250,7 +249,7 @@ def test_a_run_that_could_go_on_is_not_overwritten(finished, encoder, monkeypatc
     assert code == 2 and "--resume" in err and Path("run/report.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(("arguments", "what"), [(["--lr", "1e-4"], "--lr 0.0001, where the run has 0.002"),
+@pytest.mark.parametrize(("arguments", "what"), [(["--lr", "1e-4"], "--lr 0.0001, where the run has 0.003"),
                                                  (["--no-swap"], "--no-swap True, where the run has its default")])
 def test_resuming_with_other_figures_is_refused_by_name(finished, monkeypatch, capsys, arguments, what):
     monkeypatch.chdir(finished)
@@ -264,6 +263,15 @@ def test_resuming_on_other_rows_is_refused(encoder, tmp_path, capsys):
     write_rows(rows, 60, seed=5)
     code, _, err = said(capsys, ["--resume", "--run", "r"])
     assert code == 2 and "train has changed" in err
+
+
+def test_a_figure_of_zero_is_a_figure(encoder, tmp_path, capsys):
+    rows = write_rows(tmp_path / "t.csv", 20)
+    zero = ["--head-dropout", "0", "--warmup", "0", "--patience", "0", "--weight-decay", "0", "--seed", "0"]
+    assert train.main(["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST, *zero]) == 0
+    stored = json.loads(Path("r/config.json").read_text())
+    assert stored["options"]["seed"] == 0
+    assert [stored["figures"][name] for name in ("head_dropout", "warmup", "patience", "weight_decay")] == [0] * 4
 
 
 # --- what is refused
