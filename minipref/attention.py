@@ -35,7 +35,8 @@ import torch
 from torch import Tensor, nn
 
 from minipref.config import EncoderConfig
-from minipref.positions import log_bucket
+from minipref.fused import choose_path, fast_attention
+from minipref.positions import log_bucket, relative_index
 
 
 def attention_by_definition(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor, is_token: Tensor,
@@ -80,7 +81,7 @@ def disentangled_scores(q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor, rel_
 
     # The same for keys. A key at j gathers over the queries i, so the index and the result are transposed.
     every_row = k @ pos_q.mT                                             # (B, H, L_j, R)
-    p2c = every_row.gather(-1, rel_index.mT.expand_as(c2c)).mT           # (B, H, L_i, L_j)
+    p2c = every_row.gather(-1, rel_index.mT.expand_as(c2c.mT)).mT        # (B, H, L_i, L_j)
     return c2c, c2p, p2c
 
 
@@ -97,7 +98,10 @@ def masked_softmax(scores: Tensor, is_token: Tensor) -> Tensor:
 class DisentangledAttention(nn.Module):
     """One layer's self-attention, up to and including the output projection.
 
-    Shapes: x (B, L, D), is_token (B, L), rel (R, D) the normalised relative table, rel_index (L, L) -> (B, L, D).
+    `cls_only` asks for the first token's result alone: the last layer of a classifier needs no other.
+
+    Shapes: x (B, L, D), is_token (B, L), rel (R, D) the normalised relative table, rows (2L - 1,) the row of each
+    distance -> (B, L, D), or (B, 1, D).
     """
 
     def __init__(self, config: EncoderConfig):
@@ -111,20 +115,30 @@ class DisentangledAttention(nn.Module):
         self.rel_dropout = nn.Dropout(config.hidden_dropout)
         self.attn_dropout = nn.Dropout(config.attention_dropout)
 
-    def forward(self, x: Tensor, is_token: Tensor, rel: Tensor, rel_index: Tensor) -> Tensor:
-        q, k, v, pos_q, pos_k = self.project(x, rel)
-        c2c, c2p, p2c = disentangled_scores(q, k, pos_q, pos_k, rel_index)
-        probs = masked_softmax(c2c + c2p + p2c, is_token)
-        out = self.attn_dropout(probs).to(v.dtype) @ v                   # (B, H, L, d)
+    def forward(self, x: Tensor, is_token: Tensor, rel: Tensor, rows: Tensor, cls_only: bool = False) -> Tensor:
+        q, k, v, pos_q, pos_k = self.project(x, rel, cls_only)
+        path = choose_path(x.device)
+        if path == "plain":
+            rel_index = relative_index(rows)[:q.shape[2]]
+            c2c, c2p, p2c = disentangled_scores(q, k, pos_q, pos_k, rel_index)
+            probs = masked_softmax(c2c + c2p + p2c, is_token)
+            out = self.attn_dropout(probs).to(v.dtype) @ v               # (B, H, L, d)
+        else:                                                            # the same numbers, sooner: fused.py
+            dropout = self.attn_dropout.p if self.training else 0.0
+            out = fast_attention(q, k, v, pos_q, pos_k, is_token, rows, dropout, path)
         return self.out_proj(out.transpose(1, 2).flatten(2))             # (B, L, D)
 
-    def project(self, x: Tensor, rel: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rel: Tensor, cls_only: bool = False
+                ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values of the tokens; queries and keys of the table, through the same two projections.
 
-        Shapes: x (B, L, D), rel (R, D) -> q, k, v (B, H, L, d), pos_q, pos_k (H, R, d).
+        Shapes: x (B, L, D), rel (R, D) -> q, k, v (B, H, L, d), pos_q, pos_k (H, R, d); with `cls_only` q is
+        (B, H, 1, d).
         """
         rel = self.rel_dropout(rel)
-        return (self.split_heads(self.q_proj(x)), self.split_heads(self.k_proj(x)), self.split_heads(self.v_proj(x)),
+        asking = x[:, :1] if cls_only else x
+        return (self.split_heads(self.q_proj(asking)), self.split_heads(self.k_proj(x)),
+                self.split_heads(self.v_proj(x)),
                 self.split_heads(self.q_proj(rel)), self.split_heads(self.k_proj(rel)))
 
     def split_heads(self, x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class PreferenceModel(nn.Module):
         return self.encoder.config
 
     def forward(self, ids: Tensor, is_token: Tensor) -> Tensor:
-        cls = self.encoder(ids, is_token)[:, 0]                          # (B, D)
+        cls = self.encoder.cls_vector(ids, is_token)                     # (B, D)
         pooled = F.gelu(self.pooler(self.pooler_dropout(cls)))           # (B, D)
         return self.head(self.head_dropout(pooled))                      # (B, C)
 

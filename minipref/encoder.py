@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from minipref.attention import DisentangledAttention
 from minipref.config import EncoderConfig
-from minipref.positions import distance_rows, relative_index
+from minipref.positions import distance_rows
 
 
 class EncoderLayer(nn.Module):
     """Attention, then a two-layer perceptron, each with dropout, a residual connection and LayerNorm after it.
 
-    Shapes: x (B, L, D), is_token (B, L), rel (R, D), rel_index (L, L) -> (B, L, D).
+    Shapes: x (B, L, D), is_token (B, L), rel (R, D), rows (2L - 1,) -> (B, L, D); with `cls_only` (B, 1, D).
     """
 
     def __init__(self, config: EncoderConfig):
@@ -35,8 +35,9 @@ class EncoderLayer(nn.Module):
         self.ff_norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x: Tensor, is_token: Tensor, rel: Tensor, rel_index: Tensor) -> Tensor:
-        x = self.attn_norm(x + self.dropout(self.attention(x, is_token, rel, rel_index)))
+    def forward(self, x: Tensor, is_token: Tensor, rel: Tensor, rows: Tensor, cls_only: bool = False) -> Tensor:
+        attended = self.attention(x, is_token, rel, rows, cls_only)
+        x = self.attn_norm(x[:, :attended.shape[1]] + self.dropout(attended))
         hidden = F.gelu(self.ff_in(x))                                   # (B, L, F); the exact GELU, with erf
         return self.ff_norm(x + self.dropout(self.ff_out(hidden)))
 
@@ -65,19 +66,42 @@ class Encoder(nn.Module):
             last = x
         return last
 
-    def layer_outputs(self, ids: Tensor, is_token: Tensor) -> Iterator[Tensor]:
-        """The embeddings and then each layer's output, N + 1 tensors of (B, L, D), one at a time."""
+    def cls_vector(self, ids: Tensor, is_token: Tensor) -> Tensor:
+        """The last layer's first vector, exactly `self(ids, is_token)[:, 0]`, without computing that layer's others.
+
+        Shapes: (B, L), (B, L) -> (B, D).
+        """
+        for x in self.layer_outputs(ids, is_token, cls_only=True):
+            last = x
+        return last[:, 0]
+
+    def layer_outputs(self, ids: Tensor, is_token: Tensor, cls_only: bool = False) -> Iterator[Tensor]:
+        """The embeddings and then each layer's output, N + 1 tensors of (B, L, D), one at a time.
+
+        With `cls_only` the last of them is (B, 1, D), the first token's.
+        """
         x = self.embed(ids, is_token)
         yield x
-        rows = distance_rows(ids.shape[1], self.config.span, self.config.max_distance, device=ids.device)
-        rel_index = relative_index(rows)                                 # (L, L), the same for every layer
-        rel = self.rel_norm(self.rel_table.weight)                       # (R, D), likewise
+        rel, rows = self.relative_table(ids.shape[1])                    # the same for every layer
         for layer in self.layers:
+            arguments = x, is_token, rel, rows, cls_only and layer is self.layers[-1]
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, is_token, rel, rel_index, use_reentrant=False)
+                x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x = layer(x, is_token, rel, rel_index)
+                x = layer(*arguments)
             yield x
+
+    def relative_table(self, length: int) -> tuple[Tensor, Tensor]:
+        """The normalised rows that `length` tokens can refer to, and for each distance which of them it is.
+
+        Few tokens know few distances, and rows that none of them needs would be projected in vain in every layer.
+
+        Shapes: -> (R', D) with R' <= R, (2 * length - 1,) int64.
+        """
+        rows = distance_rows(length, self.config.span, self.config.max_distance)
+        lowest, highest = int(rows[0]), int(rows[-1])                    # rows never descend
+        rel = self.rel_norm(self.rel_table.weight[lowest:highest + 1])
+        return rel, (rows - lowest).to(rel.device)
 
     def embed(self, ids: Tensor, is_token: Tensor) -> Tensor:
         """Word vectors, normalised, with padding zeroed. Shapes: (B, L), (B, L) -> (B, L, D)."""

@@ -1,0 +1,380 @@
+"""Disentangled attention block by block: no gather, and no L x L matrix kept for the backward pass.
+
+The plain form in `attention.py` multiplies every query with all R rows of the table and then picks, for each pair of
+tokens, the row that its distance selects. The picking is what makes DeBERTa slow: it reads and writes L x L elements
+one by one, twice per head, and autograd keeps them all. Three observations do away with it.
+
+**1. A table laid out by distance needs no index.** L tokens can have 2L - 1 distances. Let t[m] be the table's row
+for distance L - 1 - m, so that distances descend. One matrix product, T[i, m] = q_i . t[m], gives every query's score
+with every distance, and the one that a key at j wants is m = j - i + L - 1. In memory, where row i of T starts at
+i * (2L - 1), it lies at
+
+    i * (2L - 1) + j - i + L - 1  =  (L - 1) + i * (2L - 2) + j * 1:
+
+an ordinary matrix with strides (2L - 2, 1), a view of T's `diagonals`. p2c is the same with queries and keys
+exchanged, transposed. A strip of only c queries needs only L + c - 1 distances.
+
+**2. One head at a time fits into the cache.** A block of scores, about a megabyte, is made, used and overwritten;
+main memory sees only q, k, v and the result.
+
+**3. The backward pass can make the scores again.** A block holds whole rows, so its softmax can be recomputed from
+q, k and the table alone. With S the scores, P = softmax(S), Z the dropout factors (0 or 1 / keep), O = (P * Z) V the
+result and dO the gradient that arrives:
+
+    dV = (P * Z)^T dO         dP = (dO V^T) * Z         dS = P * (dP - rowsum(P * dP))
+
+    dq_i = scale * sum_j dS[i, j] (k_j + pos_k[i - j])         dpos_k[m] = scale * sum_(i - j = m) dS[i, j] q_i
+    dk_j = scale * sum_i dS[i, j] (q_i + pos_q[i - j])         dpos_q[m] = scale * sum_(i - j = m) dS[i, j] k_j
+
+The sums over one distance are matrix products once more: write dS into the `diagonals` of a zeroed T, and T times
+the table, and T transposed times the queries, is what the formulas say. The row sum is over P * dP and not over
+O * dO as textbooks have it: the same number, but only the first makes a lone token's gradients exactly 0.
+
+Dropout draws from a generator of its own, whose seed comes from torch's global one. The backward pass starts it
+again, so no mask is kept, and a run that is resumed or checkpointed repeats itself.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_BYTES = 2**20      # of scores worked on at once: what half of a core's second-level cache holds
+LANES = 32               # widths of products are rounded up to a multiple of this: 32 bfloat16 fill a cache line
+
+
+def choose_path(device: torch.device) -> str:
+    """Which form computes the attention: "plain", "blocks" or "batched".
+
+    - Under torch.compile the plain form: the compiler fuses its gathers, and cannot see into a hand-written backward.
+    - On a CPU blocks, whatever the length: they stay in its cache.
+    - On an accelerator the batched form: starting a kernel costs more than a block's work, so all heads go at once.
+    """
+    if torch.compiler.is_compiling():
+        return "plain"
+    return "blocks" if device.type == "cpu" else "batched"
+
+
+def fast_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor, is_token: Tensor, rows: Tensor,
+                   dropout: float, path: str) -> Tensor:
+    """Disentangled attention the way `choose_path` said, "blocks" or "batched".
+
+    Shapes: q (B, H, L, d), or (B, H, 1, d) for [CLS] alone; the rest as in `blockwise_attention` -> that of q.
+    """
+    if q.shape[2] < k.shape[2]:
+        return cls_attention(q, k, v, pos_q, pos_k, is_token, rows, dropout)
+    attention = blockwise_attention if path == "blocks" else batched_attention
+    return attention(q, k, v, pos_q, pos_k, is_token, rows, dropout)
+
+
+def cls_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor, is_token: Tensor, rows: Tensor,
+                  dropout: float = 0.0) -> Tensor:
+    """Disentangled attention of the first token only. With one query there is one distance a key, and no square:
+    score[j] = k_j . (q + pos_q[0 - j]) + q . pos_k[0 - j].
+
+    Shapes: q (B, H, 1, d), the rest as in `blockwise_attention` -> (B, H, 1, d).
+    """
+    L = k.shape[2]
+    rows = rows[:L].flip(0)                                              # of the distances 0, -1, ... 1 - L
+    q = q / math.sqrt(3 * q.shape[-1])
+    pos_q = pos_q[:, rows] / math.sqrt(3 * q.shape[-1])
+    scores = (k * (q + pos_q)).sum(-1)[:, :, None] + q @ pos_k[:, rows].mT                               # (B, H, 1, L)
+    scores = scores.masked_fill(~is_token[:, None, None, :], torch.finfo(scores.dtype).min)
+    probs = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return F.dropout(probs, dropout).to(v.dtype) @ v
+
+
+def batched_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor, is_token: Tensor, rows: Tensor,
+                      dropout: float = 0.0) -> Tensor:
+    """Disentangled attention of all heads at once, with c2p + p2c as the mask of torch's own fused attention.
+
+    Shapes: as `blockwise_attention`.
+    """
+    (B, H, L), scale = q.shape[:3], 1 / math.sqrt(3 * q.shape[-1])
+    q = q * scale
+    c2p = diagonals((q @ pos_k[:, rows.flip(0)].mT).flatten(0, 1), L)                                    # (BH, L, L)
+    p2c = diagonals((k @ (pos_q[:, rows] * scale).mT).flatten(0, 1), L).mT
+    bias = (c2p + p2c).unflatten(0, (B, H))
+    bias = bias.masked_fill(~is_token[:, None, None, :], torch.finfo(bias.dtype).min)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor, is_token: Tensor,
+                        rows: Tensor, dropout: float = 0.0) -> Tensor:
+    """Disentangled attention in blocks, with dropout on the probabilities. Differentiable once.
+
+    Queries past a sequence's last token are not computed; their result is 0.
+
+    Shapes: q, k, v (B, H, L, d); pos_q, pos_k (H, R, d); is_token (B, L) bool; rows (2L - 1,) int64, the table row
+    of each distance as `distance_rows` gives it; dropout a rate in [0, 1) -> (B, H, L, d).
+    """
+    seed = int(torch.randint(2**62, ())) if dropout else 0
+    with torch.autocast(q.device.type, enabled=False):     # products in the type of q, whatever surrounds us
+        return _BlockwiseAttention.apply(q, k, v, pos_q, pos_k, is_token, rows, dropout, seed)
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    """The arguments are those of `blockwise_attention`, and the seed of its dropout."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, pos_q, pos_k, is_token, rows, dropout, seed):
+        ctx.save_for_backward(q, k, v, pos_q, pos_k, is_token, rows)
+        ctx.dropout, ctx.seed = dropout, seed
+        keep, space = DropoutFactors(dropout, seed), Workspace(q.dtype)
+        values, out = v.contiguous() / keep.rate, torch.zeros_like(q)
+        for block in blocks(q, k, pos_q, pos_k, is_token, rows, space):
+            probs = block.probs
+            if dropout:
+                probs *= keep.factors(space.take("factors", probs.shape))
+            out[block.at_queries] = torch.bmm(probs, values[block.at_keys])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out):
+        q, k, v, pos_q, pos_k, is_token, rows = ctx.saved_tensors
+        (H, R, d), L = pos_q.shape, q.shape[2]
+        scale = 1 / math.sqrt(3 * d)
+        keep, space = DropoutFactors(ctx.dropout, ctx.seed), Workspace(q.dtype)
+        values, d_out = v.contiguous() / keep.rate, d_out.contiguous()
+        wide = torch.promote_types(q.dtype, torch.float32)               # sums over blocks are kept in float32
+        narrow = q.dtype if is_one_block(L, q.dtype) else wide
+        dq, dk, dv = (torch.zeros_like(x, dtype=narrow) for x in (q, k, v))
+        d_table_q, d_table_k = (q.new_zeros(H, d, table_width(L), dtype=wide) for _ in range(2))
+
+        for block in blocks(q, k, pos_q, pos_k, is_token, rows, space):
+            probs, d_block = block.probs, d_out[block.at_queries]
+            d_probs = torch.bmm(d_block, values[block.at_keys].mT, out=space.take("d_probs", probs.shape))
+            dropped = probs
+            if ctx.dropout:
+                factors = keep.factors(space.take("factors", probs.shape))
+                d_probs *= factors
+                dropped = factors.mul_(probs)
+            dv[block.at_keys] += torch.bmm(dropped.mT, d_block)
+            d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype, grad_input=d_probs)
+
+            d_queries, d_keys = dq[block.at_queries], dk[block.at_keys]                      # views
+            d_queries += torch.bmm(d_scores, block.keys)                                     # c2c
+            d_keys += torch.bmm(d_scores.mT, block.queries)
+            for strip, near in block.query_strips():                                         # c2p
+                d_strip, d_table = strip_backward(d_scores[:, strip], block.queries[:, strip],
+                                                  block.table_k[:, near], space)
+                d_queries[:, strip] += d_strip
+                d_table_k[block.head, :, near] += d_table
+            for strip, near in block.key_strips():                                           # p2c
+                d_strip, d_table = strip_backward(d_scores[:, :, strip].mT, block.keys[:, strip],
+                                                  block.table_q[:, near], space)
+                d_keys[:, strip] += d_strip
+                d_table_q[block.head, :, near] += d_table
+
+        d_pos_q, d_pos_k = (q.new_zeros(H, R, d, dtype=wide) for _ in range(2))
+        d_pos_q.index_add_(1, rows, d_table_q[:, :, :len(rows)].mT, alpha=scale)
+        d_pos_k.index_add_(1, rows.flip(0), d_table_k[:, :, :len(rows)].mT)
+        gradients = dq.mul_(scale), dk, dv.div_(keep.rate), d_pos_q, d_pos_k
+        return *(gradient.to(q.dtype) for gradient in gradients), None, None, None, None
+
+
+class Block(NamedTuple):
+    """The queries first..first + m - 1 of one head, in G rows of the batch, against those rows' n keys."""
+
+    head: int
+    batch: slice
+    first: int
+    L: int
+    queries: Tensor          # (G, m, d), scaled
+    keys: Tensor             # (G, n, d)
+    table_q: Tensor          # (d, E): pos_q for the distances i - j, ascending, scaled
+    table_k: Tensor          # (d, E): pos_k for the distances i - j, descending
+    probs: Tensor            # (G, m, n)
+
+    @property
+    def at_queries(self) -> tuple:
+        """Where in (B, H, L, d) the queries are."""
+        return self.batch, self.head, slice(self.first, self.first + self.queries.shape[1])
+
+    @property
+    def at_keys(self) -> tuple:
+        """Where in (B, H, L, d) the keys and values are."""
+        return self.batch, self.head, slice(0, self.keys.shape[1])
+
+    def query_strips(self) -> list[tuple[slice, slice]]:
+        """The queries in strips: which of the m, and the columns of table_k that these meet."""
+        return strips(self.first, self.queries.shape[1], 0, self.keys.shape[1], self.L, self.keys.dtype)
+
+    def key_strips(self) -> list[tuple[slice, slice]]:
+        """The keys in strips: which of the n, and the columns of table_q that these meet."""
+        return strips(0, self.keys.shape[1], self.first, self.queries.shape[1], self.L, self.keys.dtype)
+
+    def compute_probs(self, padding: Tensor | None, space: "Workspace") -> None:
+        """Fill `probs` with softmax(c2c + c2p + p2c); `padding` (G, 1, n) marks the keys that are none."""
+        scores, (m, n) = self.probs, self.probs.shape[1:]
+        for strip, near in self.key_strips():
+            scores[:, :, strip] = strip_scores(self.keys[:, strip], self.table_q[:, near], m, space).mT      # p2c
+        scores.baddbmm_(self.queries, self.keys.mT)                                                          # c2c
+        for strip, near in self.query_strips():
+            scores[:, strip] += strip_scores(self.queries[:, strip], self.table_k[:, near], n, space)        # c2p
+        if padding is not None:
+            scores.masked_fill_(padding, torch.finfo(scores.dtype).min)
+        torch.softmax(scores, -1, out=scores)              # of bfloat16 too it is computed in float32, then rounded
+
+
+def blocks(q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor, is_token: Tensor, rows: Tensor,
+           space: "Workspace") -> Iterator[Block]:
+    """Every block of the attention, its probabilities computed; the order depends on the batch only.
+
+    Any block's `probs` are overwritten by the next one's.
+    """
+    (H, L, d), most = q.shape[1:], BLOCK_BYTES // q.itemsize
+    scale = 1 / math.sqrt(3 * d)
+    q, k = q.contiguous() * scale, k.contiguous()
+    tables_q, tables_k = by_distance(pos_q * scale, rows), by_distance(pos_k, rows.flip(0))
+    groups = token_groups(is_token, most)
+    for h in range(H):
+        for batch, n, padding in groups:
+            keys = k[batch, h, :n]
+            m = max(LANES, most // (len(keys) * n))
+            for first in range(0, n, m):
+                queries = q[batch, h, first:min(first + m, n)]
+                probs = space.take("probs", (len(keys), queries.shape[1], n))
+                block = Block(h, batch, first, L, queries, keys, tables_q[h], tables_k[h], probs)
+                block.compute_probs(padding, space)
+                yield block
+
+
+def is_one_block(L: int, dtype: torch.dtype) -> bool:
+    """Whether all queries of L tokens fit into one block."""
+    return L * L * dtype.itemsize <= BLOCK_BYTES
+
+
+def token_groups(is_token: Tensor, most_scores: int) -> list[tuple[slice, int, Tensor | None]]:
+    """Neighbouring rows of the batch that are worked on together: the rows, n, and which of their n keys are padding.
+
+    n is the position after the last token of the longest row. Where all keys up to there are tokens no mask is made.
+    """
+    B, L = is_token.shape
+    ends = (is_token * torch.arange(1, L + 1, device=is_token.device)).amax(1).tolist()
+    groups, start = [], 0
+    while start < B:
+        n, stop = ends[start], start + 1
+        while stop < B and max(n, ends[stop])**2 * (stop + 1 - start) <= most_scores:
+            n, stop = max(n, ends[stop]), stop + 1
+        padding = ~is_token[start:stop, None, :n]
+        if n > 0:
+            groups.append((slice(start, stop), n, padding if padding.any() else None))
+        start = stop
+    return groups
+
+
+def table_width(L: int) -> int:
+    """E: the columns of a table by distance, one for each distance among L tokens and room for rounding up."""
+    return 2 * L - 1 + 2 * LANES
+
+
+def by_distance(pos: Tensor, rows: Tensor) -> Tensor:
+    """The relative table's vectors laid out by distance, one a column. Shapes: (H, R, d), (2L - 1,) -> (H, d, E)."""
+    table = pos.new_zeros(len(pos), pos.shape[2], table_width((len(rows) + 1) // 2))
+    table[:, :, :len(rows)] = pos.transpose(0, 1).index_select(0, rows).permute(1, 2, 0)
+    return table
+
+
+@lru_cache(maxsize=4096)
+def strips(start: int, count: int, others_start: int, others: int, L: int, dtype: torch.dtype
+           ) -> list[tuple[slice, slice]]:
+    """Cut `count` positions from `start` on into strips of c, for products with a table by distance.
+
+    Column m of the table belongs to a position a of the strip and one b of the others with m = b - a + L - 1. All a
+    and b together need c + others - 1 columns: short strips waste few of them, long ones make fewer products.
+
+    Returns for each strip where it lies among the `count`, and the columns.
+    """
+    # Measured at 128 to 2,048 tokens. A bfloat16 product has less to compute and so can afford less overhead.
+    c = min(max(others // 4, 64), 128) if dtype.itemsize > 2 else min(max(others, 64), 512)
+    found = []
+    for a in range(0, count, c):
+        b = min(a + c, count)
+        width = -(-(b - a + others - 1) // LANES) * LANES
+        if width % 512 == 0:         # rows a power of two apart compete for the same lines of the cache
+            width += LANES
+        column = others_start - (start + b) + L
+        found.append((slice(a, b), slice(column, column + width)))
+    return found
+
+
+def strip_scores(strip: Tensor, table: Tensor, others: int, space: "Workspace") -> Tensor:
+    """What each position of a strip scores with each of the others. Shapes: (G, c, d), (d, width) -> (G, c, others)."""
+    G, c, _ = strip.shape
+    product, diagonals = space.product("product", G, c, table.shape[1], others)
+    torch.mm(strip.flatten(0, 1), table, out=product)
+    return diagonals
+
+
+def strip_backward(d_scores: Tensor, strip: Tensor, table: Tensor, space: "Workspace") -> tuple[Tensor, Tensor]:
+    """The gradients of `strip_scores`: the strip's and the table's.
+
+    Shapes: (G, c, others), (G, c, d), (d, width) -> (G, c, d), (d, width).
+    """
+    G, c, others = d_scores.shape
+    d_product, diagonals = space.product("d_product", G, c, table.shape[1], others)
+    diagonals.copy_(d_scores)
+    return (d_product @ table.mT).unflatten(0, (G, c)), strip.flatten(0, 1).mT @ d_product
+
+
+def diagonals(product: Tensor, others: int) -> Tensor:
+    """The view of a strip's products with a table in which entry (a, b) is product[a, b - a + c - 1].
+
+    Shapes: (G, c, width), contiguous, width >= others + c - 1 -> (G, c, others).
+    """
+    G, c, width = product.shape
+    assert product.is_contiguous() and width >= others + c - 1           # or the strides below would be wrong
+    return product.as_strided((G, c, others), (c * width, width - 1, 1), product.storage_offset() + c - 1)
+
+
+class Workspace:
+    """Buffers that every block uses again, so that they stay in the cache and memory is not asked for anew."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.buffers: dict[str, Tensor] = {}
+        self.products: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A contiguous tensor that holds anything; for the same name it is the same memory."""
+        size = math.prod(shape)
+        if name not in self.buffers or len(self.buffers[name]) < size:
+            self.buffers[name] = torch.empty(size, dtype=self.dtype)
+        return self.buffers[name][:size].view(shape)
+
+    def product(self, name: str, G: int, c: int, width: int, others: int) -> tuple[Tensor, Tensor]:
+        """A strip's products with a table, (G * c, width), and their `diagonals`, (G, c, others).
+
+        New ones are zero, and stay so outside the diagonals where only these are written.
+        """
+        key = name, G, c, width, others
+        if key not in self.products:
+            product = torch.zeros(G, c, width, dtype=self.dtype)
+            self.products[key] = product.flatten(0, 1), diagonals(product, others)
+        return self.products[key]
+
+
+class DropoutFactors:
+    """Zeros and ones for dropout, and the same again for the same seed.
+
+    16 random bits decide on each, so `rate`, the share of ones, is 1 - dropout to within 1e-5; the division by it is
+    exact. torch's own bernoulli_ takes three times as long on a CPU.
+    """
+
+    def __init__(self, dropout: float, seed: int):
+        self.dropped = min(round(dropout * 2**16), 2**16 - 1)            # of 65,536 equally likely numbers
+        self.rate = 1 - self.dropped / 2**16
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def factors(self, out: Tensor) -> Tensor:
+        """Fill `out` with the next factors."""
+        words = torch.empty(-(-out.numel() // 4), dtype=torch.int64)
+        words.random_(-2**63, None, generator=self.generator)
+        numbers = words.view(torch.int16)[:out.numel()].view_as(out)
+        return torch.ge(numbers, self.dropped - 2**15, out=out)

@@ -1,0 +1,713 @@
+"""Pretraining from scratch: what makes DeBERTa 'v3' is in this file, and in no other.
+
+BERT hides words and asks which they were (MLM). That is a question about one token in seven. ELECTRA asks about every
+token: a small *generator* fills the hidden places with words it finds likely, and the encoder, the *discriminator*,
+says of each token whether it is the writer's or a replacement (RTD, replaced-token detection):
+
+    text          the  judge  read  both  answers  twice
+    masked        the  judge [MASK] both  answers [MASK]
+    generator     the  judge  gave  both  answers  twice      drawn from its distribution, so it can be right
+    labels         0     0     1     0      0       0         1 where the token now differs from the text
+
+    L = L_MLM(generator) + 50 L_RTD(discriminator)            only the discriminator is kept in the end
+
+Both read words through an embedding table. v3's own idea is how they share it (`Pretraining.discriminator_table`):
+
+    ES     E_D = E                  one table, as in ELECTRA: MLM pulls similar words together and RTD pulls them apart
+    NES    E_D = its own            no tug of war, but the discriminator learns nothing from the generator's table
+    GDES   E_D = sg(E_G) + E_delta  gradient-disentangled, v3: sg() lets no gradient through, so RTD moves only E_delta
+
+Unusual here:
+- Nothing is padded. Documents are packed into windows `[CLS] text [SEP] text [SEP] te`, and the k-th batch of a run
+  depends on the seed and k alone, so that going on after an interruption needs no bookkeeping.
+- Most steps read short windows, which are cheap, and every tenth reads long ones: short windows never see a distance
+  beyond their length, and a row of the relative table that no gradient ever reached is noise.
+- Masking is by token and every chosen token becomes [MASK], as in Microsoft's RTD code: the discriminator never sees a
+  [MASK], so BERT's 80/10/10 has no purpose there. `--objective mlm`, whose encoder is kept, has 80/10/10.
+- The discriminator's head adds [CLS] to every token before it judges it, as Microsoft's does (the papers do not say
+  so). [CLS]'s own label is always 'original'; this sum is what teaches it to stand for the whole.
+
+Paper: DeBERTaV3 (arXiv 2111.09543), section 3; ELECTRA (arXiv 2003.10555).
+Differs: v3's generator has absolute positions before its last layers (the 'enhanced mask decoder'); ours has none.
+
+    python -m minipref.pretrain --corpus CORPUS [CORPUS ...] --output runs/pretrain
+"""
+
+import argparse
+import contextlib
+import functools
+import gzip
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+from minipref import runs
+from minipref.checkpoint import encoder_tensors, write_checkpoint
+from minipref.config import EncoderConfig
+from minipref.encoder import Encoder, initialise
+from minipref.errors import ArgumentParser, InputError, shown
+from minipref.files import write_json
+from minipref.judge import autocast, choose_device, choose_precision
+from minipref.optim import AdamW, clip_gradients, cosine_with_warmup, decay_groups
+from minipref.tokenizer import Tokenizer, load_tokenizer, train_vocabulary
+
+RTD_WEIGHT = 50.0             # the paper's lambda: spread over all tokens, RTD's loss is small beside MLM's
+MASKED_SHARE = 0.15
+ADAM = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}      # v3's
+MAX_GRADIENT_NORM = 1.0
+SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
+
+
+# --- Text in: documents, ids, windows ---
+
+@dataclass
+class Corpus:
+    """Text as ids. Every document ends in [SEP]."""
+
+    tokenizer: Tokenizer
+    train: list[np.ndarray]            # int32, one array a document
+    heldout: list[np.ndarray]
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """How often each id occurs in the training part. Shapes: -> (V,) int64."""
+        return np.bincount(np.concatenate(self.train), minlength=self.tokenizer.vocab_size)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(np.concatenate(self.train + self.heldout).tobytes()).hexdigest()
+
+
+def load_corpus(paths: Sequence[str | Path], heldout_share: float, tokenizer: str | Path | None, vocab_size: int
+                ) -> Corpus:
+    """Read, hold some documents out, and tokenize: with a tokenizer's folder, or with a vocabulary of its own.
+
+    Errors: InputError naming what cannot be read; or that there is too little text.
+    """
+    documents = read_corpus(paths)
+    train = [document for document in documents if not is_held_out(document, heldout_share)]
+    heldout = [document for document in documents if is_held_out(document, heldout_share)]
+    if not train or not heldout:
+        raise InputError(file=paths[0], found=f"{len(train)} documents to train on and {len(heldout)} held out",
+                         expected="some of both: more text, or another --heldout-share")
+    tokenizer = load_tokenizer(tokenizer) if tokenizer else train_vocabulary(train, vocab_size)
+    return Corpus(tokenizer, encode_documents(tokenizer, train), encode_documents(tokenizer, heldout))
+
+
+def read_corpus(paths: Sequence[str | Path]) -> list[str]:
+    """The documents of files and folders (every .jsonl, .jsonl.gz and .txt below, in the order of their names).
+
+    A line of a .jsonl is an object with the document as its "text". In a .txt, blank lines separate documents; where
+    there is none, each line is one.
+    Errors: InputError naming the file and the line, for anything that is not that.
+    """
+    documents = []
+    for path in map(Path, paths):
+        files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES)) if path.is_dir() else [path]
+        if not files or not all(file.is_file() and file.name.endswith(SUFFIXES) for file in files):
+            found = "no text in this folder" if path.is_dir() else "not a text" if path.exists() else "no such file"
+            raise InputError(file=path, found=found, expected="a file or folder of " + ", ".join(SUFFIXES))
+        for file in files:
+            text = _read_text(file)
+            documents += _lines_of_json(file, text) if ".jsonl" in file.name else _parts_of_text(text)
+    return [document for document in documents if document.strip()]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        return content.decode("utf-8").replace("\r\n", "\n")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as problem:
+        raise InputError(file=path, found=str(problem), expected="UTF-8 text") from None
+
+
+def _parts_of_text(text: str) -> list[str]:
+    parts = text.strip().split("\n\n")
+    return parts if len(parts) > 1 else text.split("\n")
+
+
+def _lines_of_json(path: Path, text: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                document = json.loads(line)["text"]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                document = None
+            if not isinstance(document, str):
+                raise InputError(file=path, row=number, found=shown(line), expected='{"text": "..."}')
+            documents.append(document)
+    return documents
+
+
+def is_held_out(document: str, share: float) -> bool:
+    """Whether a document is kept for evaluation. Its own hash decides, so copies always fall on the same side."""
+    first = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()[:8]
+    return int.from_bytes(first) < share * 2**64
+
+
+def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndarray]:
+    """Each document's ids and [SEP]. Shapes: one int32 array a document."""
+    at_once = 1024
+    batches = (documents[start:start + at_once] for start in range(0, len(documents), at_once))
+    return [np.array(ids + [tokenizer.sep_id], dtype=np.int32)
+            for batch in batches for ids in tokenizer.encode_batch(batch)]
+
+
+class Windows:
+    """Documents packed into windows of one length: [CLS], then a piece of all documents in a row.
+
+    An epoch shuffles the documents, joins them, cuts, and shuffles the windows. `batch(k)` depends on k and the seed
+    alone.
+    """
+
+    def __init__(self, documents: list[np.ndarray], length: int, size: int, seed: int, cls_id: int):
+        self.documents, self.length, self.size, self.seed, self.cls_id = documents, length, size, seed, cls_id
+        tokens = sum(map(len, documents))
+        self.batches_per_epoch = tokens // (length - 1) // size
+        if not self.batches_per_epoch:
+            raise InputError(found=f"{tokens:,} tokens of text", expected=f"at least {(length - 1) * size:,}, for "
+                             f"{size} windows of {length}: more text, or smaller --batch-tokens")
+        self._epoch, self._rows = -1, None
+
+    def batch(self, number: int) -> Tensor:
+        """The batch of this number, from 0. Shapes: -> (B, L) int64."""
+        epoch, place = divmod(number, self.batches_per_epoch)
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, self.length, epoch])
+            stream = np.concatenate([self.documents[i] for i in rng.permutation(len(self.documents))])
+            whole = len(stream) // (self.length - 1) * (self.length - 1)
+            self._epoch, self._rows = epoch, rng.permutation(stream[:whole].reshape(-1, self.length - 1))
+        rows = self._rows[place * self.size:(place + 1) * self.size]
+        return F.pad(torch.from_numpy(rows).long(), (1, 0), value=self.cls_id)
+
+
+def heldout_batches(corpus: Corpus, length: int, tokens: int, device: torch.device) -> list[Tensor]:
+    """Windows of the held-out documents, about `tokens` tokens of them, the same in every run. Shapes: (B, L) each."""
+    windows = Windows(corpus.heldout, length, 1, 0, corpus.tokenizer.cls_id)
+    count = min(windows.batches_per_epoch, math.ceil(tokens / length))
+    return list(torch.cat([windows.batch(k) for k in range(count)]).to(device).split(max(1, 4096 // length)))
+
+
+# --- The task: hide, guess, replace, judge ---
+
+def choose_masked(ids: Tensor, is_special: Tensor, share: float = MASKED_SHARE) -> Tensor:
+    """Which tokens to hide: `share` of each window's length, rounded, but no special one.
+
+    Shapes: ids, is_special (B, L) -> (B, L) bool.
+    """
+    order = torch.rand(ids.shape, device=ids.device).masked_fill(is_special, 2.0)
+    chosen = order.topk(round(share * ids.shape[1]), dim=1, largest=False).indices
+    return torch.zeros_like(is_special).scatter(1, chosen, True) & ~is_special
+
+
+def hide_80_10_10(ids: Tensor, is_masked: Tensor, mask_id: int, vocab_size: int) -> Tensor:
+    """BERT's way: of the chosen tokens 80% become [MASK], 10% any id, 10% stay, so that its encoder sees real words.
+
+    Shapes: ids, is_masked (B, L) -> (B, L).
+    """
+    draw = torch.rand(ids.shape, device=ids.device)
+    hidden = torch.where(draw < 0.8, mask_id, torch.where(draw < 0.9, torch.randint_like(ids, vocab_size), ids))
+    return torch.where(is_masked, hidden, ids)
+
+
+def sample(logits: Tensor) -> Tensor:
+    """One id of each row's softmax(logits): the first whose cumulative probability passes a uniform number.
+
+    That takes one random number a row; `torch.multinomial` draws one for each word of the vocabulary.
+    Shapes: (M, V) -> (M,) int64.
+    """
+    cumulative = torch.softmax(logits.float(), dim=-1).cumsum(dim=-1)
+    threshold = torch.rand(len(logits), 1, device=logits.device) * cumulative[:, -1:]      # the sum is 1 only nearly
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+class MaskedWordHead(nn.Module):
+    """Which word was hidden; the table of input words is its output layer. Shapes: x (M, D), table (V, D) -> (M, V)."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return F.linear(self.norm(F.gelu(self.dense(x))), table, self.bias)
+
+
+class ReplacedTokenHead(nn.Module):
+    """Whether each token is a replacement, as a logit, in the light of [CLS]. Shapes: x (B, L, D) -> (B, L)."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.dense = nn.Linear(config.width, config.width)
+        self.verdict = nn.Linear(config.width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x[:, :1] + x)                                      # [CLS] is the first of every window
+        return self.verdict(F.gelu(self.dense(x))).squeeze(-1)
+
+
+class Pretraining(nn.Module):
+    """Generator and discriminator with their heads. For objective "mlm": a generator of full depth, and nothing else.
+
+    The generator is as wide as the discriminator, whose word table it shares, and half as deep.
+    """
+
+    def __init__(self, config: EncoderConfig, tokenizer: Tokenizer, objective: str = "rtd", sharing: str = "gdes"):
+        super().__init__()
+        self.config, self.objective, self.sharing, self.mask_id = config, objective, sharing, tokenizer.mask_id
+        layers = config.layers if objective == "mlm" else max(1, config.layers // 2)
+        self.generator = Encoder(replace(config, layers=layers))
+        self.masked_word_head = MaskedWordHead(config)
+        if objective == "rtd":
+            self.discriminator = Encoder(config)
+            self.replaced_token_head = ReplacedTokenHead(config)
+        initialise(self, config.init_std)
+        if objective == "rtd" and sharing == "es":
+            self.discriminator.word_table = self.generator.word_table
+        if objective == "rtd" and sharing == "gdes":
+            nn.init.zeros_(self.discriminator.word_table.weight)         # from here on this parameter is E_delta
+        special = [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id]
+        self.register_buffer("special_ids", torch.tensor(special), persistent=False)
+
+    def discriminator_table(self) -> Tensor:
+        """The words as the discriminator sees them. Shapes: -> (V, D). Paper: DeBERTaV3, section 3.3."""
+        if self.sharing == "gdes":
+            return self.generator.word_table.weight.detach() + self.discriminator.word_table.weight
+        return self.discriminator.word_table.weight                      # nes: its own. es: the generator's as well
+
+    def corrupt(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hide some tokens, let the generator guess them, and put what it drew into their places.
+
+        Shapes: ids (B, L) -> is_masked (B, L) bool, corrupted ids (B, L), the guesses' float32 logits (M, V).
+        A drawn id is a number, not a function of the weights: no gradient comes back through `corrupted`.
+        """
+        is_masked = choose_masked(ids, self.is_special(ids))
+        if self.objective == "mlm":
+            hidden = hide_80_10_10(ids, is_masked, self.mask_id, self.config.vocab_size)
+        else:
+            hidden = ids.masked_fill(is_masked, self.mask_id)
+        x = self.generator(hidden, torch.ones_like(is_masked))[is_masked]                # (M, D)
+        guesses = self.masked_word_head(x, self.generator.word_table.weight).float()     # (M, V)
+        return is_masked, ids.masked_scatter(is_masked, sample(guesses.detach())), guesses
+
+    def judge(self, ids: Tensor) -> Tensor:
+        """The discriminator's logits that each token is a replacement, float32. Shapes: (B, L) -> (B, L)."""
+        is_token = torch.ones_like(ids, dtype=torch.bool)
+        x = functional_call(self.discriminator, {"word_table.weight": self.discriminator_table()}, (ids, is_token))
+        return self.replaced_token_head(x).float()
+
+    def is_special(self, ids: Tensor) -> Tensor:
+        """Shapes: (B, L) -> (B, L) bool."""
+        return torch.isin(ids, self.special_ids)
+
+    def sides(self) -> list[nn.Module]:
+        """What an optimizer each trains: generator, then discriminator; or all at once, where they share a table."""
+        if self.objective == "mlm" or self.sharing == "es":
+            return [self]
+        return [nn.ModuleList([self.generator, self.masked_word_head]),
+                nn.ModuleList([self.discriminator, self.replaced_token_head])]
+
+    def encoder(self) -> tuple[Encoder, Tensor]:
+        """What is kept in the end: an encoder, and the word table (V, D) to go with it, summed up."""
+        if self.objective == "mlm":
+            return self.generator, self.generator.word_table.weight
+        return self.discriminator, self.discriminator_table()
+
+
+# --- How well it does ---
+
+@torch.no_grad()
+def evaluate(model: Pretraining, batches: list[Tensor], counts: np.ndarray, autocast_here: Callable
+             ) -> dict[str, float]:
+    """The figures on held-out windows, rounded to five decimals; the same tokens are hidden at every call.
+
+    Changes no random state. Shapes: batches (B, L) each, counts (V,): how often each id occurs in the training text.
+    """
+    losses, hits, verdicts, is_replaced, ids_seen = [], [], [], [], []
+    model.eval()
+    with torch.random.fork_rng(devices=[b.device for b in batches[:1] if b.is_cuda]):
+        torch.manual_seed(0)
+        for ids in batches:
+            with autocast_here():
+                is_masked, corrupted, guesses = model.corrupt(ids)
+            losses.append(F.cross_entropy(guesses, ids[is_masked], reduction="none"))
+            hits.append(guesses.argmax(dim=-1) == ids[is_masked])
+            if model.objective == "rtd":
+                is_word = ~model.is_special(ids)
+                with autocast_here():
+                    verdicts.append(model.judge(corrupted)[is_word])
+                is_replaced.append((corrupted != ids)[is_word])
+                ids_seen.append(corrupted[is_word])
+    model.train()
+    figures = {"mlm_loss": torch.cat(losses).mean().item(), "mlm_accuracy": torch.cat(hits).float().mean().item()}
+    if model.objective == "rtd":
+        verdicts, is_replaced, ids_seen = (torch.cat(parts).cpu().numpy() for parts in
+                                           (verdicts, is_replaced, ids_seen))
+        figures |= detection_figures(verdicts, is_replaced, np.log1p(counts[ids_seen]))
+    return {name: round(float(value), 5) for name, value in figures.items()}
+
+
+def detection_figures(verdicts: np.ndarray, is_replaced: np.ndarray, commonness: np.ndarray) -> dict[str, float]:
+    """The discriminator's figures over all but special tokens, and beside them those of who has not read the text.
+
+    - rtd_precision, rtd_recall, rtd_f1: a token is called replaced where that is more likely than not.
+    - 'always original' has the accuracy 1 - replaced_share and an F1 of 0; constant_loss is the loss of the best
+      constant probability.
+    - unigram_best_f1 calls words replaced that are commoner, or rarer, than some threshold. Direction and threshold are
+      the best for these very tokens; rtd_best_f1 is ours with that same advantage.
+
+    Shapes: (n,) each: verdicts logits, is_replaced bool, commonness log frequencies.
+    """
+    share = is_replaced.mean()
+    called = verdicts > 0
+    found = (called & is_replaced).sum()
+    return {
+        "rtd_loss": (np.logaddexp(0, verdicts) - verdicts * is_replaced).mean(),
+        "constant_loss": -sum(p * math.log(p) for p in (share, 1 - share) if p > 0),
+        "rtd_accuracy": (called == is_replaced).mean(),
+        "replaced_share": share,
+        "rtd_precision": found / max(1, called.sum()),
+        "rtd_recall": found / max(1, is_replaced.sum()),
+        "rtd_f1": 2 * found / max(1, called.sum() + is_replaced.sum()),
+        "rtd_best_f1": best_f1(verdicts, is_replaced),
+        "unigram_best_f1": max(best_f1(commonness, is_replaced), best_f1(-commonness, is_replaced)),
+        "rtd_average_precision": average_precision(verdicts, is_replaced),
+    }
+
+
+def best_f1(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The highest F1 of 'where the score is at least t' over all t. Shapes: scores (n,), labels (n,) bool."""
+    order = np.argsort(-scores, kind="stable")
+    found = np.cumsum(labels[order])
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)        # equal scores are called together
+    return float((2 * found[ends] / (ends + 1 + max(1, labels.sum()))).max())
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The mean, over the replaced tokens, of the precision down to each. Shapes: scores (n,), labels (n,) bool."""
+    in_order = labels[np.argsort(-scores, kind="stable")]
+    precision = np.cumsum(in_order) / np.arange(1, len(in_order) + 1)
+    return float(precision[in_order].mean()) if in_order.any() else 0.0
+
+
+# --- The run ---
+
+@dataclass
+class Progress:
+    """Where a run stands, but for the weights, the optimizers and the random generators."""
+
+    step: int = 0                                            # steps done
+    mlm_sum: float = 0.0                                     # of the training losses since the last evaluation
+    rtd_sum: float = 0.0
+    summed: int = 0
+    rows: list[dict] = field(default_factory=list)           # of metrics.csv
+    timing: list[dict] = field(default_factory=list)         # of timing.csv
+
+
+def pretrain(args: argparse.Namespace) -> int:
+    """The whole run. Returns the exit code: 0, or 128 + the signal that stopped it."""
+    output = Path(args.output)
+    settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
+    if args.resume:
+        check_settings(output, settings)
+    elif runs.has_state(output / "state"):
+        raise InputError(file=output, found="a run that was begun", expected="--resume, or another --output")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    runs.seed_everything(args.seed)
+    device = choose_device(args.device)
+    autocast_here = functools.partial(autocast, device, choose_precision(args.precision, device))
+
+    corpus = load_corpus(args.corpus, args.heldout_share, output / "model" if args.resume else args.tokenizer,
+                         args.vocab_size)
+    short, long = (Windows(corpus.train, length, args.batch_tokens // length, args.seed, corpus.tokenizer.cls_id)
+                   for length in (args.length, args.long_length))
+    heldout = heldout_batches(corpus, args.length, args.heldout_tokens, device)
+    model = Pretraining(encoder_config(args, corpus.tokenizer), corpus.tokenizer, args.objective, args.sharing)
+    model.to(device).train()
+    sides = model.sides()
+    optimizers = [AdamW(decay_groups(side, ADAM["weight_decay"]), **ADAM) for side in sides]
+
+    progress = Progress()
+    if args.resume:
+        progress = restore(output, model, optimizers, corpus)
+    else:
+        write_json(output / "config.json", settings)
+        corpus.tokenizer.save(output / "model")
+    print(describe(model, corpus, args.steps * args.batch_tokens), flush=True)
+    evaluate_after = {round(args.steps * (k + 1) / args.evaluations) for k in range(args.evaluations)}
+    clock = Clock()
+
+    bar = tqdm(total=args.steps * args.batch_tokens, initial=progress.step * args.batch_tokens, desc="pretraining",
+               unit=" tokens", unit_scale=True, smoothing=0.02, mininterval=1)
+    with noted_signals() as signals, bar:
+        for step in range(progress.step, args.steps):
+            ids = next_windows(step, short, long, args.long_share).to(device)            # (B, L)
+            lr = cosine_with_warmup(step + 1, args.steps + 1, args.warmup, args.lr)
+
+            # The generator guesses the hidden words, and learns from the loss.
+            with autocast_here():
+                is_masked, corrupted, guesses = model.corrupt(ids)
+            mlm_loss = F.cross_entropy(guesses, ids[is_masked])
+            if len(sides) == 2 or args.objective == "mlm":
+                mlm_loss.backward()
+                update(optimizers[0], sides[0], lr)
+
+            # The discriminator judges every token of what came out. With ES both losses meet in the one table.
+            rtd_loss = torch.zeros(())
+            if args.objective == "rtd":
+                with autocast_here():
+                    verdicts = model.judge(corrupted)
+                rtd_loss = F.binary_cross_entropy_with_logits(verdicts, (corrupted != ids).float())
+                (RTD_WEIGHT * rtd_loss + (mlm_loss if len(sides) == 1 else 0)).backward()
+                update(optimizers[-1], sides[-1], lr)
+
+            progress.step += 1
+            progress.mlm_sum += mlm_loss.item()
+            progress.rtd_sum += rtd_loss.item()
+            progress.summed += 1
+            if not math.isfinite(progress.mlm_sum + progress.rtd_sum):
+                raise InputError(found=f"a loss that is not a number in step {step} with --lr {args.lr}",
+                                 expected="a lower --lr, or --precision fp32")
+            bar.update(args.batch_tokens)
+
+            if progress.step in evaluate_after:
+                progress.timing.append(clock.row(progress.step, progress.summed * args.batch_tokens))
+                progress.rows.append(training_row(progress, args.batch_tokens, lr)
+                                     | evaluate(model, heldout, corpus.counts, autocast_here))
+                bar.write(summary(progress.rows[-1]))
+                progress.mlm_sum = progress.rtd_sum = progress.summed = 0
+                write_logs(output, progress)
+                ship(model, corpus.tokenizer, output / "model")
+                save(output, model, optimizers, progress, corpus)
+                clock = Clock()
+            if signals:
+                save(output, model, optimizers, progress, corpus)
+                bar.write(f"stopped after step {progress.step}; the same command with --resume goes on from there")
+                return 128 + signals[0]
+    write_json(output / "report.json", {"parameters": parameters(model.encoder()[0]), **progress.rows[-1]})
+    return 0
+
+
+def next_windows(step: int, short: Windows, long: Windows, long_share: float) -> Tensor:
+    """The windows of this step: long ones in `long_share` of the steps, evenly spread. Shapes: -> (B, L) int64."""
+    long_before, long_with_this = int(step * long_share), int((step + 1) * long_share)
+    return long.batch(long_before) if long_with_this > long_before else short.batch(step - long_before)
+
+
+def update(optimizer: AdamW, side: nn.Module, lr: float) -> None:
+    """Clip, step, and forget the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    clip_gradients(side.parameters(), MAX_GRADIENT_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def encoder_config(args: argparse.Namespace, tokenizer: Tokenizer) -> EncoderConfig:
+    """The encoder asked for: v3 in everything but size."""
+    if args.width % args.heads:
+        raise InputError(found=f"--width {args.width} with --heads {args.heads}", expected="a multiple of the heads")
+    return EncoderConfig(vocab_size=tokenizer.vocab_size, width=args.width, heads=args.heads, layers=args.layers,
+                         feed_forward=args.feed_forward, hidden_dropout=args.dropout, attention_dropout=args.dropout,
+                         init_std=args.init_std, pad_id=tokenizer.pad_id)
+
+
+def save(output: Path, model: Pretraining, optimizers: list[AdamW], progress: Progress, corpus: Corpus) -> None:
+    """Everything the next step depends on."""
+    tensors, random_facts = runs.random_state()
+    tensors |= {f"model.{name}": value for name, value in model.named_parameters()}      # a shared table comes once
+    for i, optimizer in enumerate(optimizers):
+        tensors |= runs.optimizer_tensors(optimizer, f"optimizer-{i}.")
+    runs.save_state(output / "state", tensors, asdict(progress) | {"random": random_facts, "corpus": corpus.digest})
+
+
+def restore(output: Path, model: Pretraining, optimizers: list[AdamW], corpus: Corpus) -> Progress:
+    """The reverse of `save`. Errors: InputError for a damaged state, or a corpus that is not the one of the run."""
+    tensors, facts = runs.load_state(output / "state")
+    if facts.pop("corpus") != corpus.digest:
+        raise InputError(file=output, found="a run that was begun with another text", expected="the same --corpus")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+    for i, optimizer in enumerate(optimizers):
+        runs.restore_optimizer(optimizer, tensors, f"optimizer-{i}.")
+    runs.restore_random_state(tensors, facts.pop("random"))
+    return Progress(**facts)
+
+
+def check_settings(output: Path, settings: dict) -> None:
+    """Errors: InputError where a run is to go on with other settings than it was begun with."""
+    if not runs.has_state(output / "state"):
+        raise InputError(file=output, found="no saved state", expected="a run that was begun; leave --resume out")
+    begun = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if name != "corpus" and begun.get(name) != value:                # a corpus is known by what is in it
+            raise InputError(file=output, found=f"--{name.replace('_', '-')} {shown(value)}",
+                             expected=f"{shown(begun.get(name))}, as the run was begun")
+
+
+def ship(model: Pretraining, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the encoder alone, its word table summed up, float16, in the Hugging Face layout, with the tokenizer.
+
+    The dropout in its config.json is what fine-tuning wants, v3's, whatever pretraining used.
+    """
+    encoder, table = model.encoder()
+    tensors = encoder_tensors(encoder) | {"deberta.embeddings.word_embeddings.weight": table}
+    fields = replace(encoder.config, hidden_dropout=0.1, attention_dropout=0.1).to_json()
+    for of_a_classifier in ("id2label", "label2id", "problem_type", "cls_dropout"):
+        del fields[of_a_classifier]
+    tokenizer.save(folder)
+    write_checkpoint(tensors, fields | {"architectures": ["DebertaV2Model"], "dtype": "float16"}, folder, torch.float16)
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM is put into; a second one ends the process at once, saved or not."""
+    noted = []
+
+    def note(number: int, frame: object) -> None:
+        if noted:
+            os._exit(128 + number)
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- What it says ---
+
+METRICS = ("step", "tokens", "lr", "train_mlm_loss", "train_rtd_loss", "mlm_loss", "mlm_accuracy", "rtd_loss",
+           "constant_loss", "rtd_accuracy", "replaced_share", "rtd_precision", "rtd_recall", "rtd_f1", "rtd_best_f1",
+           "unigram_best_f1", "rtd_average_precision")
+TIMING = ("step", "seconds", "processor_seconds", "tokens_per_second")
+
+
+def write_logs(output: Path, progress: Progress) -> None:
+    """metrics.csv and timing.csv, whole, their columns in order (a restored state has forgotten it)."""
+    for name, columns, rows in (("metrics.csv", METRICS, progress.rows), ("timing.csv", TIMING, progress.timing)):
+        runs.write_rows(output / name, [{column: row[column] for column in columns if column in row} for row in rows])
+
+
+class Clock:
+    """The time since it was made, on the wall and of the processor, as a row of timing.csv."""
+
+    def __init__(self):
+        self.wall, self.processor = time.perf_counter(), time.process_time()
+
+    def row(self, step: int, tokens: int) -> dict[str, float]:
+        seconds, busy = time.perf_counter() - self.wall, time.process_time() - self.processor
+        return {"step": step, "seconds": round(seconds, 1), "processor_seconds": round(busy, 1),
+                "tokens_per_second": round(tokens / seconds)}
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def describe(model: Pretraining, corpus: Corpus, tokens: int) -> str:
+    of_epoch = sum(map(len, corpus.train))
+    return (f"{parameters(model):,} parameters, {parameters(model.encoder()[0]):,} of them kept; {len(corpus.train):,} "
+            f"documents, {of_epoch:,} tokens, of which the run reads {tokens:,} ({tokens / of_epoch:.2f} epochs); "
+            f"held out: {len(corpus.heldout):,} documents, {sum(map(len, corpus.heldout)):,} tokens")
+
+
+def training_row(progress: Progress, batch_tokens: int, lr: float) -> dict[str, float]:
+    return {"step": progress.step, "tokens": progress.step * batch_tokens, "lr": round(lr, 7),
+            "train_mlm_loss": round(progress.mlm_sum / progress.summed, 5),
+            "train_rtd_loss": round(progress.rtd_sum / progress.summed, 5)}
+
+
+def summary(row: dict[str, float]) -> str:
+    line = f"step {row['step']:,}: MLM loss {row['mlm_loss']:.3f}, {row['mlm_accuracy']:.1%} right"
+    if "rtd_f1" in row:
+        line += (f"; RTD loss {row['rtd_loss']:.4f} (constant {row['constant_loss']:.4f}), precision "
+                 f"{row['rtd_precision']:.3f}, recall {row['rtd_recall']:.3f}, F1 {row['rtd_f1']:.3f} (always original "
+                 f"0, word frequency at its best {row['unigram_best_f1']:.3f})")
+    return line
+
+
+# --- Arguments ---
+
+NOT_SETTINGS = ("output", "resume", "threads")      # what may differ when a run goes on
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m minipref.pretrain`. Returns the exit code."""
+    try:
+        return pretrain(parse_arguments(argv))
+    except InputError as problem:
+        print(f"pretrain: {problem}", file=sys.stderr)
+        return 2
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(prog="python -m minipref.pretrain", description="Pretrain a small DeBERTa-v3 on text.",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--corpus", nargs="+", required=True, metavar="PATH", help="folders, .jsonl, .jsonl.gz or .txt files")
+    add("--output", default="runs/pretrain", metavar="DIR", help="the run's folder; the encoder lands in its model/")
+    add("--resume", action="store_true", help="go on with the run in --output")
+    add("--tokenizer", metavar="DIR", help="a folder with a tokenizer, instead of training a vocabulary")
+    add("--objective", choices=("rtd", "mlm"), default="rtd", help="mlm: no discriminator, keep a BERT instead")
+    add("--sharing", choices=("gdes", "es", "nes"), default="gdes", help="of the word table, for rtd")
+    for name, default, help in (
+            ("vocab-size", 8000, "ids, special ones included"), ("width", 192, "D"), ("heads", 3, "H"),
+            ("layers", 4, "N; the generator has half as many"), ("feed-forward", 768, "F"),
+            ("steps", 6000, "optimizer steps"), ("batch-tokens", 2048, "a step reads"), ("length", 128, "of a window"),
+            ("long-length", 512, "of a window in some steps"), ("warmup", 400, "steps"),
+            ("evaluations", 24, "on held-out text, evenly spread"),
+            ("heldout-tokens", 32_768, "that each reads, at most")):
+        add(f"--{name}", type=positive, default=default, metavar="N", help=help)
+    for name, default, help in (
+            ("long-share", 0.1, "of the steps read long windows"), ("lr", 2e-3, "at its peak"),
+            ("heldout-share", 0.01, "of the documents"), ("dropout", 0.0, "while pretraining"),
+            ("init-std", 0.06, "of fresh matrices")):
+        add(f"--{name}", type=float, default=default, metavar="X", help=help)
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the forward pass")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--threads", type=positive, default=None, metavar="N", help="of the CPU; as many as torch likes, if left out")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    for name in ("lr", "long_share", "heldout_share", "dropout", "init_std"):
+        if not 0 <= getattr(args, name) < 1 + (name == "long_share"):
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not from 0 to 1")
+    for name in ("length", "long_length"):
+        if not 2 <= getattr(args, name) <= args.batch_tokens:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not from 2 to --batch-tokens")
+    return args
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

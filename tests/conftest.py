@@ -1,0 +1,86 @@
+"""What every test needs: the checkout on the path, no network, two threads, and no proof that is skipped unseen.
+
+`MINIPREF_REQUIRE` names what must not be missing, `transformers,sentencepiece,sklearn` in `make test` and in CI: a test
+that is skipped for lack of one of them fails instead. `MINIPREF_REFERENCE_DIR` names a folder of real files (a
+published `spm.model`, rows of the competition); the summary at the end lists what was not proven for lack of it.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")               # before anything imports huggingface_hub
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # threads that wait leave their core to whoever shares it
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))                              # minipref, train and predict, installed or not
+
+REQUIRED = [name.strip() for name in os.environ.get("MINIPREF_REQUIRE", "").split(",") if name.strip()]
+REFERENCE = "MINIPREF_REFERENCE_DIR"
+
+torch.set_num_threads(2)
+
+# The same examples every time, so that a red test is red for everyone. `--hypothesis-profile explore` draws new ones;
+# `hasty` stops at the first failure without making it small, for runs in which a failure is what is wanted.
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.register_profile("hasty", deadline=None, derandomize=True, database=None,
+                                     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+hypothesis.settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """The folder of real files that are other people's and not in the repository, or a skip that names the variable."""
+    folder = os.environ.get(REFERENCE)
+    if not folder:
+        pytest.skip(f"{REFERENCE} is not set: the real files were not tested")
+    if not Path(folder).is_dir():
+        pytest.fail(f"{REFERENCE} is {folder}, which is no folder")
+    return Path(folder)
+
+
+@pytest.fixture(params=["plain", "blocks", "batched"])
+def path(request, monkeypatch) -> str:
+    """One after the other, every form in which attention can be computed; whoever asks for it runs once in each."""
+    monkeypatch.setattr("minipref.attention.choose_path", lambda device: request.param)
+    return request.param
+
+
+def _fail_if_required(report) -> None:
+    """Turn a skip for lack of something in `MINIPREF_REQUIRE` into a failure that says so."""
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    missing = [name for name in REQUIRED if name in reason]
+    if missing:
+        report.outcome = "failed"
+        report.longrepr = f"MINIPREF_REQUIRE names {', '.join(missing)}, and this was skipped: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    _fail_if_required(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    _fail_if_required(report)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name the tests that wanted real files and had none."""
+    unproven = [report.nodeid for report in terminalreporter.stats.get("skipped", [])
+                if REFERENCE in (report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr))]
+    if unproven:
+        terminalreporter.section(f"not proven on real files, for {REFERENCE} is not set")
+        terminalreporter.write_line("\n".join(unproven))

@@ -1,0 +1,234 @@
+"""Sizes, weights, batches and yardsticks that the proofs share, and the bridge to transformers.
+
+The weights are large on purpose. At DeBERTa's own N(0, 0.02) attention is nearly uniform, and a wrong sign in it moves
+the output by less than a thousandth; at 1.6 / sqrt(D) the softmaxes have opinions, and the same mistake moves it by 2.
+Larger still, and saturated softmaxes amplify rounding until float32 cannot be compared with anything.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipref.attention import attention_by_definition
+from minipref.checkpoint import HEAD_NAMES, encoder_tensors
+from minipref.classifier import PreferenceModel
+from minipref.config import EncoderConfig
+
+NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "pooler_dropout": 0.0, "head_dropout": 0.0}
+
+# Small enough for seconds, and with a span that puts 20 tokens deep into the logarithmic buckets. With d = 12 the scale
+# sqrt(3 d) is 6, exact in every precision.
+SMALL = EncoderConfig(vocab_size=60, width=24, heads=2, layers=2, feed_forward=40, span=8, max_distance=24,
+                      norm_eps=1e-7, **NO_DROPOUT)
+# v3-small in everything but the vocabulary, whose rows are looked up and never multiplied.
+V3_SMALL = EncoderConfig(vocab_size=500, **NO_DROPOUT)
+
+
+def large_weights(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every parameter anew: matrices, tables and biases N(0, 1.6 / sqrt(D)), norms around 1 and 0. Returns it."""
+    generator = torch.Generator().manual_seed(seed)
+    std = 1.6 / math.sqrt(module.config.width)
+    with torch.no_grad():
+        for part in module.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                if isinstance(part, nn.LayerNorm):
+                    parameter.copy_(0.2 * noise + (1 if name == "weight" else 0))
+                else:
+                    parameter.copy_(std * noise)
+    return module
+
+
+def large_model(config: EncoderConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreferenceModel:
+    """A `PreferenceModel` with large weights, in eval mode."""
+    return large_weights(PreferenceModel(config).to(dtype), seed).eval()
+
+
+def padded_batch(config: EncoderConfig, lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random ids with [CLS]'s 1 in front, one row of each length, padded to the longest. -> ids, is_token (B, L)."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, config.vocab_size, (len(lengths), max(lengths)), generator=generator)
+    ids[:, 0] = 1
+    is_token = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return ids.masked_fill(~is_token, config.pad_id), is_token
+
+
+def relative(found: Tensor, wanted: Tensor, at_least: float = 0.0) -> float:
+    """The largest difference, relative to the largest wanted entry (or to `at_least`, where that is more).
+
+    0 where both are zero everywhere; NaN or infinity on either side counts as infinitely wrong.
+    """
+    assert found.shape == wanted.shape, f"{tuple(found.shape)} is not {tuple(wanted.shape)}"
+    found, wanted = found.detach().double(), wanted.detach().double()
+    difference = (found - wanted).abs().max().item()
+    if difference == 0:
+        return 0.0
+    size = max(wanted.abs().max().item(), at_least)
+    return difference / size if math.isfinite(difference) and size > 0 else math.inf
+
+
+def worst_gradient(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
+    """The worst of all parameters' gradients, and whose it is: relative to the tensor's own largest entry, or to a
+    thousandth of the model's where that is more (a key's bias has a gradient that cancels to rounding noise)."""
+    assert found.keys() == wanted.keys(), f"not in both: {sorted(found.keys() ^ wanted.keys())}"
+    floor = max(gradient.abs().max().item() for gradient in wanted.values()) / 1000
+    return max((relative(found[name], wanted[name], at_least=floor), name) for name in wanted)
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter's gradient by name; zeros for one that the loss does not reach."""
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
+
+
+def projection(outputs: Iterator[Tensor] | list[Tensor], is_token: Tensor, seed: int = 0) -> Tensor:
+    """A number that depends on every entry of every output at the real tokens: a fixed random weight for each."""
+    generator = torch.Generator().manual_seed(seed)
+    total = 0
+    for output in outputs:
+        weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+        total = total + (weights * output)[is_token].sum()
+    return total
+
+
+def reference_config(config: EncoderConfig):
+    """The same sizes as a transformers `DebertaV2Config`."""
+    from transformers import DebertaV2Config
+    return DebertaV2Config(**{key: value for key, value in config.to_json().items() if key != "architectures"})
+
+
+def reference_model(model: PreferenceModel):
+    """transformers' `DebertaV2ForSequenceClassification` with `model`'s sizes, weights, precision and mode."""
+    from transformers import DebertaV2ForSequenceClassification
+    reference = DebertaV2ForSequenceClassification(reference_config(model.config))
+    reference = reference.to(next(model.parameters()).dtype)
+    reference.load_state_dict(reference_names(model))
+    return reference.train(model.training)
+
+
+@contextlib.contextmanager
+def reference_scale_in_float64() -> Iterator[None]:
+    """transformers rounds sqrt(3 d) to float32 whatever the precision; within this block it does not."""
+    from transformers.models.deberta_v2 import modeling_deberta_v2 as theirs
+    rounded = theirs.scaled_size_sqrt
+    theirs.scaled_size_sqrt = lambda query, factor: torch.tensor(math.sqrt(query.shape[-1] * factor), dtype=query.dtype)
+    try:
+        yield
+    finally:
+        theirs.scaled_size_sqrt = rounded
+
+
+@contextlib.contextmanager
+def reference_distance_clamped() -> Iterator[None]:
+    """transformers lets the bucket formula run on past the largest distance; within this block it clamps it first."""
+    from transformers.models.deberta_v2 import modeling_deberta_v2 as theirs
+    unclamped = theirs.make_log_bucket_position
+    theirs.make_log_bucket_position = lambda distance, span, max_distance: unclamped(
+        distance.clamp(1 - max_distance, max_distance - 1), span, max_distance)
+    try:
+        yield
+    finally:
+        theirs.make_log_bucket_position = unclamped
+
+
+def reference_names(model: PreferenceModel) -> dict[str, Tensor]:
+    """The model's parameters under transformers' names; gradients can be compared by them too."""
+    head = {f"{theirs}.{kind}": model.get_parameter(f"{ours}.{kind}")
+            for ours, theirs in HEAD_NAMES.items() for kind in ("weight", "bias")}
+    return encoder_tensors(model.encoder) | head
+
+
+def gradients_by_reference_name(model: PreferenceModel) -> dict[str, Tensor]:
+    """`gradients`, under transformers' names."""
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in reference_names(model).items()}
+
+
+def resized(config: EncoderConfig, **changes) -> EncoderConfig:
+    """`config` with some sizes changed."""
+    return dataclasses.replace(config, **changes)
+
+
+@dataclasses.dataclass(repr=False)
+class Outcome:
+    """What a model computes for a batch, as far as it is compared."""
+
+    layers: list[Tensor]                  # embeddings and every layer's output, (B, L, D)
+    logits: Tensor
+    loss: Tensor
+    loss_gradients: dict[str, Tensor]     # of the classifier's loss
+    all_gradients: dict[str, Tensor]      # of a projection of every layer's output
+
+
+def our_outcome(model: PreferenceModel, ids: Tensor, is_token: Tensor, labels: Tensor) -> Outcome:
+    model.zero_grad()
+    logits = model(ids, is_token)
+    loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    loss_gradients = {name: g.clone() for name, g in gradients_by_reference_name(model).items()}
+    model.zero_grad()
+    layers = list(model.encoder.layer_outputs(ids, is_token))
+    projection(layers, is_token).backward()
+    return Outcome([x.detach() for x in layers], logits.detach(), loss.detach(), loss_gradients,
+                   gradients_by_reference_name(model))
+
+
+def their_outcome(model: PreferenceModel, ids: Tensor, is_token: Tensor, labels: Tensor) -> Outcome:
+    """The same of transformers' model with `model`'s weights."""
+    reference = reference_model(model)
+    out = reference(ids, attention_mask=is_token.long(), labels=labels, output_hidden_states=True)
+    out.loss.backward(retain_graph=True)
+    loss_gradients = {name: g.clone() for name, g in gradients(reference).items()}
+    reference.zero_grad()
+    projection(out.hidden_states, is_token).backward()
+    return Outcome([x.detach() for x in out.hidden_states], out.logits.detach(), out.loss.detach(), loss_gradients,
+                   gradients(reference))
+
+
+def layers_by_definition(model: PreferenceModel, ids: Tensor, is_token: Tensor) -> list[Tensor]:
+    """`Encoder.layer_outputs` from nothing but the model's parameters, `attention_by_definition` and arithmetic."""
+    config, encoder = model.config, model.encoder
+    H = config.heads
+    x = norm_by_definition(encoder.word_norm, encoder.word_table.weight[ids]) * is_token[..., None]
+    rel = norm_by_definition(encoder.rel_norm, encoder.rel_table.weight)
+    outputs = [x]
+    for layer in encoder.layers:
+        attention = layer.attention
+        q, k, v = (heads(linear(projection, x), H) for projection in
+                   (attention.q_proj, attention.k_proj, attention.v_proj))
+        pos_q, pos_k = heads(linear(attention.q_proj, rel), H), heads(linear(attention.k_proj, rel), H)
+        mixed = attention_by_definition(q, k, v, pos_q, pos_k, is_token, config.span, config.max_distance)
+        mixed = torch.cat([mixed[:, h] for h in range(H)], dim=-1)
+        x = norm_by_definition(layer.attn_norm, x + linear(attention.out_proj, mixed))
+        hidden = gelu_by_definition(linear(layer.ff_in, x))
+        x = norm_by_definition(layer.ff_norm, x + linear(layer.ff_out, hidden))
+        outputs.append(x)
+    return outputs
+
+
+def logits_by_definition(model: PreferenceModel, ids: Tensor, is_token: Tensor) -> Tensor:
+    """The classifier's answer, in the same spirit."""
+    cls = layers_by_definition(model, ids, is_token)[-1][:, 0]
+    return linear(model.head, gelu_by_definition(linear(model.pooler, cls)))
+
+
+def linear(projection: nn.Linear, x: Tensor) -> Tensor:
+    return x @ projection.weight.T + projection.bias
+
+
+def heads(x: Tensor, H: int) -> Tensor:
+    """(..., L, D) -> (..., H, L, d): head h takes the columns h * d to (h + 1) * d."""
+    d = x.shape[-1] // H
+    return torch.stack([x[..., h * d:(h + 1) * d] for h in range(H)], dim=-3)
+
+
+def norm_by_definition(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def gelu_by_definition(x: Tensor) -> Tensor:
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2

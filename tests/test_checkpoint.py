@@ -1,0 +1,364 @@
+"""Checkpoints in the Hugging Face layout: bit for bit in and out, and nothing silently skipped."""
+
+import json
+
+import pytest
+import torch
+from helpers import SMALL, large_model, padded_batch, reference_model, relative, resized
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from minipref import load_classifier, load_encoder, save_classifier
+from minipref.checkpoint import BODY_NAMES, encoder_tensors
+from minipref.errors import InputError
+
+
+@pytest.fixture
+def model():
+    return large_model(SMALL, seed=4)
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """The folder of a saved classifier."""
+    save_classifier(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rewrite(folder, change) -> None:
+    """Change the tensors of a saved model with a function from {name: tensor} to {name: tensor}."""
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+
+
+def drop(*names):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+def add(**tensors):
+    return lambda before: before | {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+
+
+# Round trips.
+
+def test_a_classifier_survives_being_saved_and_loaded_bit_for_bit(model, saved):
+    loaded = load_classifier(saved)
+    assert loaded.config == model.config
+    wanted = dict(model.named_parameters())
+    assert wanted.keys() == dict(loaded.named_parameters()).keys()
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, wanted[name]), name
+        assert parameter.dtype == torch.float32
+        assert parameter.requires_grad
+        assert parameter.is_contiguous()
+    assert not loaded.training
+    assert str(loaded.load_report) == "loaded 38 of 38 body tensors"
+
+
+def test_the_encoder_of_a_classifiers_folder_says_that_it_left_the_head_out(model, saved):
+    encoder = load_encoder(saved)
+    ids, is_token = padded_batch(SMALL, [9, 5])
+    assert torch.equal(encoder(ids, is_token)[is_token], model.encoder(ids, is_token)[is_token])
+    assert not encoder.training
+    assert encoder.load_report.classifier_skipped == ["pooler.dense.weight", "pooler.dense.bias", "classifier.weight",
+                                                      "classifier.bias"]
+    assert str(encoder.load_report) == "loaded 38 of 38 body tensors; skipped 4 of the classification head"
+
+
+def test_transformers_loads_what_we_save_and_answers_the_same(model, saved):
+    pytest.importorskip("transformers")
+    from transformers import AutoModelForSequenceClassification
+    theirs, info = AutoModelForSequenceClassification.from_pretrained(saved, dtype=torch.float32,
+                                                                      output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids, is_token = padded_batch(SMALL, [20, 9])
+    logits = theirs.eval()(ids, attention_mask=is_token.long()).logits
+    assert relative(model(ids, is_token), logits) < 1e-5
+    assert theirs.config.id2label == {0: "A", 1: "B", 2: "tie"}
+
+
+def test_we_load_what_transformers_saves_and_answer_the_same(model, tmp_path):
+    pytest.importorskip("transformers")
+    theirs = reference_model(model)
+    theirs.save_pretrained(tmp_path)
+    ids, is_token = padded_batch(SMALL, [20, 9])
+    loaded = load_classifier(tmp_path)
+    assert loaded.config == model.config
+    assert relative(loaded(ids, is_token), theirs(ids, attention_mask=is_token.long()).logits) < 1e-5
+
+
+def test_we_load_the_bare_encoder_that_transformers_saves(model, tmp_path):
+    pytest.importorskip("transformers")
+    reference_model(model).deberta.save_pretrained(tmp_path)
+    ids, is_token = padded_batch(SMALL, [20, 9])
+    encoder = load_encoder(tmp_path)
+    assert torch.equal(encoder(ids, is_token), model.encoder(ids, is_token))
+    assert str(encoder.load_report) == "loaded 38 of 38 body tensors"
+
+
+def test_the_rename_table_covers_every_parameter_once(model):
+    assert len(set(BODY_NAMES.values())) == len(BODY_NAMES)
+    tensors = encoder_tensors(model.encoder)
+    assert len(tensors) == len(list(model.encoder.parameters()))
+    assert len({id(t) for t in tensors.values()}) == len(tensors)
+    assert all(name.startswith("deberta.") for name in tensors)
+
+
+def test_the_saved_file_is_float32_and_says_it_is_from_torch(model, tmp_path):
+    save_classifier(model.double(), tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert all(file.get_tensor(name).dtype == torch.float32 for name in file.keys())  # noqa: SIM118
+
+
+def test_saving_over_a_model_replaces_it(model, saved):
+    with torch.no_grad():
+        model.head.bias += 1
+    save_classifier(model, saved)
+    assert torch.equal(load_classifier(saved).head.bias, model.head.bias)
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_save_that_fails_leaves_the_old_model_whole(model, saved, monkeypatch):
+    before = load_classifier(saved).head.bias.clone()
+
+    def half_a_file(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("minipref.checkpoint.save_file", half_a_file)
+    with torch.no_grad():
+        model.head.bias += 1
+    with pytest.raises(OSError, match="disk full"):
+        save_classifier(model, saved)
+    assert torch.equal(load_classifier(saved).head.bias, before)
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+# Precision and device.
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_files_of_another_precision_become_float32(model, saved, dtype):
+    rewrite(saved, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    for name, parameter in load_classifier(saved).named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, model.get_parameter(name).to(dtype).float()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_is_loaded_in_the_precision_that_is_asked_for(model, saved, dtype):
+    for load, wanted in ((load_classifier, model), (load_encoder, model.encoder)):
+        loaded = load(saved, dtype=dtype, device="cpu")
+        for name, parameter in loaded.named_parameters():
+            assert torch.equal(parameter, wanted.get_parameter(name).to(dtype)), name
+
+
+def test_training_a_loaded_model_does_not_write_into_its_file(saved):
+    before = (saved / "model.safetensors").read_bytes()
+    model = load_classifier(saved)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    assert (saved / "model.safetensors").read_bytes() == before
+
+
+# What a file may hold beyond the model.
+
+def test_a_file_without_head_gets_a_fresh_one_and_says_so(saved):
+    rewrite(saved, drop("pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias"))
+    torch.manual_seed(1)
+    first = load_classifier(saved)
+    torch.manual_seed(1)
+    second = load_classifier(saved)
+    assert str(first.load_report) == "loaded 38 of 38 body tensors; new: pooler, classifier"
+    for part in (first.pooler, first.head):
+        assert (part.bias == 0).all()
+        assert part.weight.std().item() == pytest.approx(0.02, rel=0.25)
+    assert torch.equal(first.pooler.weight, second.pooler.weight), "the seed decides"
+    assert not torch.equal(first.pooler.weight, load_classifier(saved).pooler.weight)
+
+
+def test_a_file_with_only_a_pooler_gets_a_fresh_classifier(model, saved):
+    rewrite(saved, drop("classifier.weight", "classifier.bias"))
+    loaded = load_classifier(saved)
+    assert loaded.load_report.new == ["classifier"]
+    assert torch.equal(loaded.pooler.weight, model.pooler.weight)
+
+
+def test_pretraining_heads_are_left_out_and_counted(saved):
+    rewrite(saved, add(lm_predictions__lm_head__bias=torch.zeros(60), mask_predictions__dense__weight=torch.zeros(3, 3),
+                       cls__predictions__bias=torch.zeros(60)))
+    report = load_encoder(saved).load_report
+    assert report.heads_skipped == ["cls.predictions.bias", "lm_predictions.lm_head.bias",
+                                    "mask_predictions.dense.weight"]
+    assert "skipped 3 of the pre-training heads" in str(report)
+
+
+def test_known_leftovers_are_skipped_and_named(saved):
+    rewrite(saved, add(deberta__embeddings__position_ids=torch.arange(24)[None],
+                       deberta__embeddings__position_embeddings__weight=torch.zeros(24, 24),
+                       deberta__embeddings__word_embeddings___weight=torch.zeros(60, 24)))
+    report = load_classifier(saved).load_report
+    assert len(report.leftovers_skipped) == 3
+    assert "deberta.embeddings.position_embeddings.weight" in str(report)
+
+
+def test_leftovers_of_a_file_without_prefix_are_known_too(saved):
+    rewrite(saved, lambda tensors: {name.removeprefix("deberta."): t for name, t in tensors.items()}
+            | {"embeddings.position_ids": torch.arange(24)[None]})
+    assert load_classifier(saved).load_report.leftovers_skipped == ["embeddings.position_ids"]
+
+
+# What it may not.
+
+@pytest.mark.parametrize("name", ["deberta.embeddings.word_embeddings.weight", "deberta.encoder.LayerNorm.bias",
+                                  "deberta.encoder.layer.1.output.dense.bias", "classifier.bias",
+                                  "pooler.dense.weight"])
+def test_a_missing_tensor_is_named(saved, name):
+    rewrite(saved, drop(name))
+    with pytest.raises(InputError, match=f"model.safetensors: no tensor {name}; expected one of shape"):
+        load_classifier(saved)
+
+
+@pytest.mark.parametrize("name", ["deberta.encoder.rel_embeddings.weight", "classifier.weight",
+                                  "deberta.encoder.layer.0.intermediate.dense.weight"])
+def test_a_misshapen_tensor_is_named_with_both_shapes(model, saved, name):
+    rewrite(saved, lambda tensors: tensors | {name: tensors[name][:-1].contiguous()})
+    shape = tuple(load_file(saved / "model.safetensors")[name].shape)
+    with pytest.raises(InputError) as error:
+        load_classifier(saved)
+    assert f"tensor {name} has shape {shape}; expected ({shape[0] + 1}, {shape[1]})" in str(error.value)
+
+
+def test_a_classifier_of_two_classes_is_refused(saved):
+    two = {"classifier.weight": torch.zeros(2, 24), "classifier.bias": torch.zeros(2)}
+    rewrite(saved, lambda tensors: tensors | two)
+    with pytest.raises(InputError, match=r"classifier.weight has shape \(2, 24\); expected \(3, 24\)"):
+        load_classifier(saved)
+
+
+@pytest.mark.parametrize("name", ["deberta.encoder.layer.2.output.dense.weight", "deberta.encoder.conv.conv.weight",
+                                  "deberta.encoder.layer.0.attention.self.pos_key_proj.weight", "something.else"])
+def test_an_unknown_tensor_is_named(saved, name):
+    rewrite(saved, lambda tensors: tensors | {name: torch.zeros(2)})
+    with pytest.raises(InputError, match=f"tensor {name}, which DeBERTa-v3 with 2 layers does not have"):
+        load_encoder(saved)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(saved, poison):
+    name = "deberta.encoder.layer.0.output.dense.weight"
+
+    def spoil(tensors):
+        tensors[name][3, 2] = poison
+        return tensors
+
+    rewrite(saved, spoil)
+    with pytest.raises(InputError, match=f"tensor {name} holds NaN or infinity"):
+        load_classifier(saved)
+
+
+def test_weights_of_whole_numbers_are_refused_by_name(saved):
+    name = "deberta.encoder.LayerNorm.weight"
+    rewrite(saved, lambda tensors: tensors | {name: torch.ones(24, dtype=torch.int64)})
+    with pytest.raises(InputError, match=f"tensor {name} is of type torch.int64; expected float32"):
+        load_encoder(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_files_are_refused_by_name(saved, dtype):
+    name = "deberta.encoder.LayerNorm.weight"
+    rewrite(saved, lambda tensors: tensors | {name: torch.ones(24).to(dtype)})
+    with pytest.raises(InputError, match=f"tensor {name} is of type"):
+        load_encoder(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 200, b"<html>not found</html>" * 40])
+def test_a_file_that_is_no_safetensors_is_one_line_of_error(saved, content):
+    (saved / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="not a complete safetensors file") as error:
+        load_classifier(saved)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.999])
+def test_a_truncated_file_is_an_error_and_not_half_a_model(saved, keep):
+    content = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(content[:int(keep * len(content))])
+    with pytest.raises(InputError, match="not a complete safetensors file"):
+        load_classifier(saved)
+
+
+def test_an_empty_folder_says_what_is_missing(tmp_path, model, saved):
+    with pytest.raises(InputError, match=r"config\.json: no such file"):
+        load_encoder(tmp_path)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors: no such file; expected the weights"):
+        load_classifier(saved)
+
+
+def test_a_folder_with_the_published_bin_says_how_to_convert_it(saved):
+    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
+    with pytest.raises(InputError, match="make weights"):
+        load_encoder(saved)
+
+
+# Files in several pieces.
+
+@pytest.fixture
+def sharded(saved):
+    tensors = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    halves = {f"model-0000{i + 1}-of-00002.safetensors": dict(sorted(tensors.items())[i::2]) for i in range(2)}
+    for file, half in halves.items():
+        save_file(half, saved / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, half in halves.items() for name in half}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    return saved
+
+
+def test_a_checkpoint_in_several_files_is_the_same_model(model, sharded):
+    loaded = load_classifier(sharded)
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in loaded.named_parameters())
+
+
+def test_a_missing_piece_is_named(sharded):
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model-00002-of-00002\.safetensors: no such file"):
+        load_classifier(sharded)
+
+
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}',
+                                   '{"weight_map": {"a": 3}}',
+                                   '{"weight_map": {"a": "../model.safetensors"}}', '{"weight_map": {"a": ["b"]}}',
+                                   '{"weight_map": {"a": "/etc/passwd"}}', '{"weight_map": {"a": "b", "c": 1}}'])
+def test_an_index_that_is_none_is_one_line_of_error(sharded, index):
+    (sharded / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json: "):
+        load_classifier(sharded)
+
+
+def test_the_single_file_wins_over_an_index(model, sharded):
+    save_classifier(model, sharded)
+    (sharded / "model.safetensors.index.json").write_text("nonsense")
+    assert torch.equal(load_classifier(sharded).head.weight, model.head.weight)
+
+
+def test_sizes_come_from_the_configuration_and_a_wrong_one_is_found_out(model, saved):
+    for field, wrong in (("num_hidden_layers", 1), ("num_hidden_layers", 3), ("hidden_size", 12), ("vocab_size", 61),
+                         ("position_buckets", 10), ("intermediate_size", 41)):
+        config = SMALL.to_json() | {field: wrong}
+        if field == "hidden_size":
+            config["pooler_hidden_size"] = wrong
+        (saved / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=r"model\.safetensors: "):
+            load_classifier(saved)
+
+
+def test_any_v3_shaped_classifier_goes_in_and_out(tmp_path):
+    for number, sizes in enumerate(({"layers": 1, "heads": 1}, {"width": 36, "heads": 3, "span": 5},
+                                    {"vocab_size": 9, "feed_forward": 1}, {"pad_id": 7})):
+        model = large_model(resized(SMALL, **sizes))
+        save_classifier(model, tmp_path / str(number))
+        loaded = load_classifier(tmp_path / str(number))
+        assert loaded.config == model.config
+        assert all(torch.equal(p, model.get_parameter(name)) for name, p in loaded.named_parameters())

@@ -1,0 +1,260 @@
+"""The encoder and the classifier as built: against the definition written from arithmetic, and promise by promise."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    SMALL,
+    gradients,
+    large_model,
+    layers_by_definition,
+    logits_by_definition,
+    padded_batch,
+    projection,
+    relative,
+    resized,
+    worst_gradient,
+)
+from torch import nn
+
+from minipref.classifier import PreferenceModel
+from minipref.config import EncoderConfig
+from minipref.encoder import Encoder, initialise
+
+TINY = resized(SMALL, width=12, heads=2, feed_forward=20)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A model in float64, a padded batch, and every layer by definition."""
+    model = large_model(TINY, seed=3, dtype=torch.float64)
+    ids, is_token = padded_batch(TINY, [15, 8], seed=3)
+    return model, ids, is_token, layers_by_definition(model, ids, is_token)
+
+
+def test_embeddings_are_normalised_words_with_padding_zeroed(tiny):
+    model, ids, is_token, wanted = tiny
+    embeddings = model.encoder.embed(ids, is_token)
+    assert relative(embeddings, wanted[0]) < 1e-13
+    assert (embeddings[~is_token] == 0).all()
+
+
+def test_every_layer_is_the_definition(tiny, path):
+    model, ids, is_token, wanted = tiny
+    outputs = list(model.encoder.layer_outputs(ids, is_token))
+    assert len(outputs) == TINY.layers + 1
+    for number, (found, output) in enumerate(zip(outputs, wanted)):
+        assert relative(found[is_token], output[is_token]) < 1e-13, f"layer {number}"
+
+
+def test_encoder_gives_the_last_layers_output(tiny):
+    model, ids, is_token, wanted = tiny
+    assert relative(model.encoder(ids, is_token)[is_token], wanted[-1][is_token]) < 1e-13
+
+
+def test_every_gradient_is_the_definitions(tiny, path):
+    model, ids, is_token, _ = tiny
+    model.zero_grad()
+    projection(layers_by_definition(model, ids, is_token), is_token).backward()
+    wanted = {name: g.clone() for name, g in gradients(model.encoder).items()}
+    model.zero_grad()
+    projection(model.encoder.layer_outputs(ids, is_token), is_token).backward()
+    wanted["word_table.weight"][TINY.pad_id] = 0           # padding's row is never trained
+    worst, name = worst_gradient(gradients(model.encoder), wanted)
+    assert worst < 1e-11, name
+
+
+def test_a_padding_id_among_real_tokens_is_not_trained(tiny):
+    model, ids, is_token, _ = tiny
+    ids = ids.clone()
+    ids[0, 3] = TINY.pad_id                                # as transformers: it has no gradient wherever it stands
+    model.zero_grad()
+    projection(model.encoder.layer_outputs(ids, is_token), is_token).backward()
+    gradient = model.encoder.word_table.weight.grad
+    assert (gradient[TINY.pad_id] == 0).all()
+    assert (gradient[ids[0, 4]] != 0).any()
+
+
+def test_classifier_reads_cls_through_pooler_gelu_and_head(tiny, path):
+    model, ids, is_token, _ = tiny
+    assert relative(model(ids, is_token), logits_by_definition(model, ids, is_token)) < 1e-13
+
+
+def test_every_gradient_of_the_classifiers_loss_is_the_definitions(tiny, path):
+    model, ids, is_token, _ = tiny
+    labels = torch.tensor([2, 0])
+    model.zero_grad()
+    F.cross_entropy(logits_by_definition(model, ids, is_token), labels).backward()
+    wanted = {name: g.clone() for name, g in gradients(model).items()}
+    model.zero_grad()
+    F.cross_entropy(model(ids, is_token), labels).backward()
+    worst, name = worst_gradient(gradients(model), wanted)
+    assert worst < 1e-11, name
+
+
+def test_probabilities_are_the_softmax_of_logits_divided_by_the_temperature(tiny):
+    model, ids, is_token, _ = tiny
+    logits = model(ids, is_token)
+    for temperature in (0.5, 1.0, 4.0):
+        found = model.probabilities(ids, is_token, temperature)
+        powers = torch.exp(logits / temperature)
+        assert relative(found, powers / powers.sum(-1, keepdim=True)) < 1e-12
+    entropies = [-(p * p.log()).sum() for p in (model.probabilities(ids, is_token, t) for t in (0.5, 1.0, 4.0))]
+    assert entropies == sorted(entropies), "hotter is flatter"
+
+
+def test_probabilities_are_float32_when_the_logits_are_not():
+    model = large_model(TINY)
+    with torch.autocast("cpu", torch.bfloat16):
+        probabilities = model.probabilities(*padded_batch(TINY, [9, 4]))
+    assert probabilities.dtype == torch.float32
+    assert relative(probabilities.sum(-1), torch.ones(2)) < 1e-6
+
+
+def test_words_of_padding_change_nothing(tiny, path):
+    model, ids, is_token, _ = tiny
+    other = ids.masked_fill(~is_token, 37)
+    for found, wanted in zip(model.encoder.layer_outputs(other, is_token), model.encoder.layer_outputs(ids, is_token)):
+        assert torch.equal(found[is_token], wanted[is_token])
+    assert torch.equal(model(other, is_token), model(ids, is_token))
+
+
+def test_longer_padding_and_company_change_nothing(tiny, path):
+    model, ids, is_token, _ = tiny
+    alone, alone_is_token = ids[1:, :8], is_token[1:, :8]
+    padded = F.pad(ids[1:], (0, 9))
+    padded_is_token = F.pad(is_token[1:], (0, 9))
+    wanted = model.encoder(alone, alone_is_token)
+    assert relative(model.encoder(ids, is_token)[1:, :8], wanted) < 1e-13
+    assert relative(model.encoder(padded, padded_is_token)[:, :8], wanted) < 1e-13
+    assert relative(model(padded, padded_is_token), model(alone, alone_is_token)) < 1e-13
+
+
+def test_order_matters_and_only_through_the_relative_table(tiny):
+    model, ids, is_token, _ = tiny
+    backwards = torch.cat([ids[:1, :1], ids[:1, 1:].flip(1)], dim=1)
+    assert relative(model(backwards, is_token[:1]), model(ids[:1], is_token[:1])) > 0.01
+    flat = copy.deepcopy(model)
+    flat.encoder.rel_table.weight.data[:] = flat.encoder.rel_table.weight.data[0]      # every distance looks the same
+    assert relative(flat(backwards, is_token[:1]), flat(ids[:1], is_token[:1])) < 1e-12
+
+
+def test_checkpointed_activations_change_neither_values_nor_gradients(tiny):
+    model, ids, is_token, _ = tiny
+    results = []
+    for checkpointed in (False, True):
+        model.encoder.checkpoint_activations = checkpointed
+        model.zero_grad()
+        loss = projection(model.encoder.layer_outputs(ids, is_token), is_token)
+        loss = loss + F.cross_entropy(model(ids, is_token), torch.tensor([0, 1]))
+        loss.backward()
+        results.append((loss.detach(), {name: g.clone() for name, g in gradients(model).items()}))
+    model.encoder.checkpoint_activations = False
+    (plain_loss, plain), (loss, checkpointed) = results
+    assert torch.equal(plain_loss, loss)
+    assert worst_gradient(checkpointed, plain)[0] < 1e-13
+
+
+def test_checkpointed_activations_repeat_their_dropout():
+    model = large_model(resized(TINY, hidden_dropout=0.2, attention_dropout=0.2), dtype=torch.float64).train()
+    ids, is_token = padded_batch(TINY, [15, 8])
+    found = []
+    for checkpointed in (False, True):
+        model.encoder.checkpoint_activations = checkpointed
+        model.zero_grad()
+        torch.manual_seed(5)
+        projection(model.encoder.layer_outputs(ids, is_token), is_token).backward()
+        found.append({name: g.clone() for name, g in gradients(model).items()})
+    assert worst_gradient(found[1], found[0])[0] < 1e-12
+
+
+def test_dropout_rates_are_the_configurations():
+    config = resized(TINY, hidden_dropout=0.11, attention_dropout=0.22, pooler_dropout=0.33, head_dropout=0.44)
+    model = PreferenceModel(config)
+    assert model.encoder.dropout.p == 0.11
+    assert model.pooler_dropout.p == 0.33
+    assert model.head_dropout.p == 0.44
+    for layer in model.encoder.layers:
+        assert layer.dropout.p == layer.attention.rel_dropout.p == 0.11
+        assert layer.attention.attn_dropout.p == 0.22
+
+
+def test_dropout_keeps_the_mean_and_is_off_in_evaluation():
+    model = large_model(resized(TINY, hidden_dropout=0.5), dtype=torch.float64)
+    ids, is_token = padded_batch(TINY, [15, 8])
+    still = model.encoder.embed(ids, is_token)
+    assert torch.equal(model(ids, is_token), model(ids, is_token))
+    torch.manual_seed(0)
+    model.train()
+    draws = torch.stack([model.encoder.embed(ids, is_token) for _ in range(400)])
+    assert 0.45 < (draws[:, is_token] == 0).double().mean() < 0.55
+    assert relative(draws.mean(0), still) < 0.25
+    assert not torch.equal(model(ids, is_token), model(ids, is_token))
+
+
+def test_attention_drops_out_in_training_only(path):
+    config = resized(TINY, attention_dropout=0.4)
+    model, still = large_model(config, dtype=torch.float64), large_model(TINY, dtype=torch.float64)
+    ids, is_token = padded_batch(config, [15, 8])
+    for forward, wanted in ((model, still), (model.encoder, still.encoder)):       # [CLS] alone, and every token
+        model.eval()
+        assert relative(forward(ids, is_token), wanted(ids, is_token)) < 1e-12
+        model.train()
+        assert relative(forward(ids, is_token), wanted(ids, is_token)) > 0.01
+        assert not torch.equal(forward(ids, is_token), forward(ids, is_token))
+
+
+def test_an_id_outside_the_vocabulary_is_an_index_error():
+    model = large_model(TINY)
+    for wrong in (TINY.vocab_size, -1):
+        with pytest.raises(IndexError):
+            model(torch.tensor([[1, wrong]]), torch.ones(1, 2, dtype=torch.bool))
+
+
+def test_fresh_weights_are_debertas():
+    torch.manual_seed(0)
+    model = PreferenceModel(resized(SMALL, width=120, vocab_size=300))
+    initialise(model, std=0.05)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            assert (module.weight == 1).all(), name
+            assert (module.bias == 0).all(), name
+        if isinstance(module, nn.Linear):
+            assert (module.bias == 0).all(), name
+        if isinstance(module, nn.Linear | nn.Embedding):
+            assert module.weight.std().item() == pytest.approx(0.05, rel=0.1), name
+            assert abs(module.weight.mean().item()) < 0.01, name
+    assert (model.encoder.word_table.weight[SMALL.pad_id] == 0).all()
+    assert (model.encoder.rel_table.weight[0] != 0).any()
+
+
+def test_normalisation_uses_the_configured_epsilon():
+    # Word vectors of the size of sqrt(eps): an epsilon a hundred times larger would shrink them visibly.
+    for eps in (1e-7, 1e-5):
+        encoder = Encoder(resized(TINY, norm_eps=eps)).double()
+        with torch.no_grad():
+            encoder.word_table.weight.copy_(math.sqrt(eps) * encoder.word_table.weight)
+        ids, is_token = padded_batch(TINY, [9])
+        words = encoder.word_table.weight[ids]
+        centred = words - words.mean(-1, keepdim=True)
+        wanted = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        assert relative(encoder.eval().embed(ids, is_token), wanted) < 1e-12
+
+
+def test_norms_all_have_the_configured_epsilon():
+    model = PreferenceModel(resized(TINY, norm_eps=3e-6))
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 2 + 2 * TINY.layers
+    assert all(norm.eps == 3e-6 for norm in norms)
+
+
+def test_the_parameters_of_v3_small_are_counted_right():
+    with torch.device("meta"):
+        model = PreferenceModel(EncoderConfig())
+    count = sum(p.numel() for p in model.parameters())
+    assert count == 141_897_219
+    assert model.encoder.word_table.weight.numel() / count == pytest.approx(0.693, abs=5e-4)
+    assert len(list(model.encoder.parameters())) == 102

@@ -1,0 +1,83 @@
+"""minipref against golden tensors that transformers computed: the proof that needs no transformers to run.
+
+The files are written by `tests/golden/make_golden.py`. The weights go through a checkpoint on disk and the rename
+table, as published ones do; a wrong name, a wrong transpose or a wrong sign ends as a wrong layer.
+"""
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import gradients_by_reference_name, relative, worst_gradient
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from minipref.checkpoint import load_classifier
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+CASES = ("small_span", "v3_span")
+
+
+@pytest.fixture(scope="module", params=CASES)
+def golden(request, tmp_path_factory):
+    """What transformers computed, and minipref's model with the same weights."""
+    with safe_open(GOLDEN / f"{request.param}.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is not a dict
+        config = json.loads(file.metadata()["config"])
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(starting_with("weight.", tensors), folder / "model.safetensors")
+    model = load_classifier(folder, dtype=torch.float64)
+    return SimpleNamespace(tensors=tensors, model=model, ids=tensors["ids"], is_token=tensors["is_token"],
+                           labels=tensors["labels"])
+
+
+def starting_with(prefix: str, tensors: dict) -> dict:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def test_golden_embeddings_and_every_layer(golden):
+    outputs = list(golden.model.encoder.layer_outputs(golden.ids, golden.is_token))
+    wanted = starting_with("layer.", golden.tensors)
+    assert len(outputs) == len(wanted) == golden.model.config.layers + 1
+    for number, output in enumerate(outputs):
+        assert relative(output[golden.is_token], wanted[str(number)][golden.is_token]) < 1e-12, f"layer {number}"
+
+
+def test_golden_logits_and_loss(golden):
+    logits = golden.model(golden.ids, golden.is_token)
+    assert relative(logits, golden.tensors["logits"]) < 1e-12
+    assert relative(F.cross_entropy(logits, golden.labels), golden.tensors["loss"]) < 1e-12
+
+
+def test_golden_gradient_of_the_loss_in_every_parameter(golden):
+    golden.model.zero_grad()
+    F.cross_entropy(golden.model(golden.ids, golden.is_token), golden.labels).backward()
+    wanted = starting_with("loss_gradient.", golden.tensors)
+    worst, name = worst_gradient(gradients_by_reference_name(golden.model), wanted)
+    assert worst < 1e-11, name
+
+
+def test_golden_gradient_of_every_layers_output_in_every_parameter(golden):
+    golden.model.zero_grad()
+    total = 0
+    for h in golden.model.encoder.layer_outputs(golden.ids, golden.is_token):
+        weights = torch.cos(torch.arange(h.numel(), dtype=h.dtype)).view_as(h)
+        total = total + (weights * h)[golden.is_token].sum()
+    total.backward()
+    wanted = starting_with("all_gradient.", golden.tensors)
+    found = gradients_by_reference_name(golden.model)
+    encoders = {name: gradient for name, gradient in found.items() if name.startswith("deberta.")}
+    worst, name = worst_gradient(encoders, wanted)
+    assert worst < 1e-11, name
+
+
+def test_golden_values_in_float32(golden):
+    model = copy.deepcopy(golden.model).float()
+    for number, output in enumerate(model.encoder.layer_outputs(golden.ids, golden.is_token)):
+        wanted = golden.tensors[f"layer.{number}"]
+        assert relative(output[golden.is_token], wanted[golden.is_token]) < 1e-5, f"layer {number}"

@@ -1,0 +1,254 @@
+"""The score and its companions: against scikit-learn, and by hand where it has no such figure."""
+
+import math
+
+import numpy as np
+import pytest
+
+from minipref import metrics
+from minipref.metrics import (
+    averaged,
+    baselines,
+    class_prior,
+    collapsed,
+    confusion_table,
+    cross_fitted,
+    evaluate,
+    fit_temperature,
+    length_features,
+    logistic_regression,
+    score_table,
+    softmax,
+)
+
+
+def predictions(rows: int = 500, seed: int = 0, sharpness: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
+    """Random probabilities and labels that agree with them somewhat."""
+    rng = np.random.default_rng(seed)
+    logits = sharpness * rng.standard_normal((rows, 3))
+    labels = (logits + rng.gumbel(size=(rows, 3))).argmax(1)
+    return softmax(logits), labels
+
+
+@pytest.mark.parametrize("rows, seed", [(1, 0), (7, 1), (500, 2), (5000, 3)])
+def test_every_figure_is_scikit_learns(rows, seed):
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    p, y = predictions(rows, seed)
+    found, predicted = evaluate(p, y), p.argmax(1)
+    named = sorted(set(y) | set(predicted))
+    precision, recall, f1, _ = sklearn_metrics.precision_recall_fscore_support(
+        y, predicted, labels=named, average="macro", zero_division=0)
+    assert found["log_loss"] == pytest.approx(sklearn_metrics.log_loss(y, p, labels=[0, 1, 2]), abs=1e-12)
+    assert found["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(y, predicted), abs=1e-12)
+    assert (found["precision"], found["recall"], found["f1"]) == pytest.approx((precision, recall, f1), abs=1e-12)
+    assert found["confusion"] == sklearn_metrics.confusion_matrix(y, predicted, labels=[0, 1, 2]).tolist()
+    by_class = zip(*sklearn_metrics.precision_recall_fscore_support(y, predicted, labels=[0, 1, 2], zero_division=0))
+    for ours, theirs in zip(found["per_class"].values(), by_class):
+        assert tuple(ours.values()) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_a_class_that_is_never_predicted_counts_as_zero_and_one_that_never_occurs_not_at_all():
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    p = np.array([[.8, .1, .1], [.6, .3, .1], [.5, .4, .1], [.2, .7, .1]])
+    for y in (np.array([0, 0, 2, 1]), np.array([0, 1, 1, 1]), np.array([0, 0, 0, 0])):
+        theirs = sklearn_metrics.precision_recall_fscore_support(y, p.argmax(1), average="macro", zero_division=0)
+        found = evaluate(p, y)
+        assert (found["precision"], found["recall"], found["f1"]) == pytest.approx(theirs[:3], abs=1e-12)
+
+
+def test_log_loss_of_known_answers():
+    thirds = np.full((4, 3), 1 / 3)
+    assert evaluate(thirds, np.array([0, 1, 2, 0]))["log_loss"] == pytest.approx(math.log(3), abs=1e-15)
+    p = np.array([[.5, .25, .25], [.1, .8, .1]])
+    assert evaluate(p, np.array([0, 2]))["log_loss"] == pytest.approx((math.log(2) + math.log(10)) / 2, abs=1e-15)
+
+
+def test_a_probability_of_zero_for_the_truth_costs_36_nats_and_is_counted():
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    p = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    found = evaluate(p, np.array([1, 1]))
+    assert found["clipped"] == 1
+    assert found["log_loss"] == pytest.approx(sklearn_metrics.log_loss([1, 1], p, labels=[0, 1, 2]), abs=1e-12)
+    assert found["log_loss"] == pytest.approx(-math.log(np.finfo(np.float64).eps) / 2)
+    assert evaluate(p, np.array([0, 1]))["clipped"] == 0
+
+
+def test_float32_probabilities_are_scored_in_float64():
+    p, y = predictions(2000)
+    wanted = -np.log(p.astype(np.float32).astype(np.float64)[np.arange(2000), y]).mean()
+    assert evaluate(p.astype(np.float32), y)["log_loss"] == pytest.approx(wanted, abs=1e-14)
+
+
+def test_confusion_has_truth_in_rows_and_prediction_in_columns():
+    p = np.array([[.1, .8, .1], [.1, .8, .1], [.1, .1, .8]])
+    assert evaluate(p, np.array([0, 0, 2]))["confusion"] == [[0, 2, 0], [0, 0, 0], [0, 0, 1]]
+    table = confusion_table(evaluate(p, np.array([0, 0, 2]))).splitlines()
+    assert table[1].split() == ["A", "0", "2", "0"]
+
+
+def test_calibration_error_by_hand():
+    # Confidence .9 in three rows, two right: |.9 - 2/3|. Confidence .5 in one row, right: |.5 - 1|.
+    p = np.array([[.9, .05, .05]] * 3 + [[.25, .5, .25]])
+    found = evaluate(p, np.array([0, 0, 1, 1]))
+    assert found["ece"] == pytest.approx(3 / 4 * abs(.9 - 2 / 3) + 1 / 4 * abs(.5 - 1))
+    assert [bin["rows"] for bin in found["calibration"]] == [1, 3]
+    assert found["calibration"][1] == pytest.approx({"confidence": .9, "accuracy": 2 / 3, "rows": 3})
+
+
+def test_calibration_error_is_small_for_honest_and_large_for_boastful_probabilities():
+    p, y = predictions(20_000, sharpness=1.0)
+    boastful = softmax(3 * np.log(p))
+    assert evaluate(p, y)["ece"] < 0.015
+    assert evaluate(boastful, y)["ece"] > 0.15
+    certain = np.eye(3)[[0, 1, 2]]
+    assert evaluate(certain, np.array([0, 1, 2]))["ece"] == 0
+
+
+@pytest.mark.parametrize("p, y", [
+    (np.full((2, 2), .5), np.array([0, 1])), (np.full((2, 3), 1 / 3), np.array([0])),
+    (np.full(3, 1 / 3), np.array([0])), (np.full((2, 3), 1 / 3), np.array([0, 3])),
+    (np.full((2, 3), 1 / 3), np.array([0, -1])),
+    (np.empty((0, 3)), np.empty(0, dtype=int)), (np.array([[.5, .5, .5]]), np.array([0])),
+    (np.array([[1.5, -.25, -.25]]), np.array([0])), (np.array([[np.nan, .5, .5]]), np.array([0])),
+])
+def test_what_is_no_prediction_is_a_value_error(p, y):
+    with pytest.raises(ValueError):
+        evaluate(p, y)
+
+
+# Baselines.
+
+def test_the_class_prior_counts_every_class_once_more():
+    assert class_prior(np.array([0, 0, 1])) == pytest.approx([3 / 6, 2 / 6, 1 / 6])
+
+
+def test_the_baselines_of_the_competitions_labels_are_the_known_scores():
+    labels = np.repeat([0, 1, 2], [20_064, 19_652, 17_761])
+    lengths = np.tile([[50, 100, 100]], (len(labels), 1))
+    scores = baselines(lengths, labels, lengths, labels)
+    assert scores["uniform"]["log_loss"] == pytest.approx(1.0986, abs=5e-5)
+    assert scores["class prior"]["log_loss"] == pytest.approx(1.0972, abs=5e-5)
+    assert scores["length only"]["log_loss"] == pytest.approx(1.0972, abs=5e-5), "equal lengths say nothing"
+
+
+def test_length_features_turn_with_the_answers():
+    feature = length_features(np.array([[10, 99, 9], [10, 9, 99]]))
+    assert feature[0] == pytest.approx([math.log(10), math.log(10), math.log(11), math.log(100), math.log(10)])
+    assert feature[1, 0] == -feature[0, 0]
+    assert feature[1, 1] == feature[0, 1]
+
+
+def test_logistic_regression_is_scikit_learns():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300, 4)) * [1, 10, .1, 1] + [0, 5, 0, 1]
+    x = np.column_stack([x, np.ones(300)])                   # a column that never varies must do no harm
+    y = (x[:, :3] / [1, 10, .1] + rng.gumbel(size=(300, 3))).argmax(1)
+    z = (x - x.mean(0)) / np.where(x.std(0) == 0, 1, x.std(0))
+    theirs = linear_model.LogisticRegression(C=1 / 2.0, tol=1e-10, max_iter=5000).fit(z, y).predict_proba(z)
+    assert logistic_regression(x, y, penalty=2.0)(x) == pytest.approx(theirs, abs=1e-5)
+
+
+def test_the_length_baseline_learns_that_longer_answers_win():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(10, 1000, (2000, 3))
+    labels = np.where(lengths[:, 1] > lengths[:, 2], 0, 1)
+    scores = baselines(lengths[:1000], labels[:1000], lengths[1000:], labels[1000:])
+    assert scores["length only"]["accuracy"] > 0.95
+    assert scores["length only"]["log_loss"] < scores["class prior"]["log_loss"] / 2
+
+
+def test_collapse_is_saying_the_same_of_every_row():
+    p, _ = predictions()
+    assert not collapsed(p)
+    assert collapsed(np.tile([.35, .34, .31], (500, 1)) + 1e-4 * p)
+
+
+# The temperature.
+
+def test_softmax_takes_any_logits():
+    assert softmax([[1000., 0., -1000.]]) == pytest.approx(np.array([[1., 0., 0.]]))
+    assert softmax([[.1, .2, .3]]).sum() == pytest.approx(1, abs=1e-15)
+
+
+def test_averaging_takes_the_mean_of_the_orders_probabilities_not_of_their_logits():
+    logits = np.array([[[4., 0., 0.], [0., 2., 0.]]])
+    wanted = (softmax([[2., 0., 0.]]) + softmax([[0., 1., 0.]])) / 2
+    assert averaged(logits, 2.0) == pytest.approx(wanted, abs=1e-15)
+
+
+@pytest.mark.parametrize("too_sharp", [0.3, 1.0, 2.5, 8.0])
+def test_the_temperature_undoes_the_sharpening(too_sharp):
+    rng = np.random.default_rng(1)
+    honest = rng.standard_normal((30_000, 1, 3))
+    labels = (honest[:, 0] + rng.gumbel(size=(30_000, 3))).argmax(1)
+    assert fit_temperature(too_sharp * honest, labels) == pytest.approx(too_sharp, rel=0.05)
+
+
+def test_the_temperature_has_the_least_log_loss_of_a_fine_grid_but_for_its_weak_prior():
+    rng = np.random.default_rng(2)
+    logits = 3 * rng.standard_normal((400, 2, 3))
+    labels = (logits.mean(1) / 2 + rng.gumbel(size=(400, 3))).argmax(1)
+
+    def loss(temperature):
+        return 400 * evaluate(averaged(logits, temperature), labels)["log_loss"] + np.log(temperature) ** 2 / 2
+    best = loss(fit_temperature(logits, labels))
+    assert min(map(loss, np.geomspace(1 / 20, 20, 400))) > best - 1e-6
+
+
+def test_a_few_rows_that_are_all_right_do_not_ask_for_boundless_confidence_but_many_have_their_way():
+    right = np.array([[[3., 0., 0.]]])
+    few, many = (fit_temperature(right.repeat(n, 0), np.zeros(n, dtype=int)) for n in (5, 100_000))
+    assert 0.5 < few < 1 and many < 0.3
+
+
+def test_the_temperature_stays_between_a_twentieth_and_twenty():
+    sure = 9 * np.array([[[1., 0., 0.]]]).repeat(100_000, 0)
+    assert 1 / 20 <= fit_temperature(sure, np.zeros(100_000, dtype=int)) < 1
+    assert fit_temperature(sure, np.ones(100_000, dtype=int)) == pytest.approx(20, rel=1e-3)
+
+
+def test_cross_fitting_uses_no_row_to_calibrate_itself(monkeypatch):
+    rng = np.random.default_rng(3)
+    logits, labels = rng.standard_normal((103, 2, 3)), rng.integers(0, 3, 103)
+    logits[:, 0, 0] = np.arange(103)                         # a row's name
+    logits[:, 0, 1:] += np.arange(103)[:, None]              # and yet no certainty
+    seen = []
+
+    def remember(rows, _labels):
+        seen.append(set(rows[:, 0, 0].astype(int)))
+        return len(seen) + 1                                 # 2 for the first fold, 3 for the second, ...
+
+    monkeypatch.setattr(metrics, "fit_temperature", remember)
+    probabilities = cross_fitted(logits, labels, seed=5)
+    assert len(seen) == 5
+    assert set.union(*seen) == set(range(103))
+    for row in range(103):
+        folds = [f for f in range(5) if np.allclose(probabilities[row], averaged(logits[[row]], f + 2)[0], atol=1e-12)]
+        assert len(folds) == 1, f"row {row} was calibrated in one fold"
+        assert row not in seen[folds[0]], f"row {row} was calibrated by itself"
+
+
+def test_cross_fitting_is_repeatable_and_differs_by_seed():
+    rng = np.random.default_rng(4)
+    logits = 2 * rng.standard_normal((60, 1, 3))
+    labels = (logits[:, 0] + rng.gumbel(size=(60, 3))).argmax(1)
+    assert np.array_equal(cross_fitted(logits, labels, seed=1), cross_fitted(logits, labels, seed=1))
+    assert not np.array_equal(cross_fitted(logits, labels, seed=1), cross_fitted(logits, labels, seed=2))
+
+
+def test_cross_fitting_a_single_row_leaves_it_as_it_is():
+    logits = np.array([[[1., 2., 3.]]])
+    assert cross_fitted(logits, np.array([0]), seed=0) == pytest.approx(softmax(logits[:, 0]), abs=1e-12)
+
+
+# The tables.
+
+def test_the_score_table_has_a_line_for_each_result():
+    p, y = predictions(50)
+    result = evaluate(p, y)
+    lines = score_table({"model": result, "a longer name": result}).splitlines()
+    assert len(lines) == 3
+    assert lines[2].startswith("a longer name")
+    assert f"{result['log_loss']:.4f}" in lines[1]
+    assert len({len(line) for line in lines}) == 1

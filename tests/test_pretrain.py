@@ -1,0 +1,465 @@
+"""Replaced-token detection: what goes in, which gradient reaches which table, what comes out, and that it learns."""
+
+import csv
+import gzip
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from mutation import failures, mutated, replaced
+from safetensors.torch import load_file
+
+import minipref
+from minipref import pretrain
+from minipref.config import EncoderConfig
+from minipref.errors import InputError
+from minipref.judge import autocast
+from minipref.optim import AdamW, decay_groups
+from minipref.pretrain import (
+    Pretraining,
+    Windows,
+    average_precision,
+    best_f1,
+    choose_masked,
+    detection_figures,
+    evaluate,
+    hide_80_10_10,
+    is_held_out,
+    load_corpus,
+    read_corpus,
+)
+
+CPU = torch.device("cpu")
+SIZES = ["--width", "32", "--heads", "2", "--layers", "2", "--feed-forward", "64", "--vocab-size", "350",
+         "--heldout-share", "0.1", "--precision", "fp32", "--length", "24", "--long-length", "48"]
+
+
+WHO = ("the old cook", "a young judge", "her brother", "the tall guard", "my neighbour", "their teacher")
+DOES = ("reads both answers twice before choosing one of them", "keeps seven copper pots above the kitchen stove",
+        "writes long letters to the king every winter", "walks along the river until the sun goes down",
+        "counts all the stars that stand above the hill", "never tells the children where the honey is kept")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A file of 400 lines, each a document: six people, each doing any of six things."""
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n".join(f"{rng.choice(WHO)} {rng.choice(DOES)}." for _ in range(400)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(text) -> pretrain.Corpus:
+    return load_corpus([text], 0.1, None, 350)
+
+
+def small_model(corpus: pretrain.Corpus, objective: str = "rtd", sharing: str = "gdes", layers: int = 2) -> Pretraining:
+    torch.manual_seed(0)
+    config = EncoderConfig(vocab_size=corpus.tokenizer.vocab_size, width=32, heads=2, layers=layers, feed_forward=64,
+                           hidden_dropout=0.0, attention_dropout=0.0)
+    return Pretraining(config, corpus.tokenizer, objective, sharing)
+
+
+def some_ids(corpus: pretrain.Corpus, length: int = 24, size: int = 8) -> torch.Tensor:
+    return Windows(corpus.train, length, size, 0, corpus.tokenizer.cls_id).batch(0)
+
+
+def rows_of(path: Path) -> list[dict[str, float]]:
+    with open(path, encoding="utf-8") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+# --- It learns ---
+
+def test_a_few_hundred_lines_of_text_teach_generator_and_discriminator(text, tmp_path):
+    """The margins, on held-out lines: from the first evaluation to the last the MLM loss falls by 40%; the RTD loss
+    ends 15% below the best constant's; F1 is above 0.3, where 'always original' has 0, and word frequency, its
+    threshold tuned on these very tokens, stays below 0.3."""
+    code = pretrain.main(["--corpus", str(text), "--output", str(tmp_path), *SIZES, "--steps", "200", "--warmup", "20",
+                          "--batch-tokens", "1024", "--lr", "1e-2", "--init-std", "0.15", "--evaluations", "4"])
+    assert code == 0
+    first, *_, last = rows_of(tmp_path / "metrics.csv")
+    assert last["mlm_loss"] < 0.6 * first["mlm_loss"]
+    assert last["rtd_loss"] < 0.85 * last["constant_loss"]
+    assert last["rtd_f1"] > 0.3 > last["unigram_best_f1"]
+
+
+# --- Which gradient reaches which table ---
+
+def table_gradients(model: Pretraining, ids: torch.Tensor) -> dict[str, tuple[bool, bool]]:
+    """Which loss reaches which of (generator's table, discriminator's own parameter): {"mlm": ..., "rtd": ...}."""
+    is_masked, corrupted, guesses = model.corrupt(ids)
+    losses = {"mlm": F.cross_entropy(guesses, ids[is_masked]),
+              "rtd": F.binary_cross_entropy_with_logits(model.judge(corrupted), (corrupted != ids).float())}
+    reached = {}
+    for name, loss in losses.items():
+        model.zero_grad()
+        loss.backward()
+        tables = model.generator.word_table.weight, model.discriminator.word_table.weight
+        reached[name] = tuple(table.grad is not None and bool(table.grad.any()) for table in tables)
+    return reached
+
+
+@pytest.mark.parametrize(("sharing", "mlm", "rtd"), [
+    ("gdes", (True, False), (False, True)),        # E_G from MLM alone, E_delta from RTD alone
+    ("nes", (True, False), (False, True)),         # two tables
+    ("es", (True, True), (True, True)),            # one table, seen twice
+])
+def test_each_loss_reaches_the_table_that_is_its_own(corpus, sharing, mlm, rtd):
+    assert table_gradients(small_model(corpus, sharing=sharing), some_ids(corpus)) == {"mlm": mlm, "rtd": rtd}
+
+
+def test_without_the_stop_gradient_the_gradient_test_fails():
+    mutant = replaced("minipref/pretrain.py", "self.generator.word_table.weight.detach() +",
+                      "self.generator.word_table.weight +")
+    with mutated("minipref/pretrain.py", mutant):
+        failed = failures(["tests/test_pretrain.py::test_each_loss_reaches_the_table_that_is_its_own"],
+                          stop_at_first=False)
+    assert [name.rsplit("[")[-1] for name in failed] == ["gdes-mlm0-rtd0]"], failed
+
+
+def test_gdes_sees_the_generators_words_plus_a_difference_that_starts_at_zero(corpus):
+    model = small_model(corpus)
+    generator, delta = model.generator.word_table.weight, model.discriminator.word_table.weight
+    assert not delta.any()
+    assert torch.equal(model.discriminator_table(), generator)
+    with torch.no_grad():
+        delta.normal_()
+    assert torch.equal(model.discriminator_table(), generator + delta)
+    ids = some_ids(corpus)
+    by_table = model.eval().judge(ids)
+    model.discriminator.word_table.weight.data = generator + delta       # the plain encoder with the sum in its table
+    plain = model.replaced_token_head(model.discriminator(ids, torch.ones_like(ids, dtype=torch.bool)))
+    assert torch.equal(by_table, plain)
+
+
+@pytest.mark.parametrize("sharing", ["gdes", "nes", "es"])
+def test_one_round_of_updates_moves_every_parameter_once(corpus, sharing):
+    """The optimizers of the two sides share no parameter and leave none out."""
+    model = small_model(corpus, sharing=sharing)
+    optimizers = [AdamW(decay_groups(side, 0.01)) for side in model.sides()]
+    trained = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(trained) == sorted(id(p) for p in model.parameters())
+    assert len(optimizers) == (1 if sharing == "es" else 2)
+
+
+def test_no_gradient_flows_back_through_the_sampled_words(corpus):
+    model = small_model(corpus, sharing="nes")
+    _, corrupted, _ = model.corrupt(some_ids(corpus))
+    model.judge(corrupted).sum().backward()
+    assert all(p.grad is None for side in (model.generator, model.masked_word_head) for p in side.parameters())
+
+
+def test_cls_learns_from_the_labels_of_all_other_tokens(corpus):
+    head = small_model(corpus).replaced_token_head
+    x = torch.randn(2, 6, 32, requires_grad=True)
+    F.binary_cross_entropy_with_logits(head(x)[:, 1:], torch.ones(2, 5)).backward()
+    assert x.grad[:, 0].abs().max() > 1e-6
+
+
+def test_the_generator_is_half_as_deep_and_mlm_alone_trains_one_of_full_depth(corpus):
+    assert len(small_model(corpus, layers=4).generator.layers) == 2
+    assert len(small_model(corpus, layers=1).generator.layers) == 1
+    alone = small_model(corpus, objective="mlm", layers=4)
+    assert len(alone.generator.layers) == 4
+    assert not hasattr(alone, "discriminator")
+
+
+# --- Hiding and replacing ---
+
+def test_fifteen_percent_of_each_window_is_hidden_and_never_a_special_token(corpus):
+    ids = some_ids(corpus, length=100, size=12)
+    ids[:, 40] = corpus.tokenizer.sep_id
+    model = small_model(corpus)
+    torch.manual_seed(1)
+    chosen = torch.stack([choose_masked(ids, model.is_special(ids)) for _ in range(200)])
+    assert (chosen.sum(-1) == 15).all()
+    assert not chosen[:, model.is_special(ids)].any()
+    often = chosen.float().mean(0)[~model.is_special(ids)]
+    assert often.min() > 0.05 and often.max() < 0.30                     # every word has its turn
+    mostly_special = ids.masked_fill(torch.arange(100) > 4, corpus.tokenizer.pad_id)
+    words = ~model.is_special(mostly_special)
+    assert torch.equal(choose_masked(mostly_special, ~words), words)     # all there are, which is fewer than 15
+
+
+def test_rtd_hides_with_mask_alone_and_mlm_with_bert_s_80_10_10(corpus):
+    tokenizer = corpus.tokenizer
+    ids = torch.full((40, 1000), 300)
+    is_masked = torch.zeros_like(ids, dtype=torch.bool)
+    is_masked[:, ::2] = True
+    torch.manual_seed(0)
+    hidden = hide_80_10_10(ids, is_masked, tokenizer.mask_id, tokenizer.vocab_size)
+    assert torch.equal(hidden[~is_masked], ids[~is_masked])
+    share = (hidden[is_masked] == tokenizer.mask_id).float().mean().item()
+    kept = (hidden[is_masked] == 300).float().mean().item()
+    assert share == pytest.approx(0.8, abs=0.02)
+    assert kept == pytest.approx(0.1, abs=0.02)
+    assert len(hidden[is_masked].unique()) > 0.5 * tokenizer.vocab_size
+
+
+def test_only_hidden_tokens_are_replaced_and_a_right_guess_counts_as_original(corpus):
+    model, ids = small_model(corpus), some_ids(corpus)
+    is_masked, corrupted, _ = model.corrupt(ids)
+    assert torch.equal(corrupted[~is_masked], ids[~is_masked])
+    assert (corrupted != ids).sum() > 0
+    with torch.no_grad():                          # a generator that always says the word of id 300
+        model.masked_word_head.bias[300] = 1e4
+    is_masked, corrupted, _ = model.corrupt(ids)
+    assert (corrupted[is_masked] == 300).all()
+    same = torch.full_like(ids, 300)
+    is_masked, corrupted, _ = model.corrupt(same)
+    assert is_masked.any() and torch.equal(corrupted, same)
+
+
+def test_words_are_drawn_as_often_as_the_generator_finds_them_likely():
+    """20,000 draws from one distribution: chi-squared, 5 words, 99.99% of honest samplers stay below 23.5."""
+    wanted = torch.tensor([0.05, 0.5, 0.2, 0.24, 0.01])
+    torch.manual_seed(0)
+    drawn = torch.bincount(pretrain.sample(wanted.log().expand(20_000, 5)), minlength=5)
+    assert ((drawn - 20_000 * wanted) ** 2 / (20_000 * wanted)).sum() < 23.5
+    never = pretrain.sample(torch.tensor([[-1e4, 0.0, -1e4]]).expand(1000, 3))
+    assert (never == 1).all()
+
+
+# --- Windows ---
+
+def test_an_epoch_holds_the_text_once_without_padding_and_the_next_in_another_order(corpus):
+    windows = Windows(corpus.train, 32, 4, seed=3, cls_id=corpus.tokenizer.cls_id)
+    epochs = [torch.cat([windows.batch(e * windows.batches_per_epoch + k) for k in range(windows.batches_per_epoch)])
+              for e in (0, 1)]
+    text = np.concatenate(corpus.train)
+    for epoch in epochs:
+        assert (epoch[:, 0] == corpus.tokenizer.cls_id).all()
+        assert not (epoch == corpus.tokenizer.pad_id).any()
+        left_over = np.bincount(text) - np.bincount(epoch[:, 1:].flatten().numpy(), minlength=text.max() + 1)
+        assert (left_over >= 0).all() and left_over.sum() < 5 * 31
+    assert not torch.equal(*epochs)
+
+
+def test_a_batch_depends_on_its_number_and_the_seed_alone(corpus):
+    def batch(k, *before, seed=3):
+        windows = Windows(corpus.train, 32, 4, seed, corpus.tokenizer.cls_id)
+        for number in before:
+            windows.batch(number)
+        return windows.batch(k)
+
+    far = 10 * batch(0).numel()
+    assert torch.equal(batch(7), batch(7, 0, 1, far, 6))
+    assert not torch.equal(batch(7), batch(7, seed=4))
+
+
+def test_held_out_documents_are_about_the_share_asked_for_and_copies_stay_together():
+    documents = [f"document number {n}" for n in range(4000)]
+    held = [d for d in documents if is_held_out(d, 0.05)]
+    assert 150 < len(held) < 250
+    assert [d for d in documents * 2 if is_held_out(d, 0.05)] == held * 2
+    assert set(held) < {d for d in documents if is_held_out(d, 0.10)}
+
+
+# --- Figures ---
+
+def test_figures_agree_with_scikit_learn_and_with_a_count_by_hand():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    labels = rng.random(3000) < 0.15
+    logits = rng.normal(size=3000) + 1.5 * labels - 1.5
+    commonness = rng.integers(0, 9, 3000).astype(float)
+    figures = detection_figures(logits, labels, commonness)
+    assert figures["rtd_loss"] == pytest.approx(sklearn.log_loss(labels, 1 / (1 + np.exp(-logits))))
+    assert figures["rtd_precision"] == pytest.approx(sklearn.precision_score(labels, logits > 0))
+    assert figures["rtd_recall"] == pytest.approx(sklearn.recall_score(labels, logits > 0))
+    assert figures["rtd_f1"] == pytest.approx(sklearn.f1_score(labels, logits > 0))
+    assert figures["rtd_average_precision"] == pytest.approx(sklearn.average_precision_score(labels, logits))
+    assert figures["constant_loss"] == pytest.approx(sklearn.log_loss(labels, np.full(3000, labels.mean())))
+    assert figures["rtd_best_f1"] == pytest.approx(max(sklearn.f1_score(labels, logits >= t) for t in logits[::7]),
+                                                   abs=0.01)
+    by_hand = [sklearn.f1_score(labels, sign * commonness >= t) for sign in (1, -1) for t in sign * np.arange(9.0)]
+    assert figures["unigram_best_f1"] == pytest.approx(max(by_hand))
+
+
+def test_with_nothing_replaced_the_figures_are_zero_and_not_an_error():
+    nothing = np.zeros(5, dtype=bool)
+    assert best_f1(np.arange(5.0), nothing) == 0
+    assert average_precision(np.arange(5.0), nothing) == 0
+    assert detection_figures(-np.ones(5), nothing, np.ones(5))["rtd_f1"] == 0
+
+
+def test_an_evaluation_repeats_itself_and_leaves_the_random_state_alone(corpus):
+    model, batches = small_model(corpus), [some_ids(corpus)]
+    before = torch.get_rng_state()
+    first = evaluate(model, batches, corpus.counts, lambda: autocast(CPU, "fp32"))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert evaluate(model, batches, corpus.counts, lambda: autocast(CPU, "fp32")) == first
+    assert model.training
+
+
+# --- A run that is stopped goes on as if it had not been ---
+
+RUN = [*SIZES, "--steps", "16", "--warmup", "3", "--batch-tokens", "384", "--evaluations", "4", "--dropout", "0.1",
+       "--long-share", "0.3"]
+
+
+def run(text: Path, output: Path, *more: str) -> int:
+    return pretrain.main(["--corpus", str(text), "--output", str(output), *RUN, *more])
+
+
+def interrupt(monkeypatch, after: int, how) -> None:
+    """Let `how()` happen in the middle of the optimizer step of this number."""
+    real, calls = pretrain.update, []
+
+    def update(*args):
+        calls.append(1)
+        if len(calls) == after:
+            how()
+        real(*args)
+
+    monkeypatch.setattr(pretrain, "update", update)
+
+
+def same_result(one: Path, other: Path) -> None:
+    tensors, others = load_file(one / "model/model.safetensors"), load_file(other / "model/model.safetensors")
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    assert (one / "report.json").read_bytes() == (other / "report.json").read_bytes()
+    states = [minipref.runs.load_state(folder / "state")[0] for folder in (one, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize(("sharing", "number", "code"), [("gdes", signal.SIGTERM, 143), ("es", signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_resumed_run_ends_bit_for_bit_the_same(text, tmp_path, monkeypatch, sharing, number,
+                                                                     code):
+    assert run(text, tmp_path / "whole", "--sharing", sharing) == 0
+    with monkeypatch.context() as patched:
+        interrupt(patched, 11, lambda: os.kill(os.getpid(), number))
+        assert run(text, tmp_path / "parts", "--sharing", sharing) == code
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler       # the handlers are put back
+    assert run(text, tmp_path / "parts", "--sharing", sharing, "--resume") == 0
+    same_result(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_killed_run_goes_on_from_its_last_evaluation_to_the_same_end(text, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def kill():
+        raise Killed
+
+    assert run(text, tmp_path / "whole") == 0
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        interrupt(patched, 21, kill)
+        run(text, tmp_path / "parts")
+    assert run(text, tmp_path / "parts", "--resume") == 0
+    same_result(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_is_neither_overwritten_nor_continued_with_other_settings_or_another_text(text, tmp_path, capsys):
+    assert run(text, tmp_path / "run") == 0
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text(encoding="utf-8") + "\none more line of text", encoding="utf-8")
+    for begun_with, more, said in ((text, [], "--resume"), (text, ["--resume", "--lr", "0.5"], "--lr 0.5"),
+                                   (other, ["--resume"], "another text")):
+        capsys.readouterr()
+        assert run(begun_with, tmp_path / "run", *more) == 2
+        assert said in capsys.readouterr().err
+    assert run(text, tmp_path / "new", "--resume") == 2
+
+
+# --- What is shipped ---
+
+@pytest.mark.parametrize("options", [["--sharing", "gdes"], ["--sharing", "es"], ["--sharing", "nes"],
+                                     ["--objective", "mlm"]], ids=lambda options: options[1])
+def test_only_the_encoder_is_shipped_with_its_table_summed_up(text, tmp_path, options):
+    assert run(text, tmp_path, *options) == 0
+    state, _ = minipref.runs.load_state(tmp_path / "state")
+    table = state["model.generator.word_table.weight"]
+    if options[1] == "gdes":
+        assert state["model.discriminator.word_table.weight"].abs().max() > 0
+        table = table + state["model.discriminator.word_table.weight"]
+    elif options[1] == "nes":
+        table = state["model.discriminator.word_table.weight"]
+    encoder = minipref.load_encoder(tmp_path / "model")
+    assert torch.equal(encoder.word_table.weight, table.half().float())
+    side = "generator" if options[1] == "mlm" else "discriminator"
+    for name, parameter in encoder.named_parameters():
+        if name != "word_table.weight":
+            assert torch.equal(parameter, state[f"model.{side}.{name}"].half().float()), name
+    assert encoder.load_report.heads_skipped == []
+    assert encoder.config.hidden_dropout == encoder.config.attention_dropout == 0.1
+
+
+def test_transformers_loads_what_is_shipped_and_computes_the_same(text, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    assert run(text, tmp_path) == 0
+    theirs, loading = transformers.AutoModel.from_pretrained(tmp_path / "model", dtype=torch.float32,
+                                                             output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert type(theirs).__name__ == "DebertaV2Model"
+    ours, tokenizer = minipref.load_encoder(tmp_path / "model"), minipref.load_tokenizer(tmp_path / "model")
+    ids = torch.tensor([[tokenizer.cls_id, *tokenizer.encode("a fire keeps the camp warm " * 6), tokenizer.sep_id]])
+    with torch.no_grad():
+        mine = ours(ids, torch.ones_like(ids, dtype=torch.bool))
+        reference = theirs.eval()(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    assert (mine - reference).abs().max() < 1e-4 * reference.abs().max()
+
+
+# --- Text and arguments that are wrong ---
+
+def test_documents_come_from_every_kind_of_file_in_the_order_of_their_names(tmp_path):
+    line = '{"text": "%s", "source": "somewhere"}\n'
+    (tmp_path / "b.jsonl").write_text(line % "two" + "\n" + line % "three")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((line % "one").encode()))
+    (tmp_path / "c.txt").write_text("four\nstill four\r\n\r\nfive\n\n\n\nsix")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/e.txt").write_text("seven\neight\n")
+    (tmp_path / "notes.md").write_text("not text to train on")
+    wanted = ["one", "two", "three", "four\nstill four", "five", "six", "seven", "eight"]
+    assert [d.strip() for d in read_corpus([tmp_path])] == wanted
+    assert read_corpus([tmp_path / "b.jsonl"]) == ["two", "three"]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("x.jsonl", b'{"text": "fine"}\n{"text": 5}\n', "row 2"),
+    ("x.jsonl", b'{"text": "fine"}\n\n["text"]\n', "row 3"),
+    ("x.jsonl", b"plain\n", "row 1"),
+    ("x.jsonl.gz", b"not gzip", "UTF-8 text"),
+    ("x.jsonl.gz", gzip.compress(b'{"text": "fine"}')[:-9], "UTF-8 text"),
+    ("x.txt", b"\xff\xfe\xff", "UTF-8 text"),
+    ("x.csv", b"a,b", "a file or folder of"),
+])
+def test_a_file_that_is_not_text_is_named_with_its_line(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=said) as problem:
+        read_corpus([tmp_path / name])
+    assert name in str(problem.value)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--corpus", "nowhere"], "no such file"),
+    (["--corpus", "."], "no text in this folder"),
+    (["--corpus", "tiny.txt"], "held out"),
+    ([], "--corpus"),
+    (["--corpus", "tiny.txt", "--steps", "0"], "less than 1"),
+    (["--corpus", "tiny.txt", "--long-share", "2"], "--long-share"),
+    (["--corpus", "tiny.txt", "--length", "9999"], "--length"),
+    (["--corpus", "tiny.txt", "--sharing", "some"], "some"),
+])
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    if "tiny.txt" in arguments:
+        (tmp_path / "tiny.txt").write_text("one line")
+    assert pretrain.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_a_corpus_too_short_for_one_batch_says_so(text, tmp_path, capsys):
+    assert pretrain.main(["--corpus", str(text), "--output", str(tmp_path), *SIZES, "--batch-tokens", "1000000"]) == 2
+    assert "tokens of text" in capsys.readouterr().err
