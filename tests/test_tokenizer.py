@@ -238,6 +238,31 @@ def test_any_vocabulary_has_the_ids_of_sentencepiece(sentencepiece, pieces, text
         assert tokenizer.encode_batch(texts) == oracle.encode(texts)
 
 
+@pytest.mark.parametrize("score_of_r", [-9.0, -9.5, -10.5, -11.0])
+@pytest.mark.parametrize("long", [False, True])
+def test_an_unknown_character_costs_what_it_costs_sentencepiece(sentencepiece, score_of_r, long):
+    # 'pqr' is 'pq' 'r', -12 and the score of 'r', or an unknown 'p' and 'qr', -22 and 0.
+    data = spm_model([("pq", -12.0, NORMAL), ("r", score_of_r, NORMAL), ("qr", 0.0, NORMAL), ("▁", 0.0, NORMAL),
+                      ("unused", -50.0, UNUSED)], bytes_too=True)
+    tokenizer = minipref.tokenizer.Tokenizer("spm.model", data)
+    ids = tokenizer.encode("pqr" + " " * (LONG if long else 0) + "pqr" * (LONG if long else 0))
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=data).encode("pqr")
+    assert ids[:len(theirs)] == theirs
+    assert ("r" in tokenizer.tokens(theirs)) == (score_of_r > -10.0)
+
+
+def test_a_long_text_is_summed_up_in_float32_like_sentencepiece_does(sentencepiece):
+    # 'abc' is 'a' 'bc' by a margin of .0003, less than what float32 rounds off a sum of some thousands.
+    data = spm_model([("a", -1.1, NORMAL), ("bc", -3.2, NORMAL), ("ab", -2.6503, NORMAL), ("c", -1.65, NORMAL),
+                      ("x", -3.3, NORMAL), ("▁", -2.7, NORMAL)])
+    tokenizer = minipref.tokenizer.Tokenizer("spm.model", data)
+    draw = random.Random(5)
+    text = "".join(draw.choice(["abc", "x", "xx ", "a"]) for _ in range(60_000))
+    ids = tokenizer.encode(text)
+    assert ids == sentencepiece.SentencePieceProcessor(model_proto=data).encode(text)
+    assert {"bc", "ab"} <= set(tokenizer.tokens(ids))   # it has gone both ways
+
+
 LONG_TEXTS = {
     "one letter": lambda draw: "a" * 100_000,
     "digits": lambda draw: "".join(draw.choice("0123456789") for _ in range(100_000)),
@@ -315,6 +340,7 @@ def test_the_published_model_has_the_sizes_that_the_limits_are_set_by(reference_
         monkeypatch.setattr(minipref.tokenizer, limit, just_enough - 1)
         with pytest.raises(ValueError, match="damaged"):
             minipref.tokenizer._read_rules(charsmap)
+        monkeypatch.undo()
 
 
 def turns(cell: str) -> list[str]:
@@ -436,10 +462,12 @@ def test_a_failed_save_leaves_what_was_there(like_v3, trained, tmp_path, monkeyp
     with pytest.raises(InputError, match=r"spm\.model: another tokenizer, which would be read instead"):
         trained.save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(InputError, match="cannot be written: No space left on device"):
-        like_v3[0].save(tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, step, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(InputError, match="cannot be written: No space left on device"):
+                like_v3[0].save(tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     with pytest.raises(InputError, match="cannot be written"):
         like_v3[0].save(tmp_path / "spm.model" / "below-a-file")
 
@@ -714,6 +742,9 @@ WRONG_MODELS = {   # name: (bytes, what the message says)
     "half a unit": (spm_model([A], charsmap=struct.pack("<I", 3) + bytes(64)), "with a trie of 3"),
     # The child 'a' of the root has the root's own base.
     "a trie with a cycle": (spm_model([A], charsmap=charsmap_of({97: 97 << 10 | 97})), "is not one"),
+    # From base 4 k two children, at 4 k ^ 1 and ^ 2, lead to base 4 k + 4: 2^60 ways through 120 units.
+    "a trie of a quintillion rules": (spm_model([A], charsmap=charsmap_of(
+        {4 * k ^ byte: (4 * k ^ byte ^ 4 * k + 4) << 10 | byte for k in range(60) for byte in (1, 2)})), "is not one"),
     "a trie that leads outside": (spm_model([A], charsmap=charsmap_of({97: 999 << 10 | 97})), "is not one"),
     "a target outside": (spm_model([A], charsmap=charsmap_of(one_rule(97, target=2))), "no target starts at byte 2"),
     "a target without end": (spm_model([A], charsmap=charsmap_of(one_rule(97), b"xyz")), "no target starts at byte 0"),
