@@ -320,11 +320,13 @@ class Pretraining(nn.Module):
         return torch.isin(ids, self.special_ids)
 
     def sides(self) -> list[nn.Module]:
-        """What an optimizer each trains: generator, then discriminator; or all at once, where they share a table."""
-        if self.objective == "mlm" or self.sharing == "es":
-            return [self]
-        return [nn.ModuleList([self.generator, self.masked_word_head]),
-                nn.ModuleList([self.discriminator, self.replaced_token_head])]
+        """What each optimizer trains: the generator's side, and for "rtd" the discriminator's. A shared table is on the
+        generator's."""
+        sides = [nn.ModuleList([self.generator, self.masked_word_head])]
+        if self.objective == "rtd":
+            parts = [part for part in self.discriminator.children() if part is not self.generator.word_table]
+            sides.append(nn.ModuleList([*parts, self.replaced_token_head]))
+        return sides
 
     def encoder(self) -> tuple[Encoder, Tensor]:
         """What is kept in the end: an encoder, and the word table (V, D) to go with it, summed up."""
@@ -416,9 +418,11 @@ class Progress:
     """Where a run stands, but for the weights, the optimizers and the random generators."""
 
     step: int = 0                                            # steps done
-    mlm_sum: float = 0.0                                     # of the training losses since the last evaluation
+    mlm_sum: float = 0.0                                     # since the last evaluation: of the training losses,
     rtd_sum: float = 0.0
-    summed: int = 0
+    summed: int = 0                                          # how many steps they were,
+    seconds: float = 0.0                                     # and the time that those took, on the wall
+    processor_seconds: float = 0.0                           # and of the processor, all cores added up
     rows: list[dict] = field(default_factory=list)           # of metrics.csv
     timing: list[dict] = field(default_factory=list)         # of timing.csv
 
@@ -444,7 +448,7 @@ def pretrain(args: argparse.Namespace) -> int:
     heldout = heldout_batches(corpus, args.length, args.heldout_tokens, device)
     model = Pretraining(encoder_config(args, corpus.tokenizer), corpus.tokenizer, args.objective, args.sharing)
     model.to(device).train()
-    sides = model.sides()
+    sides, at_once = model.sides(), args.objective == "rtd" and args.sharing == "es"
     optimizers = [AdamW(decay_groups(side, ADAM["weight_decay"]), **ADAM) for side in sides]
 
     progress = Progress()
@@ -462,15 +466,15 @@ def pretrain(args: argparse.Namespace) -> int:
     with noted_signals() as signals, bar:
         for step in range(progress.step, args.steps):
             ids = next_windows(step, short, long, args.long_share).to(device)            # (B, L)
-            lr = cosine_with_warmup(step + 1, args.steps + 1, args.warmup, args.lr)
+            course = cosine_with_warmup(step + 1, args.steps + 1, args.warmup, 1.0)      # 0 to 1 to 0
 
             # The generator guesses the hidden words, and learns from the loss.
             with autocast_here():
                 is_masked, corrupted, guesses = model.corrupt(ids)
             mlm_loss = F.cross_entropy(guesses, ids[is_masked])
-            if len(sides) == 2 or args.objective == "mlm":
+            if not at_once:
                 mlm_loss.backward()
-                update(optimizers[0], sides[0], lr)
+                update(optimizers[0], sides[0], course * args.lr)
 
             # The discriminator judges every token of what came out. With ES both losses meet in the one table.
             rtd_loss = torch.zeros(())
@@ -478,8 +482,10 @@ def pretrain(args: argparse.Namespace) -> int:
                 with autocast_here():
                     verdicts = model.judge(corrupted)
                 rtd_loss = F.binary_cross_entropy_with_logits(verdicts, (corrupted != ids).float())
-                (RTD_WEIGHT * rtd_loss + (mlm_loss if len(sides) == 1 else 0)).backward()
-                update(optimizers[-1], sides[-1], lr)
+                (RTD_WEIGHT * rtd_loss + (mlm_loss if at_once else 0)).backward()
+                if at_once:
+                    update(optimizers[0], sides[0], course * args.lr)
+                update(optimizers[1], sides[1], course * args.discriminator_lr)
 
             progress.step += 1
             progress.mlm_sum += mlm_loss.item()
@@ -488,18 +494,23 @@ def pretrain(args: argparse.Namespace) -> int:
             if not math.isfinite(progress.mlm_sum + progress.rtd_sum):
                 raise InputError(found=f"a loss that is not a number in step {step} with --lr {args.lr}",
                                  expected="a lower --lr, or --precision fp32")
+            seconds, processor_seconds = clock.lap()
+            progress.seconds += seconds
+            progress.processor_seconds += processor_seconds
             bar.update(args.batch_tokens)
 
             if progress.step in evaluate_after:
-                progress.timing.append(clock.row(progress.step, progress.summed * args.batch_tokens))
-                progress.rows.append(training_row(progress, args.batch_tokens, lr)
+                progress.timing.append(timing_row(progress, args.batch_tokens))
+                progress.rows.append(training_row(progress, args.batch_tokens, course * args.lr)
                                      | evaluate(model, heldout, corpus.counts, autocast_here))
                 bar.write(summary(progress.rows[-1]))
-                progress.mlm_sum = progress.rtd_sum = progress.summed = 0
-                write_logs(output, progress)
+                progress.mlm_sum = progress.rtd_sum = progress.seconds = progress.processor_seconds = 0.0
+                progress.summed = 0
+                runs.write_rows(output / "metrics.csv", progress.rows)
+                runs.write_rows(output / "timing.csv", progress.timing)
                 ship(model, corpus.tokenizer, output / "model")
                 save(output, model, optimizers, progress, corpus)
-                clock = Clock()
+                clock.lap()                                                  # an evaluation's time is not a step's
             if signals:
                 save(output, model, optimizers, progress, corpus)
                 bar.write(f"stopped after step {progress.step}; the same command with --resume goes on from there")
@@ -600,28 +611,15 @@ def noted_signals() -> Iterator[list[int]]:
 
 # --- What it says ---
 
-METRICS = ("step", "tokens", "lr", "train_mlm_loss", "train_rtd_loss", "mlm_loss", "mlm_accuracy", "rtd_loss",
-           "constant_loss", "rtd_accuracy", "replaced_share", "rtd_precision", "rtd_recall", "rtd_f1", "rtd_best_f1",
-           "unigram_best_f1", "rtd_average_precision")
-TIMING = ("step", "seconds", "processor_seconds", "tokens_per_second")
-
-
-def write_logs(output: Path, progress: Progress) -> None:
-    """metrics.csv and timing.csv, whole, their columns in order (a restored state has forgotten it)."""
-    for name, columns, rows in (("metrics.csv", METRICS, progress.rows), ("timing.csv", TIMING, progress.timing)):
-        runs.write_rows(output / name, [{column: row[column] for column in columns if column in row} for row in rows])
-
-
 class Clock:
-    """The time since it was made, on the wall and of the processor, as a row of timing.csv."""
+    """The seconds from one `lap()` to the next, (on the wall, of the processor)."""
 
     def __init__(self):
-        self.wall, self.processor = time.perf_counter(), time.process_time()
+        self.before = time.perf_counter(), time.process_time()
 
-    def row(self, step: int, tokens: int) -> dict[str, float]:
-        seconds, busy = time.perf_counter() - self.wall, time.process_time() - self.processor
-        return {"step": step, "seconds": round(seconds, 1), "processor_seconds": round(busy, 1),
-                "tokens_per_second": round(tokens / seconds)}
+    def lap(self) -> tuple[float, float]:
+        before, self.before = self.before, (time.perf_counter(), time.process_time())
+        return self.before[0] - before[0], self.before[1] - before[1]
 
 
 def parameters(module: nn.Module) -> int:
@@ -639,6 +637,12 @@ def training_row(progress: Progress, batch_tokens: int, lr: float) -> dict[str, 
     return {"step": progress.step, "tokens": progress.step * batch_tokens, "lr": round(lr, 7),
             "train_mlm_loss": round(progress.mlm_sum / progress.summed, 5),
             "train_rtd_loss": round(progress.rtd_sum / progress.summed, 5)}
+
+
+def timing_row(progress: Progress, batch_tokens: int) -> dict[str, float]:
+    return {"step": progress.step, "seconds": round(progress.seconds, 1),
+            "processor_seconds": round(progress.processor_seconds, 1),
+            "tokens_per_second": round(progress.summed * batch_tokens / progress.seconds)}
 
 
 def summary(row: dict[str, float]) -> str:
@@ -677,13 +681,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, default, help in (
             ("vocab-size", 8000, "ids, special ones included"), ("width", 192, "D"), ("heads", 3, "H"),
             ("layers", 4, "N; the generator has half as many"), ("feed-forward", 768, "F"),
-            ("steps", 6000, "optimizer steps"), ("batch-tokens", 2048, "a step reads"), ("length", 128, "of a window"),
+            ("steps", 5000, "optimizer steps"), ("batch-tokens", 2048, "a step reads"), ("length", 128, "of a window"),
             ("long-length", 512, "of a window in some steps"), ("warmup", 400, "steps"),
-            ("evaluations", 24, "on held-out text, evenly spread"),
+            ("evaluations", 25, "on held-out text, evenly spread"),
             ("heldout-tokens", 32_768, "that each reads, at most")):
         add(f"--{name}", type=positive, default=default, metavar="N", help=help)
     for name, default, help in (
-            ("long-share", 0.1, "of the steps read long windows"), ("lr", 2e-3, "at its peak"),
+            ("long-share", 0.1, "of the steps read long windows"), ("lr", 2e-3, "of the generator, at its peak"),
+            ("discriminator-lr", 5e-4, "at its peak"),
             ("heldout-share", 0.01, "of the documents"), ("dropout", 0.0, "while pretraining"),
             ("init-std", 0.06, "of fresh matrices")):
         add(f"--{name}", type=float, default=default, metavar="X", help=help)
@@ -692,7 +697,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=positive, default=None, metavar="N", help="of the CPU; as many as torch likes, if left out")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    for name in ("lr", "long_share", "heldout_share", "dropout", "init_std"):
+    for name in ("lr", "discriminator_lr", "long_share", "heldout_share", "dropout", "init_std"):
         if not 0 <= getattr(args, name) < 1 + (name == "long_share"):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not from 0 to 1")
     for name in ("length", "long_length"):

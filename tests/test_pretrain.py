@@ -81,8 +81,9 @@ def test_a_few_hundred_lines_of_text_teach_generator_and_discriminator(text, tmp
     """The margins, on held-out lines: from the first evaluation to the last the MLM loss falls by 40%; the RTD loss
     ends 15% below the best constant's; F1 is above 0.3, where 'always original' has 0, and word frequency, its
     threshold tuned on these very tokens, stays below 0.3."""
-    code = pretrain.main(["--corpus", str(text), "--output", str(tmp_path), *SIZES, "--steps", "200", "--warmup", "20",
-                          "--batch-tokens", "1024", "--lr", "1e-2", "--init-std", "0.15", "--evaluations", "4"])
+    code = pretrain.main(["--corpus", str(text), "--output", str(tmp_path), *SIZES, "--long-share", "0",
+                          "--steps", "200", "--warmup", "20", "--batch-tokens", "1024", "--init-std", "0.15",
+                          "--lr", "1e-2", "--discriminator-lr", "5e-3", "--evaluations", "4"])
     assert code == 0
     first, *_, last = rows_of(tmp_path / "metrics.csv")
     assert last["mlm_loss"] < 0.6 * first["mlm_loss"]
@@ -140,13 +141,11 @@ def test_gdes_sees_the_generators_words_plus_a_difference_that_starts_at_zero(co
 
 
 @pytest.mark.parametrize("sharing", ["gdes", "nes", "es"])
-def test_one_round_of_updates_moves_every_parameter_once(corpus, sharing):
-    """The optimizers of the two sides share no parameter and leave none out."""
+def test_the_two_optimizers_share_no_parameter_and_leave_none_out(corpus, sharing):
     model = small_model(corpus, sharing=sharing)
     optimizers = [AdamW(decay_groups(side, 0.01)) for side in model.sides()]
     trained = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(trained) == sorted(id(p) for p in model.parameters())
-    assert len(optimizers) == (1 if sharing == "es" else 2)
 
 
 def test_no_gradient_flows_back_through_the_sampled_words(corpus):
