@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from minipref.config import EncoderConfig
 from minipref.fused import choose_path, fast_attention
+from minipref.lean import Dropout, in_low_precision
 from minipref.positions import log_bucket, relative_index
 
 
@@ -112,7 +113,7 @@ class DisentangledAttention(nn.Module):
         self.k_proj = nn.Linear(D, D)
         self.v_proj = nn.Linear(D, D)
         self.out_proj = nn.Linear(D, D)
-        self.rel_dropout = nn.Dropout(config.hidden_dropout)
+        self.rel_dropout = Dropout(config.hidden_dropout)
         self.attn_dropout = nn.Dropout(config.attention_dropout)
 
     def forward(self, x: Tensor, is_token: Tensor, rel: Tensor, rows: Tensor, cls_only: bool = False) -> Tensor:
@@ -135,7 +136,7 @@ class DisentangledAttention(nn.Module):
         Shapes: x (B, L, D), rel (R, D) -> q, k, v (B, H, L, d), pos_q, pos_k (H, R, d); with `cls_only` q is
         (B, H, 1, d).
         """
-        rel = self.rel_dropout(rel)
+        x, rel = in_low_precision(x), in_low_precision(self.rel_dropout(rel))
         asking = x[:, :1] if cls_only else x
         return (self.split_heads(self.q_proj(asking)), self.split_heads(self.k_proj(x)),
                 self.split_heads(self.v_proj(x)),

@@ -10,12 +10,12 @@ Unusual here, compared with a GPT or a newer encoder:
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minipref.attention import DisentangledAttention
 from minipref.config import EncoderConfig
+from minipref.lean import Dropout, feed_forward
 from minipref.positions import distance_rows
 
 
@@ -33,13 +33,12 @@ class EncoderLayer(nn.Module):
         self.ff_in = nn.Linear(D, F_)
         self.ff_out = nn.Linear(F_, D)
         self.ff_norm = nn.LayerNorm(D, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, x: Tensor, is_token: Tensor, rel: Tensor, rows: Tensor, cls_only: bool = False) -> Tensor:
         attended = self.attention(x, is_token, rel, rows, cls_only)
         x = self.attn_norm(x[:, :attended.shape[1]] + self.dropout(attended))
-        hidden = F.gelu(self.ff_in(x))                                   # (B, L, F); the exact GELU, with erf
-        return self.ff_norm(x + self.dropout(self.ff_out(hidden)))
+        return self.ff_norm(x + self.dropout(feed_forward(x, self.ff_in, self.ff_out)))
 
 
 class Encoder(nn.Module):
@@ -58,7 +57,7 @@ class Encoder(nn.Module):
         self.rel_table = nn.Embedding(R, D)
         self.rel_norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
         self.checkpoint_activations = False       # trade a second forward pass for the memory of the first
 
     def forward(self, ids: Tensor, is_token: Tensor) -> Tensor:

@@ -43,7 +43,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_BYTES = 2**20      # of scores worked on at once: what half of a core's second-level cache holds
+from minipref.lean import DropoutFactors, fresh_seed
+
+BLOCK_BYTES = 2**21      # of scores worked on at once: what half of a core's second-level cache holds
 LANES = 32               # widths of products are rounded up to a multiple of this: 32 bfloat16 fill a cache line
 
 
@@ -112,7 +114,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: T
     Shapes: q, k, v (B, H, L, d); pos_q, pos_k (H, R, d); is_token (B, L) bool; rows (2L - 1,) int64, the table row
     of each distance as `distance_rows` gives it; dropout a rate in [0, 1) -> (B, H, L, d).
     """
-    seed = int(torch.randint(2**62, ())) if dropout else 0
+    seed = fresh_seed() if dropout else 0
     with torch.autocast(q.device.type, enabled=False):     # products in the type of q, whatever surrounds us
         return _BlockwiseAttention.apply(q, k, v, pos_q, pos_k, is_token, rows, dropout, seed)
 
@@ -124,13 +126,13 @@ class _BlockwiseAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, pos_q, pos_k, is_token, rows, dropout, seed):
         ctx.save_for_backward(q, k, v, pos_q, pos_k, is_token, rows)
         ctx.dropout, ctx.seed = dropout, seed
-        keep, space = DropoutFactors(dropout, seed), Workspace(q.dtype)
-        values, out = v.contiguous() / keep.rate, torch.zeros_like(q)
+        factors, space = DropoutFactors(dropout, seed), Workspace(q.dtype)
+        out = torch.zeros_like(q)
         for block in blocks(q, k, pos_q, pos_k, is_token, rows, space):
             probs = block.probs
             if dropout:
-                probs *= keep.factors(space.take("factors", probs.shape))
-            out[block.at_queries] = torch.bmm(probs, values[block.at_keys])
+                probs *= factors.fill(space.take("factors", probs.shape))
+            out[block.at_queries] = torch.bmm(probs, v[block.at_keys]) / factors.keep
         return out
 
     @staticmethod
@@ -139,42 +141,45 @@ class _BlockwiseAttention(torch.autograd.Function):
         q, k, v, pos_q, pos_k, is_token, rows = ctx.saved_tensors
         (H, R, d), L = pos_q.shape, q.shape[2]
         scale = 1 / math.sqrt(3 * d)
-        keep, space = DropoutFactors(ctx.dropout, ctx.seed), Workspace(q.dtype)
-        values, d_out = v.contiguous() / keep.rate, d_out.contiguous()
+        factors, space = DropoutFactors(ctx.dropout, ctx.seed), Workspace(q.dtype)
         wide = torch.promote_types(q.dtype, torch.float32)               # sums over blocks are kept in float32
         narrow = q.dtype if is_one_block(L, q.dtype) else wide
-        dq, dk, dv = (torch.zeros_like(x, dtype=narrow) for x in (q, k, v))
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k, dtype=narrow), torch.zeros_like(v, dtype=narrow)
         d_table_q, d_table_k = (q.new_zeros(H, d, table_width(L), dtype=wide) for _ in range(2))
 
         for block in blocks(q, k, pos_q, pos_k, is_token, rows, space):
-            probs, d_block = block.probs, d_out[block.at_queries]
-            d_probs = torch.bmm(d_block, values[block.at_keys].mT, out=space.take("d_probs", probs.shape))
+            probs, d_block = block.probs, d_out[block.at_queries].contiguous() / factors.keep
+            d_probs = torch.bmm(d_block, v[block.at_keys].contiguous().mT, out=space.take("d_probs", probs.shape))
             dropped = probs
             if ctx.dropout:
-                factors = keep.factors(space.take("factors", probs.shape))
-                d_probs *= factors
-                dropped = factors.mul_(probs)
-            dv[block.at_keys] += torch.bmm(dropped.mT, d_block)
+                kept = factors.fill(space.take("factors", probs.shape))
+                d_probs *= kept
+                dropped = kept.mul_(probs)
+            d_values = torch.bmm(dropped.mT, d_block)
             d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype, grad_input=d_probs)
-
-            d_queries, d_keys = dq[block.at_queries], dk[block.at_keys]                      # views
-            d_queries += torch.bmm(d_scores, block.keys)                                     # c2c
-            d_keys += torch.bmm(d_scores.mT, block.queries)
-            for strip, near in block.query_strips():                                         # c2p
+            d_queries, d_keys = torch.bmm(d_scores, block.keys), torch.bmm(d_scores.mT, block.queries)       # c2c
+            for strip, near in block.query_strips():                                                         # c2p
                 d_strip, d_table = strip_backward(d_scores[:, strip], block.queries[:, strip],
                                                   block.table_k[:, near], space)
                 d_queries[:, strip] += d_strip
                 d_table_k[block.head, :, near] += d_table
-            for strip, near in block.key_strips():                                           # p2c
+            for strip, near in block.key_strips():                                                           # p2c
                 d_strip, d_table = strip_backward(d_scores[:, :, strip].mT, block.keys[:, strip],
                                                   block.table_q[:, near], space)
                 d_keys[:, strip] += d_strip
                 d_table_q[block.head, :, near] += d_table
 
+            dq[block.at_queries] = d_queries
+            if block.first == 0:                     # mostly the only block, and writing costs less than adding
+                dk[block.at_keys], dv[block.at_keys] = d_keys, d_values
+            else:
+                dk[block.at_keys] += d_keys
+                dv[block.at_keys] += d_values
+
         d_pos_q, d_pos_k = (q.new_zeros(H, R, d, dtype=wide) for _ in range(2))
         d_pos_q.index_add_(1, rows, d_table_q[:, :, :len(rows)].mT, alpha=scale)
         d_pos_k.index_add_(1, rows.flip(0), d_table_k[:, :, :len(rows)].mT)
-        gradients = dq.mul_(scale), dk, dv.div_(keep.rate), d_pos_q, d_pos_k
+        gradients = dq.mul_(scale), dk, dv, d_pos_q, d_pos_k
         return *(gradient.to(q.dtype) for gradient in gradients), None, None, None, None
 
 
@@ -230,15 +235,14 @@ def blocks(q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor, is_token: Tensor,
     """
     (H, L, d), most = q.shape[1:], BLOCK_BYTES // q.itemsize
     scale = 1 / math.sqrt(3 * d)
-    q, k = q.contiguous() * scale, k.contiguous()
     tables_q, tables_k = by_distance(pos_q * scale, rows), by_distance(pos_k, rows.flip(0))
     groups = token_groups(is_token, most)
     for h in range(H):
         for batch, n, padding in groups:
-            keys = k[batch, h, :n]
+            keys = k[batch, h, :n].contiguous()
             m = max(LANES, most // (len(keys) * n))
             for first in range(0, n, m):
-                queries = q[batch, h, first:min(first + m, n)]
+                queries = q[batch, h, first:min(first + m, n)].contiguous() * scale
                 probs = space.take("probs", (len(keys), queries.shape[1], n))
                 block = Block(h, batch, first, L, queries, keys, tables_q[h], tables_k[h], probs)
                 block.compute_probs(padding, space)
@@ -358,23 +362,3 @@ class Workspace:
             product = torch.zeros(G, c, width, dtype=self.dtype)
             self.products[key] = product.flatten(0, 1), diagonals(product, others)
         return self.products[key]
-
-
-class DropoutFactors:
-    """Zeros and ones for dropout, and the same again for the same seed.
-
-    16 random bits decide on each, so `rate`, the share of ones, is 1 - dropout to within 1e-5; the division by it is
-    exact. torch's own bernoulli_ takes three times as long on a CPU.
-    """
-
-    def __init__(self, dropout: float, seed: int):
-        self.dropped = min(round(dropout * 2**16), 2**16 - 1)            # of 65,536 equally likely numbers
-        self.rate = 1 - self.dropped / 2**16
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def factors(self, out: Tensor) -> Tensor:
-        """Fill `out` with the next factors."""
-        words = torch.empty(-(-out.numel() // 4), dtype=torch.int64)
-        words.random_(-2**63, None, generator=self.generator)
-        numbers = words.view(torch.int16)[:out.numel()].view_as(out)
-        return torch.ge(numbers, self.dropped - 2**15, out=out)

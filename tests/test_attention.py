@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from minipref import fused
 from minipref.attention import DisentangledAttention, attention_by_definition, disentangled_scores, masked_softmax
 from minipref.fused import fast_attention
 from minipref.positions import distance_rows, log_bucket, relative_index
@@ -216,9 +217,10 @@ def test_path_takes_inputs_that_are_not_contiguous(path):
 
 
 @every_path
-def test_path_in_float32_is_within_rounding_of_float64_at_v3s_spans(path):
-    is_token = tokens([300, 260])
-    exact = random_inputs(2, 2, 300, 16, span=256, seed=6, size=0.7)
+@pytest.mark.parametrize("lengths", [[300, 260], [700]])      # past a block of scores, too
+def test_path_in_float32_is_within_rounding_of_float64_at_v3s_spans(path, lengths):
+    is_token = tokens(lengths)
+    exact = random_inputs(len(lengths), 2, max(lengths), 16, span=256, seed=6, size=0.7)
     rounded = [x.detach().float().requires_grad_() for x in exact]
     exact = [x.detach().double().requires_grad_() for x in rounded]
     found = value_and_gradients(path, rounded, is_token, 256, 512)
@@ -268,6 +270,8 @@ def test_path_with_a_sequence_of_padding_only_stays_finite_and_spoils_no_other(p
     assert all(torch.isfinite(x).all() for x in found)
     assert relative(found[0][[0, 2]], wanted[0]) < 1e-13
     assert all((gradient[1] == 0).all() for gradient in found[1:4])
+    nothing = value_and_gradients(path, inputs, torch.zeros(3, 9, dtype=torch.bool), 6, 16)
+    assert all(torch.isfinite(x).all() for x in nothing)
 
 
 @every_path
@@ -292,6 +296,61 @@ def test_path_scales_before_scores_can_overflow(path):
     for queries in (q, q[:, :, :1]) if path is not PATHS["plain"] else (q,):
         out = path(queries, k, v, pos_q, pos_k, tokens([9]), 16, 64)
         assert relative(out, torch.full(queries.shape, 4.)) < 2e-3, "all keys look alike: the mean of v"
+
+
+# Dropout. The forms draw differently; for each, a seed makes it a function, and on average nothing changes.
+
+dropping = pytest.mark.parametrize("path, queries", [("blocks", 6), ("batched", 6), ("blocks", 1)],
+                                   ids=["blocks", "batched", "cls"])
+
+
+def dropped(path: str, queries: int, rate: float, is_token: Tensor):
+    """q, k, v, pos_q, pos_k -> the output under dropout, the same for the same seed."""
+    def attention(q, k, v, pos_q, pos_k, seed=0):
+        torch.manual_seed(seed)
+        rows = distance_rows(6, 4, 8)
+        return fast_attention(q[:, :, :queries], k, v, pos_q, pos_k, is_token, rows, rate, path)
+    return attention
+
+
+@dropping
+def test_dropout_has_the_gradient_of_what_it_dropped(path, queries):
+    inputs = random_inputs(2, 1, 6, 3, span=4, seed=13, size=0.8)
+    assert torch.autograd.gradcheck(dropped(path, queries, 0.4, tokens([6, 6])), inputs, atol=1e-7, rtol=1e-5)
+
+
+@dropping
+def test_dropout_keeps_the_mean_and_drops_the_share_it_should(path, queries):
+    # With v the unit vectors, the output is the probabilities: a dropped one is 0, a kept one 1 / (1 - rate) as large.
+    q, k, _, pos_q, pos_k = (x.detach() for x in random_inputs(2, 2, 6, 6, span=4, seed=14, size=0.7))
+    v = torch.eye(6, dtype=torch.float64).expand(2, 2, 6, 6)
+    attention = dropped(path, queries, 0.25, tokens([6, 6]))
+    probs = dropped(path, queries, 0.0, tokens([6, 6]))(q, k, v, pos_q, pos_k)
+    draws = torch.stack([attention(q, k, v, pos_q, pos_k, seed) for seed in range(500)])
+    assert relative(draws.max(0).values, probs / 0.75) < 1e-4
+    count = draws.numel()
+    assert abs((draws == 0).double().mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / count)
+    shares = (draws == 0).double().mean(0)
+    assert (shares - 0.25).abs().max() < 5 * math.sqrt(0.25 * 0.75 / 500), "each entry is dropped as often"
+
+
+# Which form is taken.
+
+def test_a_cpu_takes_blocks_an_accelerator_the_batch_and_a_compiler_the_plain_form(monkeypatch):
+    assert fused.choose_path(torch.device("cpu")) == "blocks"
+    assert fused.choose_path(torch.device("cuda")) == fused.choose_path(torch.device("mps")) == "batched"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert fused.choose_path(torch.device("cpu")) == "plain"
+
+
+@pytest.mark.parametrize("path, queries, wanted", [("blocks", 5, "blockwise"), ("batched", 5, "batched"),
+                                                   ("blocks", 1, "cls"), ("batched", 1, "cls")])
+def test_the_form_that_was_chosen_is_the_one_that_computes(monkeypatch, path, queries, wanted):
+    for name in ("blockwise", "batched", "cls"):
+        monkeypatch.setattr(fused, f"{name}_attention", lambda *_, name=name: name)
+    q, k, v, pos_q, pos_k = random_inputs(1, 1, 5, 2, span=4, seed=0)
+    rows = distance_rows(5, 4, 8)
+    assert fast_attention(q[:, :, :queries], k, v, pos_q, pos_k, tokens([5]), rows, 0.0, path) == wanted
 
 
 # The module's own part: the projections.

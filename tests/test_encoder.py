@@ -50,6 +50,14 @@ def test_every_layer_is_the_definition(tiny, path):
         assert relative(found[is_token], output[is_token]) < 1e-13, f"layer {number}"
 
 
+def test_without_gradients_every_layer_is_the_same(tiny, path):
+    model, ids, is_token, wanted = tiny
+    with torch.inference_mode():
+        outputs = list(model.encoder.layer_outputs(ids, is_token))
+    for number, (found, output) in enumerate(zip(outputs, wanted)):
+        assert relative(found[is_token], output[is_token]) < 1e-13, f"layer {number}"
+
+
 def test_encoder_gives_the_last_layers_output(tiny):
     model, ids, is_token, wanted = tiny
     assert relative(model.encoder(ids, is_token)[is_token], wanted[-1][is_token]) < 1e-13

@@ -1,0 +1,222 @@
+"""Flip every sign and every comparison of the arithmetic, one at a time, and see whether a test notices.
+
+    python tests/sweep.py                          all seven files
+    python tests/sweep.py minipref/optim.py ...    only these
+    python tests/sweep.py --all                    the mutants too that nothing could notice
+
+Turned around are: a + b and a - b, a * b and a / b (also +=, -=, *=, /=), -a, the six comparisons, `is`, `in`, `not a`
+and `a if b else c`. Each mutant runs the quick tests in a forked process with a time limit, until the first failure.
+The exit code is 1 if one survives that is not in `EQUIVALENT`, where the reason stands why nothing could notice it.
+`tests/test_mutations.py` runs this as a slow test.
+"""
+
+import argparse
+import ast
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # as in conftest.py, and before torch is there
+
+import torch
+from mutation import failures, mutated, source_of
+
+SECONDS = 600           # a mutant that runs longer has an endless loop, which is noticed too
+
+# File -> the tests that stand in its way, the likeliest first.
+TESTS = {
+    "minipref/positions.py": ["test_positions", "test_attention"],
+    "minipref/attention.py": ["test_attention", "test_encoder", "test_golden", "test_parity"],
+    "minipref/fused.py": ["test_fused", "test_attention", "test_encoder", "test_golden", "test_parity"],
+    "minipref/lean.py": ["test_encoder", "test_attention"],
+    "minipref/encoder.py": ["test_encoder", "test_fused", "test_parity"],
+    "minipref/classifier.py": ["test_encoder", "test_golden"],
+    "minipref/optim.py": ["test_optim"],
+}
+
+# What no test can notice, and why: (file, change), or (file, expression) for every way of turning the expression.
+CUT = "how the work is cut into blocks and strips: only speed depends on it"
+ROOM = "how much spare room a table has: any is enough"
+FORM = "which of two dropouts draws: the law is the same, only what is remembered differs"
+EQUIVALENT = {
+    ("minipref/attention.py", "log_bucket(torch.tensor(i - j), span, max_distance) + span"):
+        "the table has 2 * span rows: a negative index counts from its end and finds the same row",
+    ("minipref/positions.py", "distance.abs() <= half -> distance.abs() < half"):
+        "at half a span the logarithm is 0 and the formula gives half a span too",
+    ("minipref/classifier.py", "-1"): "logits have two dimensions: the last is dimension 1",
+    ("minipref/optim.py", "norm > max_norm -> norm >= max_norm"): "where they are equal, gradients are multiplied by 1",
+    ("minipref/fused.py", "q.dtype if is_one_block(L, q.dtype) else wide"): "only the rounding of bfloat16 sums",
+    ("minipref/fused.py", "L * L * dtype.itemsize <= BLOCK_BYTES"): "only the rounding of bfloat16 sums",
+    ("minipref/fused.py", "L * L * dtype.itemsize"): "only the rounding of bfloat16 sums",
+    ("minipref/fused.py", "L * L"): "only the rounding of bfloat16 sums",
+    ("minipref/fused.py", "BLOCK_BYTES // q.itemsize"): CUT,
+    ("minipref/fused.py", "most // (len(keys) * n)"): CUT,
+    ("minipref/fused.py", "max(n, ends[stop]) ** 2 * (stop + 1 - start) <= most_scores"): CUT,
+    ("minipref/fused.py", "max(n, ends[stop]) ** 2 * (stop + 1 - start)"): CUT,
+    ("minipref/fused.py", "stop + 1 - start"): CUT,
+    ("minipref/fused.py", "stop + 1 -> stop - 1"): CUT,
+    ("minipref/fused.py", "min(max(others // 4, 64), 128) if dtype.itemsize > 2 else min(max(others, 64), 512)"): CUT,
+    ("minipref/fused.py", "dtype.itemsize > 2"): CUT,
+    ("minipref/fused.py", "others // 4"): CUT,
+    ("minipref/fused.py", "width % 512 == 0"): ROOM,
+    ("minipref/fused.py", "width += LANES"): ROOM,
+    ("minipref/fused.py", "-(b - a + others - 1) // LANES"): ROOM,
+    ("minipref/fused.py", "b - a + others - 1"): ROOM,
+    ("minipref/fused.py", "b - a"): ROOM,
+    ("minipref/fused.py", "2 * L - 1"): ROOM,
+    ("minipref/fused.py", "(len(rows) + 1) // 2"): ROOM,
+    ("minipref/fused.py", "len(rows) + 1"): ROOM,
+    ("minipref/fused.py", "others + c"): "an assertion that holds with room to spare",
+    ("minipref/fused.py", "len(self.buffers[name]) < size"): "a buffer of just the size is taken, or made anew",
+    ("minipref/lean.py", "2 ** 16 - 1"): "a rate above 0.99999",
+    ("minipref/lean.py", "-out.numel() // 4"): "more numbers are drawn than needed",
+    ("minipref/lean.py", "self.dropped - 2 ** 15"): "numbers of 16 bits: both sums are the same modulo 2^16",
+    ("minipref/lean.py", "self.p > 0"): FORM,
+    ("minipref/lean.py", "x.device.type == 'cpu'"): FORM,
+    ("minipref/lean.py", "not torch.compiler.is_compiling()"): FORM,
+}
+
+OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}
+OPPOSITES = {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+             ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
+ENDS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}       # the same but for equality
+
+
+class Mutant(NamedTuple):
+    file: str
+    line: int
+    expression: str       # 'a + b'
+    change: str           # 'a + b -> a - b'
+    source: str           # the whole file with it
+
+    @property
+    def excuse(self) -> str | None:
+        """Why nothing could notice it, if that is known."""
+        return EQUIVALENT.get((self.file, self.change), EQUIVALENT.get((self.file, self.expression)))
+
+
+def mutants(file: str) -> list[Mutant]:
+    """Every mutant of a file, in the order of its lines."""
+    source = source_of(file)
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        for other in turned(node):
+            expression = ast.unparse(node)
+            change = f"{expression} -> {ast.unparse(other)}"
+            found.append(Mutant(file, node.lineno, expression, change, _spliced(source, node, other)))
+    return sorted(found, key=lambda mutant: mutant.line)
+
+
+def turned(node: ast.AST) -> list[ast.AST]:
+    """What can stand in the node's place with a sign or a comparison turned around."""
+    if isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in OPERATORS:
+        return [_with(node, op=OPERATORS[type(node.op)]())]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Not):
+        return [node.operand]
+    if isinstance(node, ast.IfExp):
+        return [_with(node, body=node.orelse, orelse=node.body)]
+    if isinstance(node, ast.Compare):
+        kinds = [type(op) for op in node.ops]
+        return [_with(node, ops=[*node.ops[:i], table[kind](), *node.ops[i + 1:]])
+                for i, kind in enumerate(kinds) for table in (OPPOSITES, ENDS) if kind in table]
+    return []
+
+
+def _with(node: ast.AST, **changes) -> ast.AST:
+    return type(node)(**{name: getattr(node, name) for name in node._fields} | changes)
+
+
+def _spliced(source: str, node: ast.AST, other: ast.AST) -> str:
+    """The source with `other` written where `node` was."""
+    lines = source.encode().splitlines(keepends=True)                    # ast counts columns in bytes
+    start = sum(map(len, lines[:node.lineno - 1])) + node.col_offset
+    end = sum(map(len, lines[:node.end_lineno - 1])) + node.end_col_offset
+    text = ast.unparse(other) if isinstance(node, ast.stmt) else f"({ast.unparse(other)})"
+    return (source.encode()[:start] + text.encode() + source.encode()[end:]).decode()
+
+
+def judged(found: list[Mutant], at_once: int) -> Iterator[tuple[Mutant, str]]:
+    """Run the tests on each mutant, several at once. Yields it with the test that failed first, '' if none did."""
+    waiting, running = list(found), {}                     # pipe -> (mutant, process, time of its start)
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            mutant = waiting.pop(0)
+            pipe, process = _started(mutant)
+            running[pipe] = mutant, process, time.monotonic()
+        for pipe in select.select(list(running), [], [], 1)[0]:
+            mutant, process, _ = running.pop(pipe)
+            answer = os.read(pipe, 4000).decode()
+            os.close(pipe)
+            _, status = os.waitpid(process, 0)
+            yield mutant, answer.removeprefix("failed: ") if status == 0 and answer else f"the process died ({status})"
+        for pipe, (mutant, process, start) in list(running.items()):
+            if time.monotonic() - start > SECONDS:
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+                os.close(pipe)
+                del running[pipe]
+                yield mutant, f"no end within {SECONDS} seconds"
+
+
+def _started(mutant: Mutant) -> tuple[int, int]:
+    """Fork a process that runs the tests on the mutant: it may crash or hang. Returns its answer's pipe and its id."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process:
+        os.close(writer)
+        return reader, process
+    answer = ""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        torch.set_num_threads(1)
+        torch.set_num_threads = lambda number: None        # whatever conftest.py asks for: this process has one core
+        with mutated(mutant.file, mutant.source):
+            answer = "failed: " + next(iter(failures([f"tests/{name}.py" for name in TESTS[mutant.file]])), "")
+    except BaseException as problem:                       # whatever it is, it is the mutant's doing
+        answer = f"{type(problem).__name__}: {problem}"
+    finally:
+        os.write(writer, answer.encode()[:4000])
+        os._exit(0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="*", default=list(TESTS), metavar="FILE")
+    parser.add_argument("--all", action="store_true", help="run those too that are listed as equivalent")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count(), metavar="N")
+    arguments = parser.parse_args()
+    import hypothesis  # noqa: F401 - imported once here, every forked process has it
+    from transformers.models.deberta_v2 import modeling_deberta_v2  # noqa: F401
+
+    unlisted = []
+    for file in arguments.files:
+        start, everything = time.monotonic(), mutants(file)
+        found = [mutant for mutant in everything if arguments.all or not mutant.excuse]
+        for _, test in judged([Mutant(file, 0, "", "", source_of(file))], 1):
+            if test:
+                print(f"{file}: {test} fails without any mutant")
+                return 1
+        for mutant, test in judged(found, arguments.at_once):
+            print(f"{file}:{mutant.line}: {mutant.change}: {test or f'SURVIVED ({mutant.excuse})'}", flush=True)
+            if not (test or mutant.excuse):
+                unlisted.append(mutant)
+        print(f"{file}: {len(everything)} mutants, {len(everything) - len(found)} left out as equivalent, "
+              f"{time.monotonic() - start:.0f} s", flush=True)
+        stale = {text for name, text in EQUIVALENT if name == file}
+        stale -= {m.change for m in everything} | {m.expression for m in everything}
+        if stale:
+            print(f"{file}: listed as equivalent and no longer there: {stale}")
+            return 1
+    for mutant in unlisted:
+        print(f"NO TEST NOTICED {mutant.file}:{mutant.line}: {mutant.change}")
+    return 1 if unlisted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,396 @@
+"""What blocks and lean steps promise beyond their values: any cut, any dropout, any precision, little memory.
+
+That every form of attention equals the definition is proven in `test_attention.py`.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import SMALL, large_model, padded_batch, relative, resized
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from minipref import fused, lean
+from minipref.attention import DisentangledAttention, disentangled_scores, masked_softmax
+from minipref.classifier import PreferenceModel
+from minipref.config import EncoderConfig
+from minipref.encoder import initialise
+from minipref.fused import blockwise_attention, choose_path, diagonals, token_groups
+from minipref.lean import Dropout, DropoutFactors, feed_forward
+from minipref.positions import distance_rows, relative_index
+
+SPAN, MAX_DISTANCE = 8, 24
+
+
+def inputs(B=2, H=2, L=20, d=6, dtype=torch.float64, seed=0):
+    """q, k, v, pos_q, pos_k that want gradients, and the table row of each distance."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(B, H, L, d)] * 3 + [(H, 2 * SPAN, d)] * 2
+    tensors = [(1.5 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+               for shape in shapes]
+    return tensors, distance_rows(L, SPAN, MAX_DISTANCE)
+
+
+def tokens(lengths, L):
+    return torch.arange(L) < torch.tensor(lengths)[:, None]
+
+
+def values_and_gradients(out, tensors, seed=7):
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad((out * weights.to(out.dtype)).sum(), tensors)]
+
+
+# Blocks, strips and groups.
+
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5), block_bytes=st.sampled_from([8, 500, 3000, 20_000]),
+       lanes=st.sampled_from([1, 4, 32]), seed=st.integers(0, 99))
+@settings(max_examples=40)
+def test_cutting_into_blocks_changes_nothing(lengths, block_bytes, lanes, seed):
+    L = 20
+    tensors, rows = inputs(B=len(lengths), L=L, seed=seed)
+    is_token = tokens(lengths, L)
+    real = is_token[:, None, :, None]
+    whole = values_and_gradients(blockwise_attention(*tensors, is_token, rows) * real, tensors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "BLOCK_BYTES", block_bytes)
+        patch.setattr(fused, "LANES", lanes)
+        fused.strips.cache_clear()
+        cut = values_and_gradients(blockwise_attention(*tensors, is_token, rows) * real, tensors)
+    fused.strips.cache_clear()
+    for found, wanted in zip(cut, whole):
+        assert relative(found, wanted) < 1e-12
+
+
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=12), most=st.sampled_from([1, 40, 100, 10**6]))
+def test_groups_hold_every_row_that_has_tokens_once_and_no_more_scores_than_asked_for(lengths, most):
+    is_token = tokens(lengths, 9)
+    is_token[:, 1] &= False                                # a hole in every sequence that gets so far
+    ends = [(is_token[b].nonzero().max().item() + 1) if is_token[b].any() else 0 for b in range(len(lengths))]
+    seen = []
+    for batch, n, padding in token_groups(is_token, most):
+        members = range(len(lengths))[batch]
+        seen += members
+        assert n == max(ends[b] for b in members)
+        assert len(members) == 1 or len(members) * n * n <= most
+        expected = ~is_token[batch, None, :n]
+        assert torch.equal(padding, expected) if expected.any() else padding is None
+    assert len(seen) == len(set(seen)) and {b for b, end in enumerate(ends) if end} <= set(seen)
+
+
+def test_diagonals_are_a_view_of_the_products_that_belong_together():
+    product = torch.arange(2 * 3 * 9).view(2, 3, 9)
+    view = diagonals(product, 5)
+    assert view.shape == (2, 3, 5)
+    assert all(view[g, a, b] == product[g, a, b - a + 2] for g in range(2) for a in range(3) for b in range(5))
+    assert view.untyped_storage().data_ptr() == product.untyped_storage().data_ptr()
+    later = torch.arange(3 * 3 * 9).view(3, 3, 9)[1:]      # starts in the middle of its memory
+    assert torch.equal(diagonals(later, 5), diagonals(later.clone(), 5))
+
+
+def test_diagonals_refuse_what_their_strides_would_read_wrongly():
+    with pytest.raises(AssertionError):
+        diagonals(torch.zeros(2, 9, 3).mT, 5)
+    with pytest.raises(AssertionError):
+        diagonals(torch.zeros(2, 3, 6), 5)
+
+
+def test_padding_costs_no_computation(monkeypatch):
+    multiplied = []
+    monkeypatch.setattr(fused.Block, "compute_probs", lambda block, padding, space, whole=fused.Block.compute_probs:
+                        (multiplied.append(tuple(block.probs.shape)), whole(block, padding, space)))
+    tensors, rows = inputs(B=3, H=1, L=40)
+    out = blockwise_attention(*tensors, tokens([30, 0, 5], 40), rows)
+    assert {shape[2] for shape in multiplied} <= {30, 5}
+    assert (out[0, :, 30:] == 0).all() and (out[1] == 0).all() and (out[2, :, 5:] == 0).all()
+
+
+# What is kept, and what is not.
+
+def bytes_kept(function) -> int:
+    """What autograd keeps of a computation for its backward pass."""
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x) is None or x, lambda x: x):
+        out = function()
+    total = sum(x.untyped_storage().nbytes() for x in kept.values())
+    assert out.requires_grad
+    return total
+
+
+def test_attention_keeps_its_inputs_and_no_square():
+    tensors, rows = inputs(B=1, H=1, L=300, d=4, dtype=torch.float32)
+    is_token = torch.ones(1, 300, dtype=torch.bool)
+    kept = bytes_kept(lambda: blockwise_attention(*tensors, is_token, rows, 0.1))
+    assert kept <= sum(x.nbytes for x in (*tensors, is_token, rows))
+    assert kept < 300 * 300
+
+
+def test_feed_forward_keeps_one_hidden_tensor():
+    ff_in, ff_out = nn.Linear(8, 64), nn.Linear(64, 8)
+    x = torch.randn(2, 50, 8)
+    hidden = 2 * 50 * 64 * 4
+    assert hidden < bytes_kept(lambda: feed_forward(x, ff_in, ff_out)) < 1.5 * hidden
+    assert bytes_kept(lambda: ff_out(F.gelu(ff_in(x)))) > 2 * hidden, "this test could not tell"
+
+
+def test_dropout_keeps_nothing():
+    x = torch.randn(50, 40, requires_grad=True)
+    assert bytes_kept(lambda: Dropout(0.1)(x)) == 0
+
+
+def test_second_derivatives_are_refused_and_not_wrong():
+    tensors, rows = inputs(L=5)
+    out = blockwise_attention(*tensors, tokens([5, 5], 5), rows)
+    gradient, = torch.autograd.grad(out.sum(), tensors[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+# Dropout.
+
+def attention_with_factors(q, k, v, pos_q, pos_k, is_token, rows, factors):
+    """The plain form with given dropout factors (B, H, L, L), already divided by the share that is kept."""
+    scores = sum(disentangled_scores(q, k, pos_q, pos_k, relative_index(rows)))
+    return (masked_softmax(scores, is_token) * factors) @ v
+
+
+def factors_of(q, k, pos_q, pos_k, is_token, rows, dropout, seed):
+    """What `blockwise_attention` multiplies its probabilities with: with v the identity, its result shows them."""
+    B, H, L, d = q.shape
+    assert L == d
+    torch.manual_seed(seed)
+    eye = torch.eye(L, dtype=q.dtype).expand(B, H, L, L)
+    shown = blockwise_attention(q, k, eye, pos_q, pos_k, is_token, rows, dropout)
+    probs = masked_softmax(sum(disentangled_scores(q, k, pos_q, pos_k, relative_index(rows))), is_token)
+    return torch.where(probs > 0, shown / probs, 0)
+
+
+@pytest.mark.parametrize("block_bytes", [2000, 2**20])
+def test_dropout_multiplies_probabilities_by_zero_or_one_over_the_kept_share(block_bytes, monkeypatch):
+    monkeypatch.setattr(fused, "BLOCK_BYTES", block_bytes)
+    L, dropout = 20, 0.3
+    tensors, rows = inputs(B=3, L=L, d=L)
+    q, k, v, pos_q, pos_k = tensors
+    is_token = tokens([20, 11, 20], L)
+    is_token[2, 4:6] = False
+    with torch.no_grad():
+        factors = factors_of(q, k, pos_q, pos_k, is_token, rows, dropout, seed=3)
+    allowed = (is_token[:, None, :, None] & is_token[:, None, None, :]).expand_as(factors)
+    kept = factors[allowed]
+    share = 1 - round(dropout * 2**16) / 2**16
+    assert abs(share - 0.7) < 1e-5
+    assert ((kept < 1e-12) | ((kept - 1 / share).abs() < 1e-6)).all()
+    assert abs((kept > 0).double().mean() - 0.7) < 4 * math.sqrt(0.3 * 0.7 / len(kept))
+
+    torch.manual_seed(3)
+    real = is_token[:, None, :, None]
+    found = values_and_gradients(blockwise_attention(*tensors, is_token, rows, dropout) * real, tensors)
+    wanted = values_and_gradients(attention_with_factors(*tensors, is_token, rows, factors) * real, tensors)
+    for f, w in zip(found, wanted):
+        assert relative(f, w) < 1e-11
+
+
+def test_dropout_passes_gradcheck():
+    tensors, rows = inputs(B=2, L=6, d=3, seed=5)
+    is_token = tokens([6, 4], 6)
+
+    def dropped(*tensors):
+        torch.manual_seed(2)
+        return blockwise_attention(*tensors, is_token, rows, 0.4) * is_token[:, None, :, None]
+
+    assert torch.autograd.gradcheck(dropped, tensors, eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+def test_dropout_repeats_with_torchs_seed_and_only_with_it():
+    tensors, rows = inputs()
+    is_token = tokens([20, 20], 20)
+
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return [blockwise_attention(*tensors, is_token, rows, 0.2).detach() for _ in range(2)]
+
+    first, again, other = drawn(1), drawn(1), drawn(2)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], other[0])
+
+
+def test_without_dropout_torchs_generator_is_left_alone():
+    tensors, rows = inputs()
+    before = torch.get_rng_state()
+    blockwise_attention(*tensors, tokens([20, 20], 20), rows)
+    Dropout(0.5).eval()(tensors[0])
+    Dropout(0.0)(tensors[0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.999999])
+def test_dropout_factors_are_ones_in_the_share_they_state(rate):
+    factors = DropoutFactors(rate, seed=4)
+    drawn = factors.fill(torch.empty(1000, 401, dtype=torch.float32))
+    assert ((drawn == 0) | (drawn == 1)).all()
+    n, keep = drawn.numel(), factors.keep
+    assert keep > 0 and abs(keep - (1 - rate)) < 2e-5
+    assert abs(drawn.double().mean() - keep) < 4 * math.sqrt(keep * (1 - keep) / n)
+    for lag in (1, 2, 3, 4, 401):                          # neighbours, the four of one word, and rows know nothing of each other
+        a, b = drawn.flatten()[:-lag].double(), drawn.flatten()[lag:].double()
+        assert abs(((a - keep) * (b - keep)).mean()) < 5 * keep * (1 - keep) / math.sqrt(n)
+    assert not torch.equal(factors.fill(torch.empty_like(drawn)), drawn)
+    assert torch.equal(DropoutFactors(rate, seed=4).fill(torch.empty_like(drawn)), drawn)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 300, 700)])
+def test_dropout_scales_what_it_keeps_and_sends_gradients_the_same_way(shape):
+    x = torch.randn(shape, dtype=torch.float64).transpose(0, -1).requires_grad_()     # not contiguous
+    drop = Dropout(0.25)
+    torch.manual_seed(1)
+    out = drop(x)
+    kept = out != 0
+    assert relative(out[kept], x[kept] / 0.75) < 1e-12
+    out.sum().backward()
+    assert torch.equal(x.grad, kept / 0.75)
+    if x.numel() > 1000:
+        assert abs(kept.double().mean() - 0.75) < 4 * math.sqrt(0.25 * 0.75 / x.numel())
+
+
+# The feed-forward.
+
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",)])
+def test_feed_forward_has_the_values_and_gradients_of_its_formula(frozen):
+    torch.manual_seed(0)
+    ff_in, ff_out = nn.Linear(5, 9).double(), nn.Linear(9, 5).double()
+    for name in frozen:
+        ff_out.get_parameter(name).requires_grad_(False)
+    x = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
+    wanting = [p for p in (x, *ff_in.parameters(), *ff_out.parameters()) if p.requires_grad]
+    found = values_and_gradients(feed_forward(x, ff_in, ff_out), wanting)
+    wanted = values_and_gradients(ff_out(F.gelu(ff_in(x))), wanting)
+    for f, w in zip(found, wanted):
+        assert relative(f, w) < 1e-13
+    assert torch.autograd.gradcheck(lambda *_: feed_forward(x, ff_in, ff_out), wanting)
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 3, 100])
+def test_feed_forward_without_gradients_is_the_same_in_any_slices(tokens_at_once, monkeypatch):
+    monkeypatch.setattr(lean, "SLICE", tokens_at_once)
+    torch.manual_seed(0)
+    ff_in, ff_out = nn.Linear(5, 9).double(), nn.Linear(9, 5).double()
+    x = torch.randn(2, 7, 5, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative(feed_forward(x, ff_in, ff_out), ff_out(F.gelu(ff_in(x)))) < 1e-13
+
+
+def test_feed_forward_under_autocast_is_no_farther_off_than_torchs_own():
+    torch.manual_seed(0)
+    ff_in, ff_out = nn.Linear(64, 256), nn.Linear(256, 64)
+    x = torch.randn(4, 50, 64, requires_grad=True)
+    wanting = [x, *ff_in.parameters(), *ff_out.parameters()]
+    exact = values_and_gradients(ff_out(F.gelu(ff_in(x))), wanting)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = values_and_gradients(feed_forward(x, ff_in, ff_out), wanting)
+        theirs = values_and_gradients(ff_out(F.gelu(ff_in(x))), wanting)
+    assert found[0].dtype == torch.bfloat16
+    for f, t, e in zip(found, theirs, exact):
+        assert f.dtype == t.dtype
+        assert relative(f, e) < max(1.5 * relative(t, e), 1e-3)
+
+
+# Precision, and the choice of path.
+
+def test_autocast_leaves_float32_inputs_in_float32():
+    tensors, rows = inputs(dtype=torch.float32)
+    is_token = tokens([20, 13], 20)
+    outside = values_and_gradients(blockwise_attention(*tensors, is_token, rows), tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = values_and_gradients(blockwise_attention(*tensors, is_token, rows), tensors)
+    for found, wanted in zip(inside, outside):
+        assert torch.equal(found, wanted)
+
+
+def test_the_softmax_of_bfloat16_scores_is_the_float32_one_rounded():
+    # blocks rely on it: the kernel computes in float32 whatever it is given
+    scores = 4 * torch.randn(300, 700, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rounded = torch.softmax(scores.float(), -1).bfloat16()
+    assert torch.equal(torch.softmax(scores, -1), rounded)
+    assert torch.equal(torch.softmax(scores, -1, out=scores), rounded), "in place"
+
+
+def test_the_path_is_blocks_on_a_cpu_batched_on_an_accelerator_and_plain_for_the_compiler(monkeypatch):
+    assert choose_path(torch.device("cpu")) == "blocks"
+    assert choose_path(torch.device("cuda")) == choose_path(torch.device("mps")) == "batched"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choose_path(torch.device("cpu")) == choose_path(torch.device("cuda")) == "plain"
+
+
+def test_attention_takes_the_path_it_is_told(monkeypatch):
+    layer = DisentangledAttention(SMALL).eval()
+    x, is_token = torch.randn(1, 9, SMALL.width), torch.ones(1, 9, dtype=torch.bool)
+    rel, rows = torch.randn(2 * SMALL.span, SMALL.width), distance_rows(9, SMALL.span, SMALL.max_distance)
+    taken = []
+    for name in ("blockwise_attention", "batched_attention", "cls_attention"):
+        monkeypatch.setattr(fused, name, lambda *args, name=name, real=getattr(fused, name):
+                            (taken.append(name), real(*args))[1])
+    for path in ("plain", "blocks", "batched"):
+        monkeypatch.setattr("minipref.attention.choose_path", lambda device, path=path: path)
+        for cls_only in (False, True):
+            layer(x, is_token, rel, rows, cls_only)
+    assert taken == ["blockwise_attention", "cls_attention", "batched_attention", "cls_attention"]
+
+
+@pytest.fixture(scope="module")
+def six_layers():
+    """A fresh v3-small but for the vocabulary, its weights half as large again, and a batch of 330 tokens or fewer."""
+    torch.manual_seed(0)
+    config = EncoderConfig(vocab_size=900)
+    model = PreferenceModel(config)
+    initialise(model, std=0.03)
+    return model.eval(), *padded_batch(config, [330, 211])
+
+
+def test_float32_probabilities_are_the_plain_forms_within_1e_5_and_bfloat16_ones_within_1e_2(six_layers, monkeypatch):
+    model, ids, is_token = six_layers
+    with torch.inference_mode():
+        found = model.probabilities(ids, is_token)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model.probabilities(ids, is_token)
+        monkeypatch.setattr("minipref.attention.choose_path", lambda device: "plain")
+        plain = model.probabilities(ids, is_token)
+    assert (found - plain).abs().max() < 1e-5
+    assert 0 < (rounded - plain).abs().max() < 1e-2
+
+
+def test_cls_only_is_the_whole_layers_first_vector(path):
+    model = large_model(SMALL, dtype=torch.float64)
+    ids, is_token = padded_batch(SMALL, [30, 8, 1])
+    whole, alone = model.encoder(ids, is_token)[:, 0], model.encoder.cls_vector(ids, is_token)
+    assert alone.shape == (3, SMALL.width)
+    assert relative(alone, whole) < 1e-12
+
+
+def test_the_last_layer_computes_one_query_and_one_feed_forward(monkeypatch):
+    seen = []
+    monkeypatch.setattr("minipref.encoder.feed_forward", lambda x, *layers: (seen.append(x.shape[1]),
+                                                                             feed_forward(x, *layers))[1])
+    model = large_model(SMALL)
+    model(*padded_batch(SMALL, [30, 8]))
+    assert seen == [30, 1]
+
+
+def test_the_relative_table_holds_the_rows_that_occur_and_no_others():
+    encoder = large_model(SMALL).encoder
+    everything = encoder.rel_norm(encoder.rel_table.weight)
+    for length in (1, 2, 7, 24, 60):
+        rel, rows = encoder.relative_table(length)
+        assert torch.equal(rel[rows], everything[distance_rows(length, SMALL.span, SMALL.max_distance)])
+        assert len(rel) == len(rows.unique())
+    assert len(encoder.relative_table(1)[0]) == 1
+
+
+def test_a_model_under_torch_compile_gives_the_same():
+    # The "eager" backend traces as every other does, and needs no C++ compiler.
+    model = large_model(resized(SMALL, layers=2))
+    ids, is_token = padded_batch(SMALL, [12, 7])
+    compiled = torch.compile(model, backend="eager")
+    assert relative(compiled(ids, is_token), model(ids, is_token)) < 1e-5

@@ -1,0 +1,279 @@
+"""Mistakes made on purpose, one at a time, and for each the test that must notice.
+
+A test that passes proves little until it has been seen to fail. Each line below is a mistake that somebody made in some
+DeBERTa or some training loop, written as a change to the program's text; the text is changed in memory, the named test
+is run on it, and it has to fail. A mutant that survives is a test that is missing. `tests/sweep.py` does the same with
+every sign and comparison of the arithmetic.
+"""
+
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+from mutation import ROOT, failures, mutated, replaced
+
+
+class Mistake(NamedTuple):
+    what: str
+    file: str
+    right: str            # must occur exactly once in the file
+    wrong: str
+    noticed_by: str       # tests/NAME.py::test
+
+
+MISTAKES = [
+    # Positions.
+    Mistake("floor for ceil", "minipref/positions.py", "torch.ceil(", "torch.floor(",
+            "test_positions::test_every_bucket_of_v3_is_the_one_of_exact_arithmetic"),
+    Mistake("no logarithm: distances are just clamped", "minipref/positions.py",
+            "return torch.where(distance.abs() <= half, distance, (half + steps) * distance.sign())",
+            "return distance.clamp(1 - span, span - 1)",
+            "test_positions::test_buckets_of_v3_are_the_published_ones"),
+    Mistake("distances are not clamped", "minipref/positions.py",
+            "distance = distance.clamp(1 - max_distance, max_distance - 1)", "",
+            "test_positions::test_distances_past_the_largest_are_clamped_as_microsoft_does"),
+    Mistake("buckets in the ambient precision", "minipref/positions.py", "clamp(min=half).double()",
+            "clamp(min=half).to(torch.get_default_dtype())",
+            "test_positions::test_buckets_do_not_depend_on_the_ambient_precision"),
+    Mistake("j - i for i - j", "minipref/positions.py", "i[:, None] - i[None, :]", "i[None, :] - i[:, None]",
+            "test_positions::test_relative_index_holds_the_row_of_i_minus_j"),
+    Mistake("the table's middle is off by one", "minipref/positions.py", "max_distance) + span",
+            "max_distance) + span - 1",
+            "test_positions::test_rows_run_from_one_to_the_last_and_row_zero_is_never_read"),
+
+    # Attention.
+    Mistake("p2c with the paper's sign", "minipref/attention.py", "rel_index.mT.expand_as(c2c.mT)",
+            "rel_index.expand_as(c2c.mT)",
+            "test_attention::test_p2c_is_the_key_times_the_row_of_i_minus_j_not_of_j_minus_i"),
+    Mistake("sqrt(d) for sqrt(3 d)", "minipref/attention.py", "scale = 1 / math.sqrt(3 * q.shape[-1])",
+            "scale = 1 / math.sqrt(q.shape[-1])", "test_attention::test_c2c_is_query_times_key_over_sqrt_3d"),
+    Mistake("p2c is not scaled", "minipref/attention.py", "q, pos_q = q * scale, pos_q * scale",
+            "q, pos_q = q * scale, pos_q",
+            "test_attention::test_p2c_is_the_key_times_the_row_of_i_minus_j_not_of_j_minus_i"),
+    Mistake("c2p reads the queries' table", "minipref/attention.py", "every_row = q @ pos_k.mT",
+            "every_row = q @ (pos_q / scale).mT",
+            "test_attention::test_c2p_is_the_query_times_the_row_of_i_minus_j"),
+    Mistake("queries are masked, not keys", "minipref/attention.py", "~is_token[:, None, None, :]",
+            "~is_token[:, None, :, None]",
+            "test_attention::test_padding_keys_get_no_probability_and_padding_queries_stay_finite"),
+    Mistake("padding is masked with -inf", "minipref/attention.py", "torch.finfo(scores.dtype).min", "-math.inf",
+            "test_attention::test_a_sequence_of_padding_only_gives_no_nan"),
+    Mistake("softmax in half precision", "minipref/attention.py",
+            "scores = scores.to(torch.promote_types(scores.dtype, torch.float32))", "scores = scores",
+            "test_attention::test_softmax_is_float32_or_better_whatever_the_scores_are"),
+    Mistake("no bias on the positions", "minipref/attention.py", "self.split_heads(self.q_proj(rel))",
+            "self.split_heads(rel @ self.q_proj.weight.mT)",
+            "test_attention::test_positions_go_through_the_query_and_key_projections_biases_included"),
+    Mistake("positions' keys through the query projection", "minipref/attention.py",
+            "self.split_heads(self.k_proj(rel))", "self.split_heads(self.q_proj(rel))",
+            "test_attention::test_positions_go_through_the_query_and_key_projections_biases_included"),
+    Mistake("heads take every H-th column", "minipref/attention.py",
+            "x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)", "x.unflatten(-1, (-1, self.heads)).movedim(-1, -3)",
+            "test_attention::test_positions_go_through_the_query_and_key_projections_biases_included"),
+    Mistake("no dropout on the relative table", "minipref/attention.py", "in_low_precision(self.rel_dropout(rel))",
+            "in_low_precision(rel)", "test_parity::test_dropout_falls_in_the_same_places_as_in_the_reference"),
+    Mistake("the definition itself with the paper's sign", "minipref/attention.py", "p2c = k[b, h, j] @ pos_q[h, row]",
+            "p2c = k[b, h, j] @ pos_q[h, log_bucket(torch.tensor(j - i), span, max_distance) + span]",
+            "test_attention::test_definition_gives_the_numbers_worked_out_by_hand"),
+
+    # The fast forms of attention.
+    Mistake("p2c's table laid out the other way round", "minipref/fused.py", "by_distance(pos_q * scale, rows)",
+            "by_distance(pos_q * scale, rows.flip(0))",
+            "test_attention::test_path_equals_the_definition_in_value_and_gradient"),
+    Mistake("the softmax's gradient without its row sum", "minipref/fused.py",
+            "torch._softmax_backward_data(d_probs, probs, -1, probs.dtype, grad_input=d_probs)", "d_probs.mul_(probs)",
+            "test_attention::test_path_passes_gradcheck"),
+    Mistake("c2p's gradient put back in ascending order", "minipref/fused.py", "index_add_(1, rows.flip(0), d_table_k",
+            "index_add_(1, rows, d_table_k", "test_attention::test_path_passes_gradcheck"),
+    Mistake("the scale missing from the queries' gradient", "minipref/fused.py", "dq.mul_(scale)", "dq",
+            "test_attention::test_path_passes_gradcheck"),
+    Mistake("a strip begins one distance too late", "minipref/fused.py",
+            "column = others_start - (start + b) + L", "column = others_start - (start + b) + L + (a > 0)",
+            "test_attention::test_path_in_float32_is_within_rounding_of_float64_at_v3s_spans"),
+    Mistake("padding is not masked in the blocks", "minipref/fused.py", "if padding is not None:", "if False:",
+            "test_attention::test_path_equals_the_definition_in_value_and_gradient"),
+    Mistake("padding is not masked in the batch", "minipref/fused.py", "bias = bias.masked_fill(~is_token",
+            "bias = bias.masked_fill((~is_token & False)",
+            "test_attention::test_path_equals_the_definition_in_value_and_gradient"),
+    Mistake("[CLS] looks at positive distances", "minipref/fused.py", "rows = rows[:L].flip(0)", "rows = rows[L - 1:]",
+            "test_attention::test_attention_of_cls_alone_is_the_definitions_first_row"),
+    Mistake("attention drops out in evaluation", "minipref/attention.py",
+            "dropout = self.attn_dropout.p if self.training else 0.0", "dropout = self.attn_dropout.p",
+            "test_encoder::test_attention_drops_out_in_training_only"),
+
+    # Encoder and classifier.
+    Mistake("no norm on the relative table", "minipref/encoder.py",
+            "rel = self.rel_norm(self.rel_table.weight[lowest:highest + 1])",
+            "rel = self.rel_table.weight[lowest:highest + 1]", "test_encoder::test_every_layer_is_the_definition"),
+    Mistake("GELU by tanh", "minipref/lean.py", "return F.linear(F.gelu(x), weight",
+            "return F.linear(F.gelu(x, approximate='tanh'), weight",
+            "test_encoder::test_every_layer_is_the_definition"),
+    Mistake("GELU by tanh where no gradient is wanted", "minipref/lean.py", "return linear(F.gelu(x))",
+            "return linear(F.gelu(x, approximate='tanh'))",
+            "test_encoder::test_without_gradients_every_layer_is_the_same"),
+    Mistake("the gradient of GELU by tanh", "minipref/lean.py", "grad_input(d_hidden, x, grad_input=d_hidden)",
+            "grad_input(d_hidden, x, approximate='tanh', grad_input=d_hidden)",
+            "test_encoder::test_every_gradient_is_the_definitions"),
+    Mistake("norms with torch's epsilon", "minipref/encoder.py", "self.ff_norm = nn.LayerNorm(D, eps=config.norm_eps)",
+            "self.ff_norm = nn.LayerNorm(D)", "test_encoder::test_norms_all_have_the_configured_epsilon"),
+    Mistake("norm before, not after (pre-LN)", "minipref/encoder.py",
+            "return self.ff_norm(x + self.dropout(gelu_linear(hidden, self.ff_out)))",
+            "return x + self.dropout(gelu_linear(self.ff_in(self.ff_norm(x)), self.ff_out))",
+            "test_encoder::test_every_layer_is_the_definition"),
+    Mistake("no residual connection", "minipref/encoder.py", "self.ff_norm(x + self.dropout",
+            "self.ff_norm(self.dropout", "test_encoder::test_every_layer_is_the_definition"),
+    Mistake("padding is not zeroed", "minipref/encoder.py", "self.dropout(x * is_token[..., None])", "self.dropout(x)",
+            "test_encoder::test_embeddings_are_normalised_words_with_padding_zeroed"),
+    Mistake("dropout on the embeddings before the padding is known", "minipref/encoder.py",
+            "self.dropout(x * is_token[..., None])", "x * is_token[..., None]",
+            "test_parity::test_dropout_falls_in_the_same_places_as_in_the_reference"),
+    Mistake("padding's word vector is trained", "minipref/encoder.py", "nn.Embedding(V, D, padding_idx=config.pad_id)",
+            "nn.Embedding(V, D)", "test_encoder::test_a_padding_id_among_real_tokens_is_not_trained"),
+    Mistake("pooler with tanh", "minipref/classifier.py", "F.gelu(self.pooler(", "torch.tanh(self.pooler(",
+            "test_encoder::test_classifier_reads_cls_through_pooler_gelu_and_head"),
+    Mistake("the mean of all tokens for [CLS]", "minipref/classifier.py", "self.encoder.cls_vector(ids, is_token)",
+            "self.encoder(ids, is_token).mean(1)",
+            "test_encoder::test_classifier_reads_cls_through_pooler_gelu_and_head"),
+    Mistake("no dropout before the head", "minipref/classifier.py", "self.head(self.head_dropout(pooled))",
+            "self.head(pooled)", "test_parity::test_dropout_falls_in_the_same_places_as_in_the_reference"),
+    Mistake("temperature inverted", "minipref/classifier.py", "torch.float32)) / temperature",
+            "torch.float32)) * temperature",
+            "test_encoder::test_probabilities_are_the_softmax_of_logits_divided_by_the_temperature"),
+
+    # Checkpoints.
+    Mistake("values loaded as keys", "minipref/checkpoint.py", '"encoder.layer.{}.attention.self.key_proj"',
+            '"encoder.layer.{}.attention.self.value_proj"',
+            "test_checkpoint::test_the_rename_table_covers_every_parameter_once"),
+    Mistake("the two norms of a layer exchanged", "minipref/checkpoint.py",
+            '''    "layers.{}.attn_norm": "encoder.layer.{}.attention.output.LayerNorm",''',
+            '''    "layers.{}.attn_norm": "encoder.layer.{}.output.LayerNorm",
+    "layers.{}.ff_norm": "encoder.layer.{}.attention.output.LayerNorm",
+} | {''', "test_golden::test_golden_embeddings_and_every_layer"),
+    Mistake("unknown tensors silently skipped", "minipref/checkpoint.py",
+            "if name.startswith(PRETRAINING_HEADS):", "if True:",
+            "test_checkpoint::test_an_unknown_tensor_is_named"),
+    Mistake("NaN in a file is no matter", "minipref/checkpoint.py", "if not torch.isfinite(tensor).all():", "if False:",
+            "test_checkpoint::test_weights_that_are_not_finite_are_refused_by_name"),
+    Mistake("a model is saved in its own precision", "minipref/checkpoint.py", 'tensor.detach().to("cpu", dtype)',
+            'tensor.detach().to("cpu")',
+            "test_checkpoint::test_the_saved_file_is_float32_and_says_it_is_from_torch"),
+
+    # Optimizer.
+    Mistake("biases and norms decay", "minipref/optim.py", '"weight_decay": 0.0}]', '"weight_decay": weight_decay}]',
+            "test_optim::test_matrices_and_tables_decay_and_biases_and_norms_do_not"),
+    Mistake("coupled decay", "minipref/optim.py", 'p_.mul_(1 - group["lr"] * group["weight_decay"])',
+            'g = g + group["weight_decay"] * p_', "test_optim::test_adamw_decay_is_decoupled_from_the_gradient"),
+    Mistake("no bias correction of the mean", "minipref/optim.py", 'group["lr"] / (1 - beta1**t)', 'group["lr"]',
+            "test_optim::test_adamw_first_step_by_hand"),
+    Mistake("no bias correction of the squares", "minipref/optim.py", "math.sqrt(1 - beta2**t)", "1.0",
+            "test_optim::test_adamw_first_step_by_hand"),
+    Mistake("epsilon under the root", "minipref/optim.py", 'v.sqrt().div_(root_correction).add_(group["eps"])',
+            'v.div(root_correction**2).add_(group["eps"]).sqrt_()', "test_optim::test_adamw_first_step_by_hand"),
+    Mistake("one step counter for all parameters", "minipref/optim.py", 'state["step"].item()',
+            'max(s["step"].item() for s in self.state.values())',
+            "test_optim::test_adamw_counts_steps_for_each_parameter"),
+    Mistake("parameters without gradient in this step forget their moments", "minipref/optim.py", "if not state:",
+            "if not state or p.grad.norm() == 0:",
+            "test_optim::test_adamw_moves_rows_whose_gradient_is_zero_as_long_as_their_moments_do"),
+    Mistake("warmup off by one", "minipref/optim.py", "return peak_lr * step / warmup_steps",
+            "return peak_lr * (step + 1) / warmup_steps", "test_optim::test_schedule_follows_the_table"),
+    Mistake("a whole cosine for half of one", "minipref/optim.py", "math.cos(math.pi * progress)",
+            "math.cos(2 * math.pi * progress)", "test_optim::test_schedule_follows_the_table"),
+    Mistake("gradients clipped one by one", "minipref/optim.py", "torch._foreach_mul_(gradients, max_norm / norm)",
+            "[g.mul_(min(1, max_norm / g.norm().item())) for g in gradients]", "test_optim::test_clipping_is_torchs"),
+    Mistake("a gradient of NaN is clipped", "minipref/optim.py", "if math.isfinite(norm) and norm > max_norm:",
+            "if not norm <= max_norm:",
+            "test_optim::test_clipping_reports_a_norm_that_is_not_finite_and_touches_nothing"),
+
+    # Metrics.
+    Mistake("log loss in bits", "minipref/metrics.py", "float(-np.log(chosen", "float(-np.log2(chosen",
+            "test_metrics::test_log_loss_of_known_answers"),
+    Mistake("precision and recall exchanged", "minipref/metrics.py", "precision = hits / np.maximum(guesses, 1)",
+            "precision = hits / np.maximum(truths, 1)", "test_metrics::test_every_figure_is_scikit_learns"),
+    Mistake("confusion transposed", "minipref/metrics.py", "np.add.at(confusion, (y, predicted), 1)",
+            "np.add.at(confusion, (predicted, y), 1)",
+            "test_metrics::test_confusion_has_truth_in_rows_and_prediction_in_columns"),
+    Mistake("bins of the calibration error weigh the same", "minipref/metrics.py", "ece += inside.mean() *",
+            "ece += 1 / BINS *", "test_metrics::test_calibration_error_by_hand"),
+    Mistake("logits are averaged, not probabilities", "minipref/metrics.py", "/ temperature).mean(1)",
+            "/ temperature).prod(1)",
+            "test_metrics::test_averaging_takes_the_mean_of_the_orders_probabilities_not_of_their_logits"),
+    Mistake("temperature inverted in the calibration", "minipref/metrics.py",
+            "softmax(np.asarray(logits, dtype=np.float64) / temperature)",
+            "softmax(np.asarray(logits, dtype=np.float64) * temperature)",
+            "test_metrics::test_the_temperature_undoes_the_sharpening"),
+    Mistake("rows calibrate themselves", "minipref/metrics.py", "held, rest = fold == f, fold != f",
+            "held, rest = fold == f, fold == f",
+            "test_metrics::test_cross_fitting_uses_no_row_to_calibrate_itself"),
+
+    # Data.
+    Mistake("swap without swapping the label", "minipref/data.py",
+            "labels.append({0: 1, 1: 0}.get(label, label) if swap else label)", "labels.append(label)",
+            "test_data::test_a_swapped_row_shows_b_first_and_turns_its_label"),
+    Mistake("the label swapped, the answers not", "minipref/data.py", "(b, a) if swap else (a, b)", "a, b",
+            "test_data::test_a_swapped_row_shows_b_first_and_turns_its_label"),
+    Mistake("a split that leaks prompts", "minipref/data.py", "group_of.setdefault(prompt_key(prompt), len(group_of))",
+            "group_of.setdefault((prompt_key(prompt), len(group_of)), len(group_of))",
+            "test_data::test_no_prompt_is_on_both_sides_of_the_split"),
+    Mistake("the same prompt in other letters counts as another", "minipref/data.py", ".casefold()", "",
+            "test_data::test_prompts_differ_by_their_turns_not_only_by_their_text"),
+    Mistake("truncation drops B", "minipref/data.py", "budgets = field_budgets(whole, max_length - SPECIALS)",
+            "room = max_length - SPECIALS\n"
+            "            budgets = [min(n, max(0, room - sum(whole[:f]))) for f, n in enumerate(whole)]",
+            "test_data::test_answer_b_is_there_whatever_the_length_of_prompt_and_a"),
+    Mistake("truncation drops the tail", "minipref/data.py", "return ids[:budget - tail] + ids[len(ids) - tail:]",
+            "return ids[:budget]", "test_data::test_a_field_that_is_cut_keeps_its_head_and_its_tail"),
+    Mistake("every epoch in the same order", "minipref/data.py", "random = np.random.default_rng([seed, 2, epoch])",
+            "random = np.random.default_rng([seed, 2])",
+            "test_data::test_epochs_differ_seeds_differ_and_the_same_comes_again"),
+    Mistake("the last, smaller batch is dropped", "minipref/data.py",
+            "for i in range(0, len(rows), batch_size))", "for i in range(0, len(rows) - batch_size + 1, batch_size))",
+            "test_data::test_an_epoch_shows_every_row_once"),
+    Mistake("padding counts as tokens", "minipref/data.py", "is_token[i, :len(sequence)] = True", "is_token[i] = True",
+            "test_data::test_a_sequence_is_cls_prompt_sep_a_sep_b_sep_padded_to_the_longest_of_its_batch"),
+    Mistake("classes are not exchanged with the answers", "minipref/data.py", "probabilities[..., [1, 0, 2]]",
+            "probabilities", "test_data::test_swapping_classes_exchanges_a_and_b_and_leaves_the_tie"),
+
+    # Judging and training.
+    Mistake("the exchanged order's verdict is not turned back", "minipref/judge.py",
+            "swap_classes(out) if swapped else out", "out",
+            "test_train::test_averaging_both_orders_makes_the_verdict_independent_of_the_order"),
+    Mistake("accumulated passes count the same whatever their rows", "train.py", "/ rows_in_window\n",
+            "/ len(rows) / len(window)\n", "test_train::test_accumulated_passes_equal_one_large_batch"),
+    Mistake("a resumed run draws other dropout", "train.py", 'runs.restore_random_state(tensors, facts["random"])',
+            "pass", "test_train::test_a_run_stopped_anywhere_and_resumed_ends_as_if_it_had_not_been[7]"),
+    Mistake("a resumed run forgets the optimizer's moments", "train.py", "runs.restore_optimizer(optimizer, tensors)",
+            "pass", "test_train::test_a_run_stopped_anywhere_and_resumed_ends_as_if_it_had_not_been[7]"),
+]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=[mistake.what for mistake in MISTAKES])
+def test_the_mistake_is_noticed(mistake):
+    name, test = mistake.noticed_by.split("::")
+    with mutated(mistake.file, replaced(mistake.file, mistake.right, mistake.wrong)):
+        failed = failures([f"tests/{name}.py::{test}"])
+    assert failed, f"{mistake.what}: {mistake.noticed_by} did not notice"
+
+
+def test_without_a_mistake_the_same_tests_pass():
+    tests = sorted({"tests/{}.py::{}".format(*mistake.noticed_by.split("::")) for mistake in MISTAKES})
+    assert failures(tests, stop_at_first=False) == {}
+
+
+def test_a_mutant_exists_inside_its_block_only():
+    import minipref.positions
+    with mutated("minipref/positions.py", replaced("minipref/positions.py", "torch.ceil(", "torch.floor(")):
+        from minipref.positions import log_bucket as wrong
+    from minipref.positions import log_bucket as right
+    assert wrong is not right
+    assert right is minipref.positions.log_bucket
+    import torch
+    assert (wrong(torch.tensor(132)), right(torch.tensor(132))) == (130, 131)
+
+
+@pytest.mark.slow
+def test_every_sign_turned_around_is_noticed():
+    pytest.importorskip("transformers")
+    run = subprocess.run([sys.executable, str(ROOT / "tests" / "sweep.py")], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
