@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipref.lean import DropoutFactors, fresh_seed
+from minipref.lean import DropoutFactors, fresh_seed, without_autocast
 
 BLOCK_BYTES = 2**21      # of scores worked on at once: what half of a core's second-level cache holds
 LANES = 32               # widths of products are rounded up to a multiple of this: 32 bfloat16 fill a cache line
@@ -115,14 +115,14 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: T
     of each distance as `distance_rows` gives it; dropout a rate in [0, 1) -> (B, H, L, d).
     """
     seed = fresh_seed() if dropout else 0
-    with torch.autocast(q.device.type, enabled=False):     # products in the type of q, whatever surrounds us
-        return _BlockwiseAttention.apply(q, k, v, pos_q, pos_k, is_token, rows, dropout, seed)
+    return _BlockwiseAttention.apply(q, k, v, pos_q, pos_k, is_token, rows, dropout, seed)
 
 
 class _BlockwiseAttention(torch.autograd.Function):
     """The arguments are those of `blockwise_attention`, and the seed of its dropout."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, q, k, v, pos_q, pos_k, is_token, rows, dropout, seed):
         ctx.save_for_backward(q, k, v, pos_q, pos_k, is_token, rows)
         ctx.dropout, ctx.seed = dropout, seed
@@ -137,6 +137,7 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx, d_out):
         q, k, v, pos_q, pos_k, is_token, rows = ctx.saved_tensors
         (H, R, d), L = pos_q.shape, q.shape[2]

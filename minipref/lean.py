@@ -6,6 +6,9 @@ of the matrix products on a CPU, and because the feed-forward's hidden vectors, 
 most of what training has to remember.
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -70,6 +73,15 @@ def _drop(x: Tensor, rate: float, seed: int) -> Tensor:
     return out
 
 
+def without_autocast(function: Callable) -> Callable:
+    """For the halves of an autograd.Function: products in the precision of their inputs, whatever surrounds them."""
+    @wraps(function)
+    def wrapped(ctx, x, *others):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(ctx, x, *others)
+    return wrapped
+
+
 def feed_forward(x: Tensor, ff_in: nn.Linear, ff_out: nn.Linear) -> Tensor:
     """`ff_out(gelu(ff_in(x)))` with the exact GELU, the one with erf.
 
@@ -87,16 +99,18 @@ def feed_forward(x: Tensor, ff_in: nn.Linear, ff_out: nn.Linear) -> Tensor:
 
 
 class _GeluLinear(torch.autograd.Function):
+    """linear(gelu(x)), in the precision of x."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = bias.dtype
-        with torch.autocast(x.device.type, enabled=False):               # in x's precision, whatever surrounds us
-            return F.linear(F.gelu(x), weight.to(x.dtype), bias.to(x.dtype))
+        return F.linear(F.gelu(x), weight.to(x.dtype), bias.to(x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx, d_out):
         x, weight = ctx.saved_tensors
         d_out = d_out.to(x.dtype)

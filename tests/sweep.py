@@ -34,7 +34,7 @@ TESTS = {
     "minipref/positions.py": ["test_positions", "test_attention"],
     "minipref/attention.py": ["test_attention", "test_encoder", "test_golden", "test_parity"],
     "minipref/fused.py": ["test_fused", "test_attention", "test_encoder", "test_golden", "test_parity"],
-    "minipref/lean.py": ["test_encoder", "test_attention"],
+    "minipref/lean.py": ["test_fused", "test_encoder", "test_attention"],
     "minipref/encoder.py": ["test_encoder", "test_fused", "test_parity"],
     "minipref/classifier.py": ["test_encoder", "test_golden"],
     "minipref/optim.py": ["test_optim"],

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from minipref import fused
 from minipref.attention import DisentangledAttention, attention_by_definition, disentangled_scores, masked_softmax
 from minipref.fused import fast_attention
 from minipref.positions import distance_rows, log_bucket, relative_index
@@ -332,25 +331,6 @@ def test_dropout_keeps_the_mean_and_drops_the_share_it_should(path, queries):
     assert abs((draws == 0).double().mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / count)
     shares = (draws == 0).double().mean(0)
     assert (shares - 0.25).abs().max() < 5 * math.sqrt(0.25 * 0.75 / 500), "each entry is dropped as often"
-
-
-# Which form is taken.
-
-def test_a_cpu_takes_blocks_an_accelerator_the_batch_and_a_compiler_the_plain_form(monkeypatch):
-    assert fused.choose_path(torch.device("cpu")) == "blocks"
-    assert fused.choose_path(torch.device("cuda")) == fused.choose_path(torch.device("mps")) == "batched"
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert fused.choose_path(torch.device("cpu")) == "plain"
-
-
-@pytest.mark.parametrize("path, queries, wanted", [("blocks", 5, "blockwise"), ("batched", 5, "batched"),
-                                                   ("blocks", 1, "cls"), ("batched", 1, "cls")])
-def test_the_form_that_was_chosen_is_the_one_that_computes(monkeypatch, path, queries, wanted):
-    for name in ("blockwise", "batched", "cls"):
-        monkeypatch.setattr(fused, f"{name}_attention", lambda *_, name=name: name)
-    q, k, v, pos_q, pos_k = random_inputs(1, 1, 5, 2, span=4, seed=0)
-    rows = distance_rows(5, 4, 8)
-    assert fast_attention(q[:, :, :queries], k, v, pos_q, pos_k, tokens([5]), rows, 0.0, path) == wanted
 
 
 # The module's own part: the projections.

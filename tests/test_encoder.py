@@ -58,6 +58,15 @@ def test_without_gradients_every_layer_is_the_same(tiny, path):
         assert relative(found[is_token], output[is_token]) < 1e-13, f"layer {number}"
 
 
+def test_without_gradients_a_long_batch_is_the_same():
+    model = large_model(TINY, dtype=torch.float64)
+    ids, is_token = padded_batch(TINY, [700, 523])
+    wanted, logits = model.encoder(ids, is_token), model(ids, is_token)
+    with torch.no_grad():
+        assert relative(model.encoder(ids, is_token)[is_token], wanted[is_token]) < 1e-13
+        assert relative(model(ids, is_token), logits) < 1e-13
+
+
 def test_encoder_gives_the_last_layers_output(tiny):
     model, ids, is_token, wanted = tiny
     assert relative(model.encoder(ids, is_token)[is_token], wanted[-1][is_token]) < 1e-13
