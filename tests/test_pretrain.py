@@ -391,7 +391,7 @@ def test_only_the_encoder_is_shipped_with_its_table_summed_up(text, tmp_path, op
         if name != "word_table.weight":
             assert torch.equal(parameter, state[f"model.{side}.{name}"].half().float()), name
     assert encoder.load_report.heads_skipped == []
-    assert encoder.config.hidden_dropout == encoder.config.attention_dropout == 0.1
+    assert encoder.config.hidden_dropout == encoder.config.attention_dropout == 0.0
 
 
 def test_transformers_loads_what_is_shipped_and_computes_the_same(text, tmp_path):
