@@ -164,12 +164,18 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM until the loop gets to it; a second one ends the process at once."""
+    """Inside its block the first SIGINT or SIGTERM waits until the loop gets to it; a second ends the process."""
 
     def __init__(self):
         self.number = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: object) -> None:
         if self.number is not None:
@@ -188,11 +194,11 @@ class Failed(Exception):
 # --- the program ------------------------------------------------------------------------------------------------------
 
 def main(arguments: list[str] | None = None) -> int:
-    stop = StopSignal()
     try:
         given = parse_arguments(arguments)
         options = resumed(given) if "resume" in given else fill_in(given)
-        run(options, stop)
+        with StopSignal() as stop:
+            run(options, stop)
     except Stopped:
         print(f"stopped; the state is saved. To go on: python train.py --resume --run '{options['run']}'")
         return 128 + stop.number

@@ -30,8 +30,8 @@ def log_bucket(distance: Tensor, span: int = 256, max_distance: int = 512) -> Te
     distance = distance.clamp(1 - max_distance, max_distance - 1)
     far = distance.abs().clamp(min=half).double()          # near distances would have a negative logarithm
     reach = torch.tensor((max_distance - 1) / half, dtype=torch.float64, device=distance.device)
-    steps = torch.ceil(torch.log(far / half) / torch.log(reach) * (half - 1))
-    steps = steps.clamp(max=half - 1).long()               # the last ratio is 1, give or take a rounding error
+    # Where the ratio is a whole number (log 2 / log 8 * 3 is), a rounding error must not lift it to the next bucket.
+    steps = torch.ceil(torch.log(far / half) / torch.log(reach) * (half - 1) - 1e-9).long()
     return torch.where(distance.abs() <= half, distance, (half + steps) * distance.sign())
 
 

@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # as in conftest.py, 
 import torch
 from mutation import failures, mutated, source_of
 
-SECONDS = 600           # a mutant that runs longer has an endless loop, which is noticed too
+SECONDS = 300           # a mutant that runs longer has an endless loop, which is noticed too
 
 # File -> the tests that stand in its way, the likeliest first.
 TESTS = {

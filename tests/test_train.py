@@ -20,7 +20,8 @@ from minipref.checkpoint import load_classifier
 from minipref.data import read_pairs
 
 ROOT = Path(train.__file__).parent
-FAST = ["--recipe", "tiny", "--epochs", "4", "--lr", "3e-3", "--precision", "fp32", "--batch-size", "8"]
+FAST = ["--recipe", "tiny", "--epochs", "4", "--lr", "3e-3", "--precision", "fp32", "--batch-size", "8",
+        "--evals-per-epoch", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +31,9 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Each test in a folder of its own, with the process's signal handlers and determinism put back afterwards."""
+    """Each test in a folder of its own, with torch's determinism put back afterwards."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     torch.use_deterministic_algorithms(False)
 
 
@@ -240,6 +238,13 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(encoder, tmp_pat
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "--resume --run 'r'" in out and "Traceback" not in err
     assert train.runs.has_state("r/state")
+
+
+def test_signal_handlers_are_put_back_when_a_run_is_over(encoder, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    rows = write_rows(tmp_path / "t.csv", 20)
+    assert train.main(["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST, "--epochs", "1"]) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_run_that_could_go_on_is_not_overwritten(finished, encoder, monkeypatch, capsys):
