@@ -18,8 +18,8 @@ Both read words through an embedding table. v3's own idea is how they share it (
     GDES   E_D = sg(E_G) + E_delta  gradient-disentangled, v3: sg() lets no gradient through, so RTD moves only E_delta
 
 Unusual here:
-- Nothing is padded. Documents are packed into windows `[CLS] text [SEP] text [SEP] te`, and the k-th batch of a run
-  depends on the seed and k alone, so that going on after an interruption needs no bookkeeping.
+- Nothing is padded. Documents are packed into windows `[CLS] paragraph [SEP] paragraph [SEP] para`, and the k-th batch
+  of a run depends on the seed and k alone, so that going on after an interruption needs no bookkeeping.
 - Most steps read short windows, which are cheap, and every tenth reads long ones: short windows never see a distance
   beyond their length, and a row of the relative table that no gradient ever reached is noise.
 - Masking is by token and every chosen token becomes [MASK], as in Microsoft's RTD code: the discriminator never sees a
@@ -38,9 +38,11 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -71,13 +73,14 @@ MASKED_SHARE = 0.15
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}      # v3's
 MAX_GRADIENT_NORM = 1.0
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
+BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 # --- Text in: documents, ids, windows ---
 
 @dataclass
 class Corpus:
-    """Text as ids. Every document ends in [SEP]."""
+    """Text as ids, with [SEP] after every paragraph."""
 
     tokenizer: Tokenizer
     train: list[np.ndarray]            # int32, one array a document
@@ -163,11 +166,17 @@ def is_held_out(document: str, share: float) -> bool:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndarray]:
-    """Each document's ids and [SEP]. Shapes: one int32 array a document."""
-    at_once = 1024
-    batches = (documents[start:start + at_once] for start in range(0, len(documents), at_once))
-    return [np.array(ids + [tokenizer.sep_id], dtype=np.int32)
-            for batch in batches for ids in tokenizer.encode_batch(batch)]
+    """Each document's ids, with [SEP] after every paragraph. Shapes: one int32 array a document.
+
+    Why not after the document alone: where [SEP] only ever parts texts that have nothing to do with each other, an
+    encoder learns not to look past it, and a prompt and its answers are parted by nothing else.
+    """
+    paragraphs = [[part for part in BLANK_LINES.split(document) if part.strip()] for document in documents]
+    flat, at_once = list(itertools.chain.from_iterable(paragraphs)), 4096
+    batches = (flat[start:start + at_once] for start in range(0, len(flat), at_once))
+    ids = (ids + [tokenizer.sep_id] for batch in batches for ids in tokenizer.encode_batch(batch))
+    return [np.fromiter(itertools.chain.from_iterable(itertools.islice(ids, len(parts))), dtype=np.int32)
+            for parts in paragraphs]
 
 
 class Windows:
