@@ -50,6 +50,7 @@ from minipref.data import (
 from minipref.errors import ArgumentParser, InputError
 from minipref.files import sha256_of, write_json, write_text
 from minipref.judge import Judge, autocast, check_vocabulary, choose_device, choose_precision, predict_logits
+from minipref.lean import give_back_freed_memory
 from minipref.optim import AdamW, clip_gradients, cosine_with_warmup, decay_groups
 from minipref.report import as_text, model_card, score_folds, score_logits
 from minipref.tokenizer import Tokenizer, load_tokenizer
@@ -235,6 +236,7 @@ def run(options: dict, stop: StopSignal) -> None:
     if device.type == "cpu":              # the same sums in the same order: runs on a CPU can be repeated bit for bit
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+        give_back_freed_memory()
     if "resume" not in options and any(runs.has_state(s) for s in folder.glob("**/state")):
         raise InputError(file=folder, found="a run that can go on", expected="--resume, or another name for --run")
 

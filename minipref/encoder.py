@@ -98,6 +98,8 @@ class Encoder(nn.Module):
         Shapes: -> (R', D) with R' <= R, (2 * length - 1,) int64.
         """
         rows = distance_rows(length, self.config.span, self.config.max_distance)
+        if torch.compiler.is_compiling():                                # which would have to stop at int()
+            return self.rel_norm(self.rel_table.weight), rows.to(self.rel_table.weight.device)
         lowest, highest = int(rows[0]), int(rows[-1])                    # rows never descend
         rel = self.rel_norm(self.rel_table.weight[lowest:highest + 1])
         return rel, (rows - lowest).to(rel.device)

@@ -69,6 +69,7 @@ from minipref.optim import AdamW, clip_gradients, cosine_with_warmup, decay_grou
 from minipref.tokenizer import Tokenizer, load_tokenizer, train_vocabulary
 
 RTD_WEIGHT = 50.0             # the paper's lambda: spread over all tokens, RTD's loss is small beside MLM's
+PIECE = 64                    # tokens: what is cut from a document to be mixed with others has at least so many
 MASKED_SHARE = 0.15
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}      # v3's
 MAX_GRADIENT_NORM = 1.0
@@ -179,39 +180,61 @@ def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndar
             for parts in paragraphs]
 
 
-class Windows:
-    """Documents packed into windows of one length: [CLS], then a piece of all documents in a row.
+def pieces_of(document: np.ndarray, sep_id: int, shortest: int) -> list[np.ndarray]:
+    """A document cut after paragraphs, each piece of at least `shortest` tokens but for the last."""
+    ends = np.flatnonzero(document == sep_id) + 1
+    cuts = [0]
+    for end in ends[:-1]:
+        if end - cuts[-1] >= shortest:
+            cuts.append(end)
+    return np.split(document, cuts[1:])
 
-    An epoch shuffles the documents, joins them, cuts, and shuffles the windows. `batch(k)` depends on k and the seed
-    alone.
+
+class Windows:
+    """Texts packed into windows of one length: [CLS], then a piece of all texts in a row.
+
+    An epoch shuffles the texts, joins them, cuts, and shuffles the windows. `batch(k)` depends on k and the seed alone.
     """
 
-    def __init__(self, documents: list[np.ndarray], length: int, size: int, seed: int, cls_id: int):
-        self.documents, self.length, self.size, self.seed, self.cls_id = documents, length, size, seed, cls_id
-        tokens = sum(map(len, documents))
+    def __init__(self, texts: list[np.ndarray], length: int, size: int, seed: int, cls_id: int):
+        self.texts, self.length, self.size, self.seed, self.cls_id = texts, length, size, seed, cls_id
+        tokens = sum(map(len, texts))
         self.batches_per_epoch = tokens // (length - 1) // size
         if not self.batches_per_epoch:
             raise InputError(found=f"{tokens:,} tokens of text", expected=f"at least {(length - 1) * size:,}, for "
                              f"{size} windows of {length}: more text, or smaller --batch-tokens")
-        self._epoch, self._rows = -1, None
+        self._epoch, self._rows, self._text_numbers = -1, None, None
 
-    def batch(self, number: int) -> Tensor:
-        """The batch of this number, from 0. Shapes: -> (B, L) int64."""
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """The batch of this number, from 0, and which of its tokens are not of the text that the window begins with.
+
+        Shapes: -> (B, L) int64, (B, L) bool.
+        """
         epoch, place = divmod(number, self.batches_per_epoch)
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, self.length, epoch])
-            stream = np.concatenate([self.documents[i] for i in rng.permutation(len(self.documents))])
-            whole = len(stream) // (self.length - 1) * (self.length - 1)
-            self._epoch, self._rows = epoch, rng.permutation(stream[:whole].reshape(-1, self.length - 1))
-        rows = self._rows[place * self.size:(place + 1) * self.size]
-        return F.pad(torch.from_numpy(rows).long(), (1, 0), value=self.cls_id)
+            order = rng.permutation(len(self.texts))
+            stream = np.concatenate([self.texts[i] for i in order])
+            numbers = np.repeat(order.astype(np.int32), [len(self.texts[i]) for i in order])
+            count = len(stream) // (self.length - 1)
+            mixed = rng.permutation(count)
+            self._rows, self._text_numbers = (x[:count * (self.length - 1)].reshape(count, -1)[mixed]
+                                              for x in (stream, numbers))
+            self._epoch = epoch
+        here = slice(place * self.size, (place + 1) * self.size)
+        is_foreign = self._text_numbers[here] != self._text_numbers[here, :1]
+        return (F.pad(torch.from_numpy(self._rows[here]).long(), (1, 0), value=self.cls_id),
+                F.pad(torch.from_numpy(is_foreign), (1, 0)))
 
 
-def heldout_batches(corpus: Corpus, length: int, tokens: int, device: torch.device) -> list[Tensor]:
-    """Windows of the held-out documents, about `tokens` tokens of them, the same in every run. Shapes: (B, L) each."""
-    windows = Windows(corpus.heldout, length, 1, 0, corpus.tokenizer.cls_id)
+def heldout_batches(texts: list[np.ndarray], length: int, tokens: int, cls_id: int, device: torch.device
+                    ) -> list[tuple[Tensor, Tensor]]:
+    """Windows of held-out texts, about `tokens` tokens, the same in every run, as `Windows.batch` gives them."""
+    windows = Windows(texts, length, 1, 0, cls_id)
     count = min(windows.batches_per_epoch, math.ceil(tokens / length))
-    return list(torch.cat([windows.batch(k) for k in range(count)]).to(device).split(max(1, 4096 // length)))
+    ids, is_foreign = (torch.cat(parts).to(device).split(max(1, 4096 // length))
+                       for parts in zip(*(windows.batch(k) for k in range(count))))
+    return list(zip(ids, is_foreign))
 
 
 # --- The task: hide, guess, replace, judge ---
@@ -280,7 +303,8 @@ class Pretraining(nn.Module):
     The generator is as wide as the discriminator, whose word table it shares, and half as deep.
     """
 
-    def __init__(self, config: EncoderConfig, tokenizer: Tokenizer, objective: str = "rtd", sharing: str = "gdes"):
+    def __init__(self, config: EncoderConfig, tokenizer: Tokenizer, objective: str = "rtd", sharing: str = "gdes",
+                 belonging: bool = False):
         super().__init__()
         self.config, self.objective, self.sharing, self.mask_id = config, objective, sharing, tokenizer.mask_id
         layers = config.layers if objective == "mlm" else max(1, config.layers // 2)
@@ -289,6 +313,7 @@ class Pretraining(nn.Module):
         if objective == "rtd":
             self.discriminator = Encoder(config)
             self.replaced_token_head = ReplacedTokenHead(config)
+            self.belonging_head = ReplacedTokenHead(config) if belonging else None
         initialise(self, config.init_std)
         if objective == "rtd" and sharing == "es":
             self.discriminator.word_table = self.generator.word_table
@@ -320,9 +345,12 @@ class Pretraining(nn.Module):
 
     def judge(self, ids: Tensor) -> Tensor:
         """The discriminator's logits that each token is a replacement, float32. Shapes: (B, L) -> (B, L)."""
+        return self.replaced_token_head(self.read(ids)).float()
+
+    def read(self, ids: Tensor) -> Tensor:
+        """The discriminator's vectors. Shapes: (B, L) -> (B, L, D)."""
         is_token = torch.ones_like(ids, dtype=torch.bool)
-        x = functional_call(self.discriminator, {"word_table.weight": self.discriminator_table()}, (ids, is_token))
-        return self.replaced_token_head(x).float()
+        return functional_call(self.discriminator, {"word_table.weight": self.discriminator_table()}, (ids, is_token))
 
     def is_special(self, ids: Tensor) -> Tensor:
         """Shapes: (B, L) -> (B, L) bool."""
@@ -334,7 +362,8 @@ class Pretraining(nn.Module):
         sides = [nn.ModuleList([self.generator, self.masked_word_head])]
         if self.objective == "rtd":
             parts = [part for part in self.discriminator.children() if part is not self.generator.word_table]
-            sides.append(nn.ModuleList([*parts, self.replaced_token_head]))
+            heads = [self.replaced_token_head, self.belonging_head]
+            sides.append(nn.ModuleList([*parts, *(head for head in heads if head is not None)]))
         return sides
 
     def encoder(self) -> tuple[Encoder, Tensor]:
@@ -347,17 +376,18 @@ class Pretraining(nn.Module):
 # --- How well it does ---
 
 @torch.no_grad()
-def evaluate(model: Pretraining, batches: list[Tensor], counts: np.ndarray, autocast_here: Callable
+def evaluate(model: Pretraining, batches: list[tuple[Tensor, Tensor]], counts: np.ndarray, autocast_here: Callable
              ) -> dict[str, float]:
     """The figures on held-out windows, rounded to five decimals; the same tokens are hidden at every call.
 
-    Changes no random state. Shapes: batches (B, L) each, counts (V,): how often each id occurs in the training text.
+    Changes no random state. Shapes: batches as `Windows.batch` gives them, counts (V,): how often each id occurs in the
+    training text.
     """
-    losses, hits, verdicts, is_replaced, ids_seen = [], [], [], [], []
+    losses, hits, verdicts, is_replaced, ids_seen, belonging, are_foreign = [], [], [], [], [], [], []
     model.eval()
-    with torch.random.fork_rng(devices=[b.device for b in batches[:1] if b.is_cuda]):
+    with torch.random.fork_rng(devices=[ids.device for ids, _ in batches[:1] if ids.is_cuda]):
         torch.manual_seed(0)
-        for ids in batches:
+        for ids, is_foreign in batches:
             with autocast_here():
                 is_masked, corrupted, guesses = model.corrupt(ids)
             losses.append(F.cross_entropy(guesses, ids[is_masked], reduction="none"))
@@ -365,7 +395,11 @@ def evaluate(model: Pretraining, batches: list[Tensor], counts: np.ndarray, auto
             if model.objective == "rtd":
                 is_word = ~model.is_special(ids)
                 with autocast_here():
-                    verdicts.append(model.judge(corrupted)[is_word])
+                    x = model.read(corrupted)
+                    verdicts.append(model.replaced_token_head(x).float()[is_word])
+                    if model.belonging_head is not None:
+                        belonging.append(model.belonging_head(x).float()[is_word])
+                        are_foreign.append(is_foreign[is_word])
                 is_replaced.append((corrupted != ids)[is_word])
                 ids_seen.append(corrupted[is_word])
     model.train()
@@ -374,6 +408,9 @@ def evaluate(model: Pretraining, batches: list[Tensor], counts: np.ndarray, auto
         verdicts, is_replaced, ids_seen = (torch.cat(parts).cpu().numpy() for parts in
                                            (verdicts, is_replaced, ids_seen))
         figures |= detection_figures(verdicts, is_replaced, np.log1p(counts[ids_seen]))
+    if belonging:
+        verdicts, is_foreign = (torch.cat(parts).cpu().numpy() for parts in (belonging, are_foreign))
+        figures |= {"foreign_share": is_foreign.mean(), "belonging_accuracy": ((verdicts > 0) == is_foreign).mean()}
     return {name: round(float(value), 5) for name, value in figures.items()}
 
 
@@ -452,10 +489,17 @@ def pretrain(args: argparse.Namespace) -> int:
 
     corpus = load_corpus(args.corpus, args.heldout_share, output / "model" if args.resume else args.tokenizer,
                          args.vocab_size)
-    short, long = (Windows(corpus.train, length, args.batch_tokens // length, args.seed, corpus.tokenizer.cls_id)
+    texts, heldout = corpus.train, corpus.heldout
+    if args.belonging:                    # whole documents would meet too seldom, and at their beginnings alone
+        texts, heldout = ([piece for document in documents for piece in pieces_of(document, corpus.tokenizer.sep_id,
+                                                                                  PIECE)]
+                          for documents in (texts, heldout))
+    cls_id = corpus.tokenizer.cls_id
+    short, long = (Windows(texts, length, args.batch_tokens // length, args.seed, cls_id)
                    for length in (args.length, args.long_length))
-    heldout = heldout_batches(corpus, args.length, args.heldout_tokens, device)
-    model = Pretraining(encoder_config(args, corpus.tokenizer), corpus.tokenizer, args.objective, args.sharing)
+    heldout = heldout_batches(heldout, args.length, args.heldout_tokens, cls_id, device)
+    model = Pretraining(encoder_config(args, corpus.tokenizer), corpus.tokenizer, args.objective, args.sharing,
+                        args.belonging > 0)
     model.to(device).train()
     sides, at_once = model.sides(), args.objective == "rtd" and args.sharing == "es"
     optimizers = [AdamW(decay_groups(side, ADAM["weight_decay"]), **ADAM) for side in sides]
@@ -474,7 +518,7 @@ def pretrain(args: argparse.Namespace) -> int:
                unit=" tokens", unit_scale=True, smoothing=0.02, mininterval=1)
     with noted_signals() as signals, bar:
         for step in range(progress.step, args.steps):
-            ids = next_windows(step, short, long, args.long_share).to(device)            # (B, L)
+            ids, is_foreign = (x.to(device) for x in next_windows(step, short, long, args.long_share))     # (B, L)
             course = cosine_with_warmup(step + 1, args.steps + 1, args.warmup, 1.0)      # 0 to 1 to 0
 
             # The generator guesses the hidden words, and learns from the loss.
@@ -489,9 +533,15 @@ def pretrain(args: argparse.Namespace) -> int:
             rtd_loss = torch.zeros(())
             if args.objective == "rtd":
                 with autocast_here():
-                    verdicts = model.judge(corrupted)
+                    x = model.read(corrupted)                                            # (B, L, D)
+                    verdicts = model.replaced_token_head(x).float()                      # (B, L)
                 rtd_loss = F.binary_cross_entropy_with_logits(verdicts, (corrupted != ids).float())
-                (RTD_WEIGHT * rtd_loss + (mlm_loss if at_once else 0)).backward()
+                loss = RTD_WEIGHT * rtd_loss + (mlm_loss if at_once else 0)
+                if args.belonging:
+                    with autocast_here():
+                        verdicts = model.belonging_head(x).float()
+                    loss += args.belonging * F.binary_cross_entropy_with_logits(verdicts, is_foreign.float())
+                loss.backward()
                 if at_once:
                     update(optimizers[0], sides[0], course * args.lr)
                 update(optimizers[1], sides[1], course * args.discriminator_lr)
@@ -528,8 +578,8 @@ def pretrain(args: argparse.Namespace) -> int:
     return 0
 
 
-def next_windows(step: int, short: Windows, long: Windows, long_share: float) -> Tensor:
-    """The windows of this step: long ones in `long_share` of the steps, evenly spread. Shapes: -> (B, L) int64."""
+def next_windows(step: int, short: Windows, long: Windows, long_share: float) -> tuple[Tensor, Tensor]:
+    """The step's windows: long ones in `long_share` of the steps, evenly spread, as `Windows.batch` gives them."""
     long_before, long_with_this = int(step * long_share), int((step + 1) * long_share)
     return long.batch(long_before) if long_with_this > long_before else short.batch(step - long_before)
 
@@ -661,6 +711,8 @@ def summary(row: dict[str, float]) -> str:
         line += (f"; RTD loss {row['rtd_loss']:.4f} (constant {row['constant_loss']:.4f}), precision "
                  f"{row['rtd_precision']:.3f}, recall {row['rtd_recall']:.3f}, F1 {row['rtd_f1']:.3f} (always original "
                  f"0, word frequency at its best {row['unigram_best_f1']:.3f})")
+    if "belonging_accuracy" in row:
+        line += f"; belonging {row['belonging_accuracy']:.1%} right (foreign: {row['foreign_share']:.1%})"
     return line
 
 
@@ -702,6 +754,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             ("heldout-share", 0.01, "of the documents"), ("dropout", 0.0, "while pretraining"),
             ("init-std", 0.06, "of fresh matrices")):
         add(f"--{name}", type=float, default=default, metavar="X", help=help)
+    add("--belonging", type=float, default=0.0, metavar="X", help="weight, beside RTD's 50, of telling for each token "
+        "whether it is of the text that the window begins with; 0 is v3, without it")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the forward pass")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--threads", type=positive, default=None, metavar="N", help="of the CPU; as many as torch likes, if left out")
@@ -710,6 +764,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("lr", "discriminator_lr", "long_share", "heldout_share", "dropout", "init_std"):
         if not 0 <= getattr(args, name) < 1 + (name == "long_share"):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not from 0 to 1")
+    if not 0 <= args.belonging <= 1000 or (args.belonging and args.objective == "mlm"):
+        parser.error(f"--belonging {args.belonging} is not from 0 to 1000, and 0 with --objective mlm")
     for name in ("length", "long_length"):
         if not 2 <= getattr(args, name) <= args.batch_tokens:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not from 2 to --batch-tokens")

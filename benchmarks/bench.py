@@ -1,0 +1,461 @@
+"""minipref beside transformers: speed, memory and start-up of the same weights on the same rows.
+
+    make bench                                            all of it: three quarters of an hour on two cores
+    python benchmarks/bench.py --only forward training    some sections; the others keep their figures
+    python benchmarks/bench.py --rows train.csv --tokenizer weights/deberta-v3-small      rows to judge end to end
+    python benchmarks/bench.py --page                     write the page again from the figures, measuring nothing
+
+Both programs run in one process, one after the other and again, so that whatever else the machine does meets both; of
+the times the median counts. Peak memory and start-up are taken in a process each. All figures go to
+benchmarks/performance.json; docs/performance.md, and the table between the speed marks in README.md, are written from
+that file alone. With `--device cuda` the sections run on a GPU.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+
+import numpy as np  # noqa: E402 - these need the path
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from performance_page import write_page  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from minipref.files import write_json  # noqa: E402
+
+FIGURES = ROOT / "benchmarks" / "performance.json"
+US, THEM = "minipref", "transformers"
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+TOKENS = 4096            # of a batch, whatever the length of its rows
+MAX_LENGTH = 512         # tokens of a pair that is judged
+
+
+# --- the two programs -------------------------------------------------------------------------------------------------
+
+def both_models(options) -> dict[str, nn.Module]:
+    """A fresh v3-small, and transformers' model with the same weights; refused if they do not compute the same."""
+    from helpers import reference_model
+
+    from minipref.classifier import PreferenceModel
+    from minipref.config import EncoderConfig
+    from minipref.encoder import initialise
+    torch.manual_seed(0)
+    ours = PreferenceModel(EncoderConfig(**options.sizes))
+    initialise(ours, ours.config.init_std)
+    models = {US: ours.eval(), THEM: reference_model(ours.eval())}
+    ids, is_token = random_batch(2, min(options.lengths), options, device="cpu")
+    logits = [logits_of(model, ids, is_token).detach() for model in models.values()]
+    if (logits[0] - logits[1]).abs().max() > 1e-5:
+        raise SystemExit("the two programs disagree, so there is nothing to compare: see `make parity`")
+    return {name: model.to(options.device) for name, model in models.items()}
+
+
+def random_batch(batch: int, length: int, options, device: str = "") -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, options.sizes.get("vocab_size", 128_000), (batch, length), generator=generator)
+    is_token = torch.ones(batch, length, dtype=torch.bool)
+    return ids.to(device or options.device), is_token.to(device or options.device)
+
+
+def logits_of(model: nn.Module, ids: Tensor, is_token: Tensor) -> Tensor:
+    """Either program's logits (B, 3)."""
+    out = model(ids, is_token) if is_ours(model) else model(input_ids=ids, attention_mask=is_token.long())
+    return out if is_ours(model) else out.logits
+
+
+def is_ours(model: nn.Module) -> bool:
+    return hasattr(model, "probabilities")
+
+
+def autocast(device: str, precision: str):
+    return torch.autocast(device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def forward(model: nn.Module, ids: Tensor, is_token: Tensor, precision: str) -> None:
+    model.eval()
+    with torch.no_grad(), autocast(ids.device.type, precision):
+        logits_of(model, ids, is_token)
+
+
+def training_step(model: nn.Module, optimizer, ids: Tensor, is_token: Tensor, precision: str) -> None:
+    """Forward, backward and AdamW, with v3-small's dropout."""
+    model.train()
+    labels = torch.arange(len(ids), device=ids.device) % 3
+    with autocast(ids.device.type, precision):
+        logits = logits_of(model, ids, is_token)
+    F.cross_entropy(logits.float(), labels).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """minipref's AdamW, or the one that transformers' Trainer takes unless told otherwise."""
+    if is_ours(model):
+        from minipref.optim import AdamW
+        return AdamW(model.parameters(), lr=1e-5)
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+
+# --- times ------------------------------------------------------------------------------------------------------------
+
+def alternated(contenders: dict[str, Callable[[], object]], runs: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each contender's runs, taken in turns, after one run of each that does not count."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds = {name: [] for name in contenders}
+    for run in range(runs + 1):
+        for name, function in contenders.items():
+            wait()
+            begin = time.perf_counter()
+            function()
+            wait()
+            if run > 0:
+                seconds[name].append(round(time.perf_counter() - begin, 5))
+    return seconds
+
+
+def announce(what: str, seconds: dict[str, list[float]]) -> None:
+    middle = {name: statistics.median(times) for name, times in seconds.items()}
+    ratio = f"{middle[THEM] / middle[US]:.2f} times: " if THEM in middle else ""
+    print(f"{what:<44}{ratio}{', '.join(f'{name} {value:.3f} s' for name, value in middle.items())}", flush=True)
+
+
+def product_rates(options) -> list[dict]:
+    """The machine's own rate in matrix products of the feed-forward's shape: the ceiling for everything below."""
+    rows = []
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            x, weight = (torch.randn(n, 768, device=options.device, dtype=dtype) for n in (TOKENS, 3072))
+            contender = {US: lambda x=x, weight=weight: F.linear(x, weight)}
+            seconds = statistics.median(alternated(contender, 5 * options.runs, options.device)[US])
+            rows.append({"threads": threads, "precision": precision,
+                         "gflops": round(2 * TOKENS * 768 * 3072 / seconds / 1e9)})
+            print(f"products {precision}, {threads} threads: {rows[-1]['gflops']:,} GFLOP/s", flush=True)
+    return rows
+
+
+def forward_times(options) -> list[dict]:
+    rows, models = [], both_models(options)
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for length in options.lengths if threads == options.threads[0] else (128, 512):
+            batch = random_batch(options.tokens // length, length, options)
+            for precision in ("fp32", "bf16"):
+                compiled = options.compile and (threads, length, precision) == (options.threads[0], MAX_LENGTH, "fp32")
+                contenders = {name: partial(forward, model, *batch, precision)
+                              for name, model in with_compiled(models, compiled)}
+                seconds = alternated(contenders, options.runs, options.device)
+                rows.append({"batch": len(batch[0]), "length": length, "precision": precision, "threads": threads,
+                             "seconds": seconds})
+                announce(f"forward {len(batch[0])} x {length} {precision}, {threads} threads", seconds)
+    return rows
+
+
+def with_compiled(models: dict[str, nn.Module], compiled: bool) -> Iterator[tuple[str, nn.Module]]:
+    """The models, and where asked for and possible each under torch.compile, which needs a C++ compiler."""
+    yield from models.items()
+    if compiled and (shutil.which("c++") or shutil.which("g++")):
+        for name, model in models.items():
+            yield f"{name}, compiled", torch.compile(model)
+
+
+def training_times(options) -> list[dict]:
+    """Whole steps of both, and of minipref with each switch of train.py that trades something."""
+    models = both_models(options)
+    optimizers = {name: optimizer_of(model) for name, model in models.items()}
+    rows = []
+
+    def step(name: str, batch: tuple, precision: str, checkpoint: bool = False, freeze: bool = False,
+             model: nn.Module | None = None) -> None:
+        models[US].encoder.checkpoint_activations = checkpoint
+        models[US].encoder.word_table.weight.requires_grad_(not freeze)
+        training_step(models[name] if model is None else model, optimizers[name], *batch, precision)
+
+    torch.set_num_threads(options.threads[0])
+    for length in (128, 512):
+        batch = random_batch(options.tokens // length, length, options)
+        for precision in ("fp32", "bf16"):
+            contenders = {name: partial(step, name, batch, precision) for name in models}
+            if length == MAX_LENGTH:
+                contenders["--freeze-embeddings"] = partial(step, US, batch, precision, freeze=True)
+                contenders["--checkpoint-activations"] = partial(step, US, batch, precision, checkpoint=True)
+                for _, model in list(with_compiled({US: models[US]}, options.compile))[1:]:
+                    contenders["--compile"] = partial(step, US, batch, precision, model=model)
+            seconds = alternated(contenders, options.runs, options.device)
+            rows.append({"batch": len(batch[0]), "length": length, "precision": precision,
+                         "threads": options.threads[0], "seconds": seconds})
+            announce(f"training step {len(batch[0])} x {length} {precision}", seconds)
+    return rows
+
+
+# --- rows of a file, end to end ---------------------------------------------------------------------------------------
+
+def prediction_times(options) -> list[dict]:
+    """Texts in, probabilities out, in one order: `Judge.compare_many`, and transformers as it is usually fed.
+
+    Usually: batches of 32 rows in the file's order, padded to the longest, float32. Both cut rows to the same tokens
+    with the same tokenizer, so that the same sequences go through both models.
+    """
+    from minipref.data import encode_pairs, make_batch, read_pairs
+    from minipref.judge import Judge
+    from minipref.tokenizer import load_tokenizer
+    torch.set_num_threads(options.threads[0])
+    models, tokenizer = both_models(options), load_tokenizer(options.tokenizer)
+    judges = {kind: Judge(models[US], tokenizer, MAX_LENGTH, precision=kind) for kind in ("fp32", "bf16")}
+
+    def usual(pairs: list) -> np.ndarray:
+        examples, found = encode_pairs(pairs, tokenizer, MAX_LENGTH), []
+        for begin in range(0, len(examples), 32):
+            rows = range(begin, min(begin + 32, len(examples)))
+            ids, is_token, _ = make_batch(examples, rows, [False] * len(rows), tokenizer)
+            with torch.no_grad():
+                found.append(logits_of(models[THEM], ids.to(options.device), is_token.to(options.device)).softmax(-1))
+        return torch.cat(found).cpu().numpy()
+
+    rows = []
+    for path in options.rows:
+        pairs = list(read_pairs(path, labels="if present"))[:options.limit]
+        lengths = encode_pairs(pairs, tokenizer, MAX_LENGTH).lengths
+        outputs = {}
+
+        def keep(name: str, function: Callable, outputs: dict = outputs) -> None:
+            outputs[name] = function()
+
+        judge = {kind: partial(judges[kind].compare_many, pairs, swap_average=False) for kind in judges}
+        contenders = {US: partial(keep, US, judge["fp32"]), f"{US}, bf16": partial(keep, f"{US}, bf16", judge["bf16"]),
+                      THEM: partial(keep, THEM, partial(usual, pairs))}
+        seconds = alternated(contenders, max(1, options.runs // 2), options.device)
+        differences = {name: float(abs(found - outputs[THEM]).max()) for name, found in outputs.items() if name != THEM}
+        rows.append({"file": Path(path).name, "rows": len(pairs), "mean_tokens": round(float(lengths.mean())),
+                     "longest_tokens": int(lengths.max()), "threads": options.threads[0], "seconds": seconds,
+                     "largest_difference": differences})
+        announce(f"prediction of {len(pairs):,} rows of {Path(path).name}", seconds)
+    return rows
+
+
+# --- in a process each ------------------------------------------------------------------------------------------------
+
+MEMORY = (("forward", 8, 512, "fp32"), ("forward", 8, 512, "bf16"), ("forward", 2, 2048, "fp32"),
+          ("training", 8, 512, "fp32"), ("training", 8, 512, "bf16"))
+
+
+def peak_memory(options) -> list[dict]:
+    """The most memory a process ever held that loads the model and makes three forward passes or training steps."""
+    rows = []
+    with saved_model(options) as folder:
+        for task, batch, length, precision in MEMORY:
+            bytes_of = {}
+            for name in (US, THEM):
+                arguments = {"name": name, "folder": folder, "task": task, "precision": precision, "batch": batch,
+                             "length": length if not options.sizes else 64, "threads": options.threads[0],
+                             "device": options.device}
+                bytes_of[name] = int(child("--in-own-process", json.dumps(arguments)))
+            rows.append({"task": task, "batch": batch, "length": length, "precision": precision, "bytes": bytes_of})
+            print(f"memory {task} {batch} x {length} {precision:<24} {bytes_of[US] / bytes_of[THEM]:.2f} of theirs: "
+                  f"{', '.join(f'{name} {value / 2**30:.2f} GB' for name, value in bytes_of.items())}", flush=True)
+    return rows
+
+
+def in_own_process(arguments: dict) -> int:
+    """Do the task, and return the process's peak of resident memory in bytes (on a GPU, the device's)."""
+    torch.set_num_threads(arguments["threads"])
+    device = arguments["device"]
+    if arguments["name"] == US:
+        from minipref import load_classifier
+        from minipref.lean import give_back_freed_memory
+        give_back_freed_memory()                            # as train.py does
+        model = load_classifier(arguments["folder"], device=device)
+    else:
+        from transformers import AutoModelForSequenceClassification
+        model = AutoModelForSequenceClassification.from_pretrained(arguments["folder"], dtype=torch.float32).to(device)
+    ids = torch.randint(5, model.config.vocab_size, (arguments["batch"], arguments["length"]), device=device)
+    is_token = torch.ones_like(ids, dtype=torch.bool)
+    optimizer = optimizer_of(model)
+    for _ in range(3):
+        if arguments["task"] == "training":
+            training_step(model, optimizer, ids, is_token, arguments["precision"])
+        else:
+            forward(model, ids, is_token, arguments["precision"])
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+START = {
+    US: ("import minipref; judge = minipref.load_judge({folder!r}); judge.compare('Hello?', 'Hello!', 'Bye.')"),
+    THEM: ("from transformers import AutoModelForSequenceClassification, AutoTokenizer; import torch; "
+           "model = AutoModelForSequenceClassification.from_pretrained({folder!r}, dtype=torch.float32); "
+           "tokenizer = AutoTokenizer.from_pretrained({folder!r}); "
+           "model(**tokenizer('Hello? Hello! Bye.', return_tensors='pt'))"),
+    f"{US}, import alone": "import minipref",
+    f"{THEM}, import alone": "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+}
+
+
+def start_up(options) -> list[dict]:
+    """From nothing to the first verdict: the interpreter, the imports, the weights, the tokenizer and one pair."""
+    with saved_model(options) as folder:
+        contenders = {name: partial(subprocess.run, [sys.executable, "-c", code.format(folder=folder)], cwd=ROOT,
+                                    check=True) for name, code in START.items()}
+        seconds = alternated(contenders, options.runs, "cpu")
+    announce("start-up", seconds)
+    return [{"seconds": seconds}]
+
+
+@contextlib.contextmanager
+def saved_model(options) -> Iterator[str]:
+    """A folder with a fresh model and the tokenizer, in the layout that both programs load."""
+    from minipref.judge import Judge
+    from minipref.tokenizer import load_tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        Judge(both_models(options)[US], load_tokenizer(options.tokenizer), MAX_LENGTH).save(folder)
+        yield folder
+
+
+def child(*arguments: str) -> str:
+    """What this script prints when called again with other arguments."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# --- where the time goes ----------------------------------------------------------------------------------------------
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "baddbmm_")
+KINDS = {"softmax": "softmax", "gelu": "GELU", "layer_norm": "LayerNorm", "bernoulli": "random numbers",
+         "gather": "gathering", "scatter": "gathering"}
+
+
+class OperationTimes(TorchDispatchMode):
+    """The seconds of every torch operation in the block, by kind, and the arithmetic of the matrix products."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        super().__init__()
+        self.seconds, self.operations, self.in_optimizer = defaultdict(float), 0, False
+        optimizer.register_step_pre_hook(lambda *_: setattr(self, "in_optimizer", True))
+        optimizer.register_step_post_hook(lambda *_: setattr(self, "in_optimizer", False))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        begin = time.perf_counter()
+        result = function(*args, **(kwargs or {}))
+        self.seconds[self.kind(function.overloadpacket.__name__)] += time.perf_counter() - begin
+        if function.overloadpacket.__name__ in PRODUCTS:
+            *_, left, right = [x for x in args if isinstance(x, Tensor)]
+            self.operations += 2 * left.numel() * right.shape[-1]
+        return result
+
+    def kind(self, name: str) -> str:
+        if self.in_optimizer:
+            return "AdamW"
+        if name in PRODUCTS:
+            return "matrix products"
+        return next((kind for part, kind in KINDS.items() if part in name), "moving and adding")
+
+
+def profiles(options) -> list[dict]:
+    """For a few of the tasks above: the share of each kind of operation, and the matrix-product rate reached.
+
+    What lies between the operations is Python, drawing random numbers and waiting: the whole less the operations. The
+    whole is taken without the instrument, which itself takes time.
+    """
+    torch.set_num_threads(options.threads[0])
+    rows = []
+    for name, model in both_models(options).items():
+        optimizer = optimizer_of(model)
+        for task, count, length in (("forward", 8, 512), ("training", 8, 512), ("forward", 32, 128)):
+            batch = random_batch(count, length if not options.sizes else 64, options)
+            for precision in ("fp32", "bf16"):
+                run = (partial(forward, model, *batch, precision) if task == "forward" else
+                       partial(training_step, model, optimizer, *batch, precision))
+                whole = statistics.median(alternated({name: run}, options.runs, options.device)[name])
+                with OperationTimes(optimizer) as instrument:
+                    run()
+                rows.append({"name": name, "task": task, "batch": count, "length": length, "precision": precision,
+                             "threads": options.threads[0], "seconds": whole,
+                             "gflop": round(instrument.operations / 1e9, 1),
+                             "by_kind": {kind: round(s, 4) for kind, s in instrument.seconds.items()}})
+                print(f"profile {name} {task} {count} x {length} {precision}: {whole:.3f} s, "
+                      f"{instrument.operations / whole / 1e9:,.0f} GFLOP/s in products", flush=True)
+    return rows
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+SECTIONS = {"rates": product_rates, "forward": forward_times, "training": training_times,
+            "prediction": prediction_times, "memory": peak_memory, "start-up": start_up, "profiles": profiles}
+
+
+def machine(options) -> dict:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    import transformers
+    return {"cpu": cpu, "cores": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability(),
+            "bf16_products": torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported(),
+            "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None, "system": platform.system(),
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="the sections to measure")
+    add("--runs", type=int, default=5, help="timed runs of everything")
+    add("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}, reverse=True))
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--rows", nargs="*", default=[], metavar="CSV", help="files of pairs to judge end to end")
+    add("--limit", type=int, metavar="N", help="only the first N rows of each")
+    add("--tokenizer", default=str(ROOT / "weights" / "minipref-tiny"), metavar="DIR")
+    add("--figures", type=Path, default=FIGURES, metavar="JSON")
+    add("--page", action="store_true", help="measure nothing, write the page from the figures")
+    add("--tiny", action="store_true", help="a toy model: whether this script works, and no figure worth having")
+    add("--in-own-process", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.lengths, options.tokens, options.sizes, options.compile = LENGTHS, TOKENS, {}, not options.tiny
+    if options.tiny:
+        options.sizes = {"vocab_size": 128_100, "width": 32, "heads": 2, "layers": 2, "feed_forward": 64}
+        options.lengths, options.tokens = (128, 512), 1024
+    return options
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.in_own_process:
+        print(in_own_process(options.in_own_process))
+        return
+    figures = json.loads(options.figures.read_text(encoding="utf-8")) if options.figures.exists() else {}
+    if not options.page:
+        if figures.get("machine", machine(options)) != machine(options):
+            print("the figures so far are another machine's, and are dropped", flush=True)
+            figures = {}
+        figures["machine"] = machine(options)
+        for name in options.only:
+            if name != "prediction" or options.rows:
+                figures[name] = SECTIONS[name](options)
+                write_json(options.figures, figures)
+    if options.figures == FIGURES:
+        write_page(figures)
+
+
+if __name__ == "__main__":
+    main()
