@@ -69,7 +69,6 @@ from minipref.optim import AdamW, clip_gradients, cosine_with_warmup, decay_grou
 from minipref.tokenizer import Tokenizer, load_tokenizer, train_vocabulary
 
 RTD_WEIGHT = 50.0             # the paper's lambda: spread over all tokens, RTD's loss is small beside MLM's
-PIECE = 64                    # tokens: what is cut from a document to be mixed with others has at least so many
 MASKED_SHARE = 0.15
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}      # v3's
 MAX_GRADIENT_NORM = 1.0
@@ -180,14 +179,15 @@ def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndar
             for parts in paragraphs]
 
 
-def pieces_of(document: np.ndarray, sep_id: int, shortest: int) -> list[np.ndarray]:
-    """A document cut after paragraphs, each piece of at least `shortest` tokens but for the last."""
-    ends = np.flatnonzero(document == sep_id) + 1
-    cuts = [0]
-    for end in ends[:-1]:
-        if end - cuts[-1] >= shortest:
-            cuts.append(end)
-    return np.split(document, cuts[1:])
+def pieces_of(documents: list[np.ndarray], sep_id: int, seed: int) -> list[np.ndarray]:
+    """Documents cut after half of their paragraphs, at random: once the pieces are mixed, what comes after a [SEP] is
+    as likely of the same document as of another."""
+    rng = np.random.default_rng(seed)
+    pieces = []
+    for document in documents:
+        ends = np.flatnonzero(document[:-1] == sep_id) + 1
+        pieces += np.split(document, ends[rng.random(len(ends)) < 0.5])
+    return pieces
 
 
 class Windows:
@@ -307,6 +307,7 @@ class Pretraining(nn.Module):
                  belonging: bool = False):
         super().__init__()
         self.config, self.objective, self.sharing, self.mask_id = config, objective, sharing, tokenizer.mask_id
+        self.sep_id = tokenizer.sep_id
         layers = config.layers if objective == "mlm" else max(1, config.layers // 2)
         self.generator = Encoder(replace(config, layers=layers))
         self.masked_word_head = MaskedWordHead(config)
@@ -383,7 +384,7 @@ def evaluate(model: Pretraining, batches: list[tuple[Tensor, Tensor]], counts: n
     Changes no random state. Shapes: batches as `Windows.batch` gives them, counts (V,): how often each id occurs in the
     training text.
     """
-    losses, hits, verdicts, is_replaced, ids_seen, belonging, are_foreign = [], [], [], [], [], [], []
+    losses, hits, verdicts, is_replaced, ids_seen, belonging, are_foreign, come_later = [[] for _ in range(8)]
     model.eval()
     with torch.random.fork_rng(devices=[ids.device for ids, _ in batches[:1] if ids.is_cuda]):
         torch.manual_seed(0)
@@ -400,6 +401,7 @@ def evaluate(model: Pretraining, batches: list[tuple[Tensor, Tensor]], counts: n
                     if model.belonging_head is not None:
                         belonging.append(model.belonging_head(x).float()[is_word])
                         are_foreign.append(is_foreign[is_word])
+                        come_later.append(((ids == model.sep_id).cumsum(1) > 0)[is_word])
                 is_replaced.append((corrupted != ids)[is_word])
                 ids_seen.append(corrupted[is_word])
     model.train()
@@ -409,8 +411,10 @@ def evaluate(model: Pretraining, batches: list[tuple[Tensor, Tensor]], counts: n
                                            (verdicts, is_replaced, ids_seen))
         figures |= detection_figures(verdicts, is_replaced, np.log1p(counts[ids_seen]))
     if belonging:
-        verdicts, is_foreign = (torch.cat(parts).cpu().numpy() for parts in (belonging, are_foreign))
-        figures |= {"foreign_share": is_foreign.mean(), "belonging_accuracy": ((verdicts > 0) == is_foreign).mean()}
+        verdicts, is_foreign, comes_later = (torch.cat(parts).cpu().numpy()
+                                             for parts in (belonging, are_foreign, come_later))
+        figures |= {"belonging_accuracy": ((verdicts > 0) == is_foreign).mean(), "foreign_share": is_foreign.mean(),
+                    "sep_rule_accuracy": (comes_later == is_foreign).mean()}      # all after the first [SEP] is foreign
     return {name: round(float(value), 5) for name, value in figures.items()}
 
 
@@ -491,9 +495,7 @@ def pretrain(args: argparse.Namespace) -> int:
                          args.vocab_size)
     texts, heldout = corpus.train, corpus.heldout
     if args.belonging:                    # whole documents would meet too seldom, and at their beginnings alone
-        texts, heldout = ([piece for document in documents for piece in pieces_of(document, corpus.tokenizer.sep_id,
-                                                                                  PIECE)]
-                          for documents in (texts, heldout))
+        texts, heldout = (pieces_of(documents, corpus.tokenizer.sep_id, args.seed) for documents in (texts, heldout))
     cls_id = corpus.tokenizer.cls_id
     short, long = (Windows(texts, length, args.batch_tokens // length, args.seed, cls_id)
                    for length in (args.length, args.long_length))
@@ -712,7 +714,8 @@ def summary(row: dict[str, float]) -> str:
                  f"{row['rtd_precision']:.3f}, recall {row['rtd_recall']:.3f}, F1 {row['rtd_f1']:.3f} (always original "
                  f"0, word frequency at its best {row['unigram_best_f1']:.3f})")
     if "belonging_accuracy" in row:
-        line += f"; belonging {row['belonging_accuracy']:.1%} right (foreign: {row['foreign_share']:.1%})"
+        line += (f"; belonging {row['belonging_accuracy']:.1%} right (foreign: {row['foreign_share']:.1%}, 'all after "
+                 f"the first [SEP]': {row['sep_rule_accuracy']:.1%} right)")
     return line
 
 

@@ -93,21 +93,24 @@ def test_a_few_hundred_lines_of_text_teach_generator_and_discriminator(text, tmp
     assert last["rtd_f1"] > 0.3 > last["unigram_best_f1"]
 
 
+@pytest.mark.slow
 def test_belonging_teaches_which_tokens_are_of_another_text(corpus, tmp_path):
-    """Two kinds of text that share no word, cut into pieces and mixed. Who always gives the commoner answer is right
-    for two tokens in three; the belonging head ends right for more than three in four."""
+    """Documents that are about two words each. Who calls everything after the first [SEP] foreign is right for 70% of
+    the tokens; the belonging head ends at least 4 points better."""
     rng = np.random.default_rng(0)
-    kinds = [["red", "green", "blue", "white", "black", "grey"], ["north", "south", "east", "west", "up", "down"]]
-    texts = ("\n\n".join(" ".join(rng.choice(kinds[number % 2], 12)) for _ in range(20)) for number in range(60))
+    words = ["cook", "judge", "brother", "guard", "neighbour", "teacher", "river", "king", "hill", "honey", "stars"]
+    subjects = [rng.choice(words, 2, replace=False) for _ in range(80)]
+    texts = ("\n\n".join(" ".join(rng.choice(subject, 16)) for _ in range(20)) for subject in subjects)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     corpus.tokenizer.save(tmp_path / "tokenizer")
     code = pretrain.main(["--corpus", str(tmp_path / "text.jsonl"), "--tokenizer", str(tmp_path / "tokenizer"),
                           "--output", str(tmp_path / "run"), *SIZES, "--length", "128", "--long-length", "128",
-                          "--steps", "100", "--warmup", "10", "--batch-tokens", "1024", "--init-std", "0.15",
-                          "--lr", "1e-2", "--discriminator-lr", "5e-3", "--evaluations", "1", "--belonging", "50"])
+                          "--steps", "200", "--warmup", "10", "--batch-tokens", "1024", "--init-std", "0.15",
+                          "--lr", "1e-2", "--discriminator-lr", "5e-3", "--evaluations", "1", "--belonging", "50",
+                          "--heldout-share", "0.3"])
     assert code == 0
     last = rows_of(tmp_path / "run" / "metrics.csv")[-1]
-    assert last["belonging_accuracy"] > 0.75 > 0.67 > max(last["foreign_share"], 1 - last["foreign_share"])
+    assert last["belonging_accuracy"] > 0.04 + max(last["sep_rule_accuracy"], 1 - last["foreign_share"])
 
 
 # --- Which gradient reaches which table ---
@@ -281,12 +284,12 @@ def test_foreign_are_the_tokens_of_other_texts_than_the_windows_first():
         assert torch.equal(is_foreign[:, 1:], ids[:, 1:] != ids[:, 1:2])
 
 
-@pytest.mark.parametrize("shortest, wanted", [(1, [3, 1, 4, 2]), (3, [3, 5, 2]), (4, [4, 4, 2]), (99, [10])])
-def test_documents_are_cut_after_paragraphs_and_not_too_short(shortest, wanted):
-    document = np.array([7, 8, 2, 2, 9, 7, 8, 2, 9, 2])                  # 2 is [SEP]
-    pieces = pretrain.pieces_of(document, 2, shortest)
-    assert [len(piece) for piece in pieces] == wanted
-    assert np.array_equal(np.concatenate(pieces), document)
+def test_documents_are_cut_after_half_of_their_paragraphs_and_nowhere_else():
+    document = np.tile(np.array([7, 8, 2, 9, 2], dtype=np.int32), 500)   # 2 is [SEP]
+    pieces = pretrain.pieces_of([document, document[:5]], 2, seed=0)
+    assert np.array_equal(np.concatenate(pieces), np.concatenate([document, document[:5]]))
+    assert all(piece[-1] == 2 for piece in pieces)
+    assert 440 < len(pieces) < 560                                       # of 999 places to cut at
 
 
 def test_sep_comes_after_every_paragraph(corpus):
