@@ -35,6 +35,7 @@ import math
 import os
 import re
 import struct
+import unicodedata
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,6 +55,7 @@ SPACE = "▁"   # U+2581, how sentencepiece writes a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)   # sentencepiece's numbers for the kinds of pieces
 BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 SPECIALS = {"pad": ("[PAD]", "<pad>"), "cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>")}
+SPARE = 1.15             # times the pieces wanted are trained: those that join letters with signs can be left out then
 UNKNOWN_PENALTY = 10.0   # sentencepiece: an unknown character scores this much below the lowest piece
 
 SPACES = re.compile(" {2,}")
@@ -678,8 +680,8 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, *, character_coverag
     piece and are read as bytes. A piece has at most `max_piece_length` characters and no space but at its start.
 
     Differs: step 1 is the library's Nmt and NFKC instead of v3's character map. Of all single characters these read two
-    differently, U+FF5E and U+1F23B. NFKC also sorts and composes combining marks, however many there are. And a piece
-    may join letters, digits and signs, which no piece of v3 does.
+    differently, U+FF5E and U+1F23B. NFKC also sorts and composes combining marks, however many there are. As in v3, no
+    piece joins letters, digits and signs (as long as there are enough others); unlike v3's, scripts may meet in one.
 
     The library's trainer adds up in an order that changes from run to run. Scores are rounded to four decimals, where
     that does not show; pieces worth exactly the same could still change places at the edge of the vocabulary.
@@ -698,13 +700,13 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, *, character_coverag
                          expected=f"more than {vocab_size - wanted + len(common):,}, and some text")
 
     rare_to_space = {ord(character): " " for character in counts if character not in common}
+    texts = [SPACES.sub(" ", text.translate(rare_to_space)).strip(" ") for text in texts]
     library = LibraryTokenizer(Unigram())
     library.pre_tokenizer = speller
-    library.train_from_iterator(
-        (SPACES.sub(" ", text.translate(rare_to_space)).strip(" ") for text in texts),
-        UnigramTrainer(vocab_size=wanted + 1, max_piece_length=max_piece_length, show_progress=False,
-                       special_tokens=["[UNK]"], unk_token="[UNK]"))
-    pieces = _settled(json.loads(library.to_str())["model"]["vocab"][1:])
+    library.train_from_iterator(texts, UnigramTrainer(
+        vocab_size=round(SPARE * wanted), max_piece_length=max_piece_length, show_progress=False,
+        special_tokens=["[UNK]"], unk_token="[UNK]"))
+    pieces = _best(_settled(json.loads(library.to_str())["model"]["vocab"][1:]), wanted)
     if len(pieces) < wanted:
         raise InputError(found=f"texts that have {len(pieces):,} pieces",
                          expected=f"{wanted:,}, for a vocabulary of {vocab_size:,}")
@@ -740,6 +742,25 @@ def _most_common_characters(counts: Counter, coverage: float) -> set[str]:
         common.add(character)
         needed -= count
     return common
+
+
+def _best(pieces: list[tuple[str, float]], wanted: int) -> list[tuple[str, float]]:
+    """Of the sorted pieces `wanted`: single characters, then those of one kind (letters, digits or signs), the others
+    only if there are not enough.
+
+    Why not cut the texts there before the training: the trainer looks for pieces among the *different* words, each
+    once. A word that never stands beside a comma would be there a single time, and for the trainer that is not enough.
+    """
+    def kind(character: str) -> str:
+        first = unicodedata.category(character)[0]
+        return {"L": "letter", "M": "letter", "N": "digit"}.get(first, "sign")
+
+    def rank(piece: tuple[str, float]) -> int:
+        name = piece[0]
+        return 0 if len(name) == 1 else 1 if len({kind(character) for character in name.lstrip(SPACE)}) == 1 else 2
+
+    chosen = set(sorted(pieces, key=rank)[:wanted])                      # a stable sort: the best come first in each
+    return [piece for piece in pieces if piece in chosen]
 
 
 def _settled(trained: list[tuple[str, float]]) -> list[tuple[str, float]]:

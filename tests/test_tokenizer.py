@@ -609,6 +609,16 @@ def test_a_trained_vocabulary_has_the_order_of_v3(trained):
     assert scores == sorted(scores, reverse=True) and "▁the" in pieces[:10]
 
 
+def test_pieces_of_a_trained_vocabulary_do_not_join_letters_digits_and_signs_while_there_are_others(trained):
+    def is_mixed(piece: str) -> bool:
+        kinds = ("letter" if c.isalpha() else "digit" if c.isnumeric() else "sign" for c in piece.lstrip("▁"))
+        return len(set(kinds)) > 1
+
+    assert not any(map(is_mixed, train_vocabulary(docstrings(), 800).tokens(range(260, 799))))
+    mixed = list(map(is_mixed, trained.tokens(range(260, trained.vocab_size - 1))))
+    assert sum(mixed) < 100                                              # these texts have not enough of the others
+
+
 def test_a_trained_vocabulary_shortens_what_it_was_trained_on(trained):
     text = " ".join(docstrings()[:500])
     assert len(trained.encode(text)) < len(text) / 2.5

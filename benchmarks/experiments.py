@@ -1,0 +1,239 @@
+"""Is pretraining worth it? Baselines and encoders on the same rows with several seeds: the tables of docs/experiments.md.
+
+    python benchmarks/experiments.py sample --train data/sample/train.csv
+    python benchmarks/experiments.py autoj --train autoj.csv --options "--max-length 512" --encoders bundled random
+    python benchmarks/experiments.py sample --train a.csv --encoders nes=runs/nes/model mlm=runs/mlm/model --seeds 1 2 3
+    python benchmarks/experiments.py --page                    the tables again, measuring nothing
+
+The first argument names the table. An encoder is `bundled` (weights/minipref-tiny), `random` (the same architecture and
+tokenizer, fresh weights), or NAME=FOLDER. A seed decides the split by prompt, the order, the fresh head and, for
+`random`, the encoder, so equal seeds of two encoders have equal rows. Every figure is train.py's own, from report.json:
+both orders averaged, the temperature fitted on other rows than those it is applied to. What was measured is kept in
+benchmarks/experiments.json; a pair of encoder and seed that is there already is not run again, unless --again says so.
+
+TF-IDF of A minus B with a logistic regression needs scikit-learn (a development package).
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402 - these need the path
+import torch  # noqa: E402
+
+import train as training  # noqa: E402
+from minipref import metrics  # noqa: E402
+from minipref.checkpoint import encoder_tensors, write_checkpoint  # noqa: E402
+from minipref.config import EncoderConfig  # noqa: E402
+from minipref.data import Pair, character_counts, field_texts, read_pairs, split_by_prompt  # noqa: E402
+from minipref.encoder import Encoder, initialise  # noqa: E402
+from minipref.files import write_json, write_text  # noqa: E402
+from minipref.tokenizer import load_tokenizer  # noqa: E402
+
+FIGURES, PAGE = ROOT / "benchmarks" / "experiments.json", ROOT / "docs" / "experiments.md"
+BUNDLED = ROOT / "weights" / "minipref-tiny"
+VALID_FRACTION = 0.1                            # train.py's
+MARKS = "<!-- tables -->\n", "<!-- /tables -->"
+
+
+def main() -> None:
+    options = parse_arguments()
+    figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+    if not options.page:
+        table = figures.setdefault(options.table, {"rows": {}})
+        table |= {"command": "python benchmarks/" + shlex.join([Path(sys.argv[0]).name, *without_paths(sys.argv[1:])]),
+                  "machine": machine()}
+        for seed in options.seeds:
+            for name, scores in wanted(options, seed, table["rows"]):
+                table["rows"].setdefault(name, {})[str(seed)] = scores()
+                write_json(FIGURES, figures)
+                print(f"{options.table}, {name}, seed {seed}: {table['rows'][name][str(seed)]}", flush=True)
+    write_page(figures)
+
+
+def wanted(options: argparse.Namespace, seed: int, done: dict) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """What is to be measured with this seed: names, and functions that do it."""
+    def missing(name: str) -> bool:
+        return options.again or str(seed) not in done.get(name, {})
+
+    simple = ("uniform", "class prior", "length only", "TF-IDF of A minus B")
+    if any(missing(name) for name in simple):
+        scores = baselines(options, seed)
+        yield from ((name, lambda name=name: scores[name]) for name in simple)
+    for encoder in options.encoders:
+        name, _, folder = encoder.partition("=")
+        if missing(name):
+            yield name, lambda name=name, folder=folder: fine_tuned(name, folder, options, seed)
+
+
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+def baselines(options: argparse.Namespace, seed: int) -> dict[str, dict]:
+    """What one gets without reading, or without order, on the rows that train.py validates on with this seed."""
+    train = [pair for path in options.train for pair in read_pairs(path)]
+    if options.valid:
+        valid = list(read_pairs(options.valid))
+    else:
+        part = split_by_prompt([p.prompt for p in train], [p.label for p in train],
+                               [1 - VALID_FRACTION, VALID_FRACTION], seed)
+        train, valid = ([pair for pair, k in zip(train, part) if k == wanted] for wanted in (0, 1))
+    labels, valid_labels = (np.array([pair.label for pair in pairs]) for pairs in (train, valid))
+    found = metrics.baselines(character_counts(train), labels, character_counts(valid), valid_labels)
+    found["TF-IDF of A minus B"] = metrics.evaluate(by_words(train, labels, valid, seed), valid_labels)
+    best = read_reachable([*options.train, *([options.valid] if options.valid else [])], valid)
+    if best is not None:
+        found["best reachable"] = metrics.evaluate(best, valid_labels)
+    reachable = {"best_reachable": round(found["best reachable"]["log_loss"], 5)} if best is not None else {}
+    return {name: scores(result) | reachable for name, result in found.items()}
+
+
+def by_words(train: list[Pair], labels: np.ndarray, valid: list[Pair], seed: int) -> np.ndarray:
+    """Probabilities of a logistic regression on the TF-IDF of A's words and pairs of words minus B's. Its penalty is
+    chosen on a tenth of the training rows, split by prompt. Shapes: -> (rows of valid, 3)."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    words.fit(text for pair in train for text in (answer(pair.response_a), answer(pair.response_b)))
+    x, x_valid = (words.transform([answer(p.response_a) for p in pairs]) -
+                  words.transform([answer(p.response_b) for p in pairs]) for pairs in (train, valid))
+    inner = split_by_prompt([p.prompt for p in train], labels, [1 - VALID_FRACTION, VALID_FRACTION], seed)
+
+    def fitted(penalty: float, rows: np.ndarray) -> LogisticRegression:
+        return LogisticRegression(C=1 / penalty, max_iter=2000).fit(x[rows], labels[rows])
+
+    def loss(penalty: float) -> float:
+        probabilities = fitted(penalty, inner == 0).predict_proba(x[inner == 1])
+        return metrics.evaluate(probabilities, labels[inner == 1])["log_loss"]
+
+    best = min((0.1, 1.0, 10.0, 100.0, 1000.0), key=loss)
+    return fitted(best, inner >= 0).predict_proba(x_valid)
+
+
+def answer(turns: tuple) -> str:
+    return "\n".join(field_texts(turns))
+
+
+def read_reachable(paths: list[str], pairs: list[Pair]) -> np.ndarray | None:
+    """The sample's own probabilities of these rows, or None where a row is not the sample's. Shapes: -> (rows, 3)."""
+    truth = training.read_truth(paths)
+    found = [truth.get(pair.id) for pair in pairs]
+    return None if any(p is None for p in found) else np.array(found)
+
+
+def scores(result: dict) -> dict:
+    return {name: round(result[name], 5) for name in ("log_loss", "accuracy")}
+
+
+# --- encoders ---------------------------------------------------------------------------------------------------------
+
+def fine_tuned(name: str, folder: str, options: argparse.Namespace, seed: int) -> dict:
+    """train.py's figures for this encoder and seed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        if name == "random":
+            folder = fresh_encoder(BUNDLED, Path(scratch) / "minipref-tiny", seed)
+        valid = ["--valid", options.valid] if options.valid else []
+        command = [sys.executable, str(ROOT / "train.py"), "--train", *options.train, *valid, "--recipe", "tiny",
+                   "--encoder", str(folder or BUNDLED), "--seed", str(seed), "--run", f"{scratch}/run",
+                   *shlex.split(options.options)]
+        begin = time.perf_counter()
+        with keeping(ROOT / "runs" / "latest"):
+            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        minutes = (time.perf_counter() - begin) / 60
+        report = json.loads(Path(scratch, "run", "report.json").read_text(encoding="utf-8"))
+    return scores(report["results"]["model, calibrated"]) | {"minutes": round(minutes, 1), "ended": report["ended"]}
+
+
+def fresh_encoder(like: Path, folder: Path, seed: int) -> Path:
+    """A folder with an encoder of the same architecture and tokenizer, its weights drawn anew."""
+    config = EncoderConfig.from_json(like / "config.json")
+    torch.manual_seed(seed)
+    encoder = Encoder(config)
+    initialise(encoder, config.init_std)
+    load_tokenizer(like).save(folder)
+    write_checkpoint(encoder_tensors(encoder), config.to_json(), folder, torch.float32)
+    return folder
+
+
+@contextlib.contextmanager
+def keeping(path: Path) -> Iterator[None]:
+    """The file is afterwards as it was: predict.py's newest run is nobody's experiment."""
+    before = path.read_bytes() if path.exists() else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            path.write_bytes(before)
+        else:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()                         # only if nothing else is in it
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+def write_page(figures: dict) -> None:
+    """Put a table for each of the figures' tables between the marks of docs/experiments.md."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+    write_text(PAGE, before + MARKS[0] + "\n".join(as_table(name, table) for name, table in figures.items())
+               + MARKS[1] + after)
+
+
+def as_table(name: str, table: dict) -> str:
+    lines = [f"### {name}\n", f"`{table['command']}` ({table['machine']})\n",
+             "| what | log loss, mean | per seed | accuracy, mean | minutes, median |", "|---|---:|---|---:|---:|"]
+    for what, by_seed in table["rows"].items():
+        losses = [scores["log_loss"] for scores in by_seed.values()]
+        accuracy = statistics.mean(scores["accuracy"] for scores in by_seed.values())
+        minutes = [scores["minutes"] for scores in by_seed.values() if "minutes" in scores]
+        lines.append(f"| {what} | {statistics.mean(losses):.4f} | {', '.join(f'{x:.4f}' for x in losses)} | "
+                     f"{accuracy:.3f} | {f'{statistics.median(minutes):.1f}' if minutes else ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    return f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+
+
+def without_paths(arguments: list[str]) -> list[str]:
+    """The command as a reader would type it: files by their names."""
+    return [f"{a.partition('=')[0]}={Path(a.partition('=')[2]).name}" if "=" in a and "/" in a
+            else Path(a).name if a.startswith("/") else a for a in arguments]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("table", nargs="?", help="the table's name")
+    add("--train", nargs="+", metavar="CSV")
+    add("--valid", metavar="CSV", help="rows to validate on, instead of a tenth of the others")
+    add("--encoders", nargs="*", default=["bundled", "random"], metavar="NAME[=DIR]")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    add("--options", default="", help="more options for train.py, as one argument")
+    add("--again", action="store_true", help="measure what is there already once more")
+    add("--page", action="store_true", help="measure nothing, write the tables again")
+    options = parser.parse_args()
+    if not options.page and not (options.table and options.train):
+        parser.error("a table's name and --train, or --page")
+    for encoder in options.encoders:
+        name, _, folder = encoder.partition("=")
+        if not folder and name not in ("bundled", "random"):
+            parser.error(f"--encoders {encoder}: bundled, random or NAME=FOLDER")
+    return options
+
+
+if __name__ == "__main__":
+    main()
