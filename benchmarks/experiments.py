@@ -1,4 +1,4 @@
-"""Is pretraining worth it? Baselines and encoders on the same rows with several seeds: the tables of docs/experiments.md.
+"""Is pretraining worth it? Baselines and encoders on the same rows, several seeds: the tables of docs/experiments.md.
 
     python benchmarks/experiments.py sample --train data/sample/train.csv
     python benchmarks/experiments.py autoj --train autoj.csv --options "--max-length 512" --encoders bundled random

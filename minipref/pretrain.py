@@ -179,62 +179,39 @@ def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndar
             for parts in paragraphs]
 
 
-def pieces_of(documents: list[np.ndarray], sep_id: int, seed: int) -> list[np.ndarray]:
-    """Documents cut after half of their paragraphs, at random: once the pieces are mixed, what comes after a [SEP] is
-    as likely of the same document as of another."""
-    rng = np.random.default_rng(seed)
-    pieces = []
-    for document in documents:
-        ends = np.flatnonzero(document[:-1] == sep_id) + 1
-        pieces += np.split(document, ends[rng.random(len(ends)) < 0.5])
-    return pieces
-
-
 class Windows:
-    """Texts packed into windows of one length: [CLS], then a piece of all texts in a row.
+    """Documents packed into windows of one length: [CLS], then a piece of all documents in a row.
 
-    An epoch shuffles the texts, joins them, cuts, and shuffles the windows. `batch(k)` depends on k and the seed alone.
+    An epoch shuffles the documents, joins them, cuts, and shuffles the windows. `batch(k)` depends on k and the seed
+    alone.
     """
 
-    def __init__(self, texts: list[np.ndarray], length: int, size: int, seed: int, cls_id: int):
-        self.texts, self.length, self.size, self.seed, self.cls_id = texts, length, size, seed, cls_id
-        tokens = sum(map(len, texts))
+    def __init__(self, documents: list[np.ndarray], length: int, size: int, seed: int, cls_id: int):
+        self.documents, self.length, self.size, self.seed, self.cls_id = documents, length, size, seed, cls_id
+        tokens = sum(map(len, documents))
         self.batches_per_epoch = tokens // (length - 1) // size
         if not self.batches_per_epoch:
             raise InputError(found=f"{tokens:,} tokens of text", expected=f"at least {(length - 1) * size:,}, for "
                              f"{size} windows of {length}: more text, or smaller --batch-tokens")
-        self._epoch, self._rows, self._text_numbers = -1, None, None
+        self._epoch, self._rows = -1, None
 
-    def batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """The batch of this number, from 0, and which of its tokens are not of the text that the window begins with.
-
-        Shapes: -> (B, L) int64, (B, L) bool.
-        """
+    def batch(self, number: int) -> Tensor:
+        """The batch of this number, from 0. Shapes: -> (B, L) int64."""
         epoch, place = divmod(number, self.batches_per_epoch)
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, self.length, epoch])
-            order = rng.permutation(len(self.texts))
-            stream = np.concatenate([self.texts[i] for i in order])
-            numbers = np.repeat(order.astype(np.int32), [len(self.texts[i]) for i in order])
-            count = len(stream) // (self.length - 1)
-            mixed = rng.permutation(count)
-            self._rows, self._text_numbers = (x[:count * (self.length - 1)].reshape(count, -1)[mixed]
-                                              for x in (stream, numbers))
-            self._epoch = epoch
-        here = slice(place * self.size, (place + 1) * self.size)
-        is_foreign = self._text_numbers[here] != self._text_numbers[here, :1]
-        return (F.pad(torch.from_numpy(self._rows[here]).long(), (1, 0), value=self.cls_id),
-                F.pad(torch.from_numpy(is_foreign), (1, 0)))
+            stream = np.concatenate([self.documents[i] for i in rng.permutation(len(self.documents))])
+            whole = len(stream) // (self.length - 1) * (self.length - 1)
+            self._epoch, self._rows = epoch, rng.permutation(stream[:whole].reshape(-1, self.length - 1))
+        rows = self._rows[place * self.size:(place + 1) * self.size]
+        return F.pad(torch.from_numpy(rows).long(), (1, 0), value=self.cls_id)
 
 
-def heldout_batches(texts: list[np.ndarray], length: int, tokens: int, cls_id: int, device: torch.device
-                    ) -> list[tuple[Tensor, Tensor]]:
-    """Windows of held-out texts, about `tokens` tokens, the same in every run, as `Windows.batch` gives them."""
-    windows = Windows(texts, length, 1, 0, cls_id)
+def heldout_batches(corpus: Corpus, length: int, tokens: int, device: torch.device) -> list[Tensor]:
+    """Windows of the held-out documents, about `tokens` tokens of them, the same in every run. Shapes: (B, L) each."""
+    windows = Windows(corpus.heldout, length, 1, 0, corpus.tokenizer.cls_id)
     count = min(windows.batches_per_epoch, math.ceil(tokens / length))
-    ids, is_foreign = (torch.cat(parts).to(device).split(max(1, 4096 // length))
-                       for parts in zip(*(windows.batch(k) for k in range(count))))
-    return list(zip(ids, is_foreign))
+    return list(torch.cat([windows.batch(k) for k in range(count)]).to(device).split(max(1, 4096 // length)))
 
 
 # --- The task: hide, guess, replace, judge ---
@@ -303,18 +280,15 @@ class Pretraining(nn.Module):
     The generator is as wide as the discriminator, whose word table it shares, and half as deep.
     """
 
-    def __init__(self, config: EncoderConfig, tokenizer: Tokenizer, objective: str = "rtd", sharing: str = "gdes",
-                 belonging: bool = False):
+    def __init__(self, config: EncoderConfig, tokenizer: Tokenizer, objective: str = "rtd", sharing: str = "gdes"):
         super().__init__()
         self.config, self.objective, self.sharing, self.mask_id = config, objective, sharing, tokenizer.mask_id
-        self.sep_id = tokenizer.sep_id
         layers = config.layers if objective == "mlm" else max(1, config.layers // 2)
         self.generator = Encoder(replace(config, layers=layers))
         self.masked_word_head = MaskedWordHead(config)
         if objective == "rtd":
             self.discriminator = Encoder(config)
             self.replaced_token_head = ReplacedTokenHead(config)
-            self.belonging_head = ReplacedTokenHead(config) if belonging else None
         initialise(self, config.init_std)
         if objective == "rtd" and sharing == "es":
             self.discriminator.word_table = self.generator.word_table
@@ -346,12 +320,9 @@ class Pretraining(nn.Module):
 
     def judge(self, ids: Tensor) -> Tensor:
         """The discriminator's logits that each token is a replacement, float32. Shapes: (B, L) -> (B, L)."""
-        return self.replaced_token_head(self.read(ids)).float()
-
-    def read(self, ids: Tensor) -> Tensor:
-        """The discriminator's vectors. Shapes: (B, L) -> (B, L, D)."""
         is_token = torch.ones_like(ids, dtype=torch.bool)
-        return functional_call(self.discriminator, {"word_table.weight": self.discriminator_table()}, (ids, is_token))
+        x = functional_call(self.discriminator, {"word_table.weight": self.discriminator_table()}, (ids, is_token))
+        return self.replaced_token_head(x).float()
 
     def is_special(self, ids: Tensor) -> Tensor:
         """Shapes: (B, L) -> (B, L) bool."""
@@ -363,8 +334,7 @@ class Pretraining(nn.Module):
         sides = [nn.ModuleList([self.generator, self.masked_word_head])]
         if self.objective == "rtd":
             parts = [part for part in self.discriminator.children() if part is not self.generator.word_table]
-            heads = [self.replaced_token_head, self.belonging_head]
-            sides.append(nn.ModuleList([*parts, *(head for head in heads if head is not None)]))
+            sides.append(nn.ModuleList([*parts, self.replaced_token_head]))
         return sides
 
     def encoder(self) -> tuple[Encoder, Tensor]:
@@ -377,18 +347,17 @@ class Pretraining(nn.Module):
 # --- How well it does ---
 
 @torch.no_grad()
-def evaluate(model: Pretraining, batches: list[tuple[Tensor, Tensor]], counts: np.ndarray, autocast_here: Callable
+def evaluate(model: Pretraining, batches: list[Tensor], counts: np.ndarray, autocast_here: Callable
              ) -> dict[str, float]:
     """The figures on held-out windows, rounded to five decimals; the same tokens are hidden at every call.
 
-    Changes no random state. Shapes: batches as `Windows.batch` gives them, counts (V,): how often each id occurs in the
-    training text.
+    Changes no random state. Shapes: batches (B, L) each, counts (V,): how often each id occurs in the training text.
     """
-    losses, hits, verdicts, is_replaced, ids_seen, belonging, are_foreign, come_later = [[] for _ in range(8)]
+    losses, hits, verdicts, is_replaced, ids_seen = [], [], [], [], []
     model.eval()
-    with torch.random.fork_rng(devices=[ids.device for ids, _ in batches[:1] if ids.is_cuda]):
+    with torch.random.fork_rng(devices=[b.device for b in batches[:1] if b.is_cuda]):
         torch.manual_seed(0)
-        for ids, is_foreign in batches:
+        for ids in batches:
             with autocast_here():
                 is_masked, corrupted, guesses = model.corrupt(ids)
             losses.append(F.cross_entropy(guesses, ids[is_masked], reduction="none"))
@@ -396,12 +365,7 @@ def evaluate(model: Pretraining, batches: list[tuple[Tensor, Tensor]], counts: n
             if model.objective == "rtd":
                 is_word = ~model.is_special(ids)
                 with autocast_here():
-                    x = model.read(corrupted)
-                    verdicts.append(model.replaced_token_head(x).float()[is_word])
-                    if model.belonging_head is not None:
-                        belonging.append(model.belonging_head(x).float()[is_word])
-                        are_foreign.append(is_foreign[is_word])
-                        come_later.append(((ids == model.sep_id).cumsum(1) > 0)[is_word])
+                    verdicts.append(model.judge(corrupted)[is_word])
                 is_replaced.append((corrupted != ids)[is_word])
                 ids_seen.append(corrupted[is_word])
     model.train()
@@ -410,11 +374,6 @@ def evaluate(model: Pretraining, batches: list[tuple[Tensor, Tensor]], counts: n
         verdicts, is_replaced, ids_seen = (torch.cat(parts).cpu().numpy() for parts in
                                            (verdicts, is_replaced, ids_seen))
         figures |= detection_figures(verdicts, is_replaced, np.log1p(counts[ids_seen]))
-    if belonging:
-        verdicts, is_foreign, comes_later = (torch.cat(parts).cpu().numpy()
-                                             for parts in (belonging, are_foreign, come_later))
-        figures |= {"belonging_accuracy": ((verdicts > 0) == is_foreign).mean(), "foreign_share": is_foreign.mean(),
-                    "sep_rule_accuracy": (comes_later == is_foreign).mean()}      # all after the first [SEP] is foreign
     return {name: round(float(value), 5) for name, value in figures.items()}
 
 
@@ -493,15 +452,10 @@ def pretrain(args: argparse.Namespace) -> int:
 
     corpus = load_corpus(args.corpus, args.heldout_share, output / "model" if args.resume else args.tokenizer,
                          args.vocab_size)
-    texts, heldout = corpus.train, corpus.heldout
-    if args.belonging:                    # whole documents would meet too seldom, and at their beginnings alone
-        texts, heldout = (pieces_of(documents, corpus.tokenizer.sep_id, args.seed) for documents in (texts, heldout))
-    cls_id = corpus.tokenizer.cls_id
-    short, long = (Windows(texts, length, args.batch_tokens // length, args.seed, cls_id)
+    short, long = (Windows(corpus.train, length, args.batch_tokens // length, args.seed, corpus.tokenizer.cls_id)
                    for length in (args.length, args.long_length))
-    heldout = heldout_batches(heldout, args.length, args.heldout_tokens, cls_id, device)
-    model = Pretraining(encoder_config(args, corpus.tokenizer), corpus.tokenizer, args.objective, args.sharing,
-                        args.belonging > 0)
+    heldout = heldout_batches(corpus, args.length, args.heldout_tokens, device)
+    model = Pretraining(encoder_config(args, corpus.tokenizer), corpus.tokenizer, args.objective, args.sharing)
     model.to(device).train()
     sides, at_once = model.sides(), args.objective == "rtd" and args.sharing == "es"
     optimizers = [AdamW(decay_groups(side, ADAM["weight_decay"]), **ADAM) for side in sides]
@@ -520,7 +474,7 @@ def pretrain(args: argparse.Namespace) -> int:
                unit=" tokens", unit_scale=True, smoothing=0.02, mininterval=1)
     with noted_signals() as signals, bar:
         for step in range(progress.step, args.steps):
-            ids, is_foreign = (x.to(device) for x in next_windows(step, short, long, args.long_share))     # (B, L)
+            ids = next_windows(step, short, long, args.long_share).to(device)            # (B, L)
             course = cosine_with_warmup(step + 1, args.steps + 1, args.warmup, 1.0)      # 0 to 1 to 0
 
             # The generator guesses the hidden words, and learns from the loss.
@@ -535,15 +489,9 @@ def pretrain(args: argparse.Namespace) -> int:
             rtd_loss = torch.zeros(())
             if args.objective == "rtd":
                 with autocast_here():
-                    x = model.read(corrupted)                                            # (B, L, D)
-                    verdicts = model.replaced_token_head(x).float()                      # (B, L)
+                    verdicts = model.judge(corrupted)
                 rtd_loss = F.binary_cross_entropy_with_logits(verdicts, (corrupted != ids).float())
-                loss = RTD_WEIGHT * rtd_loss + (mlm_loss if at_once else 0)
-                if args.belonging:
-                    with autocast_here():
-                        verdicts = model.belonging_head(x).float()
-                    loss += args.belonging * F.binary_cross_entropy_with_logits(verdicts, is_foreign.float())
-                loss.backward()
+                (RTD_WEIGHT * rtd_loss + (mlm_loss if at_once else 0)).backward()
                 if at_once:
                     update(optimizers[0], sides[0], course * args.lr)
                 update(optimizers[1], sides[1], course * args.discriminator_lr)
@@ -580,8 +528,8 @@ def pretrain(args: argparse.Namespace) -> int:
     return 0
 
 
-def next_windows(step: int, short: Windows, long: Windows, long_share: float) -> tuple[Tensor, Tensor]:
-    """The step's windows: long ones in `long_share` of the steps, evenly spread, as `Windows.batch` gives them."""
+def next_windows(step: int, short: Windows, long: Windows, long_share: float) -> Tensor:
+    """The windows of this step: long ones in `long_share` of the steps, evenly spread. Shapes: -> (B, L) int64."""
     long_before, long_with_this = int(step * long_share), int((step + 1) * long_share)
     return long.batch(long_before) if long_with_this > long_before else short.batch(step - long_before)
 
@@ -713,9 +661,6 @@ def summary(row: dict[str, float]) -> str:
         line += (f"; RTD loss {row['rtd_loss']:.4f} (constant {row['constant_loss']:.4f}), precision "
                  f"{row['rtd_precision']:.3f}, recall {row['rtd_recall']:.3f}, F1 {row['rtd_f1']:.3f} (always original "
                  f"0, word frequency at its best {row['unigram_best_f1']:.3f})")
-    if "belonging_accuracy" in row:
-        line += (f"; belonging {row['belonging_accuracy']:.1%} right (foreign: {row['foreign_share']:.1%}, 'all after "
-                 f"the first [SEP]': {row['sep_rule_accuracy']:.1%} right)")
     return line
 
 
@@ -757,8 +702,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             ("heldout-share", 0.01, "of the documents"), ("dropout", 0.0, "while pretraining"),
             ("init-std", 0.06, "of fresh matrices")):
         add(f"--{name}", type=float, default=default, metavar="X", help=help)
-    add("--belonging", type=float, default=0.0, metavar="X", help="weight, beside RTD's 50, of telling for each token "
-        "whether it is of the text that the window begins with; 0 is v3, without it")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the forward pass")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--threads", type=positive, default=None, metavar="N", help="of the CPU; as many as torch likes, if left out")
@@ -767,8 +710,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("lr", "discriminator_lr", "long_share", "heldout_share", "dropout", "init_std"):
         if not 0 <= getattr(args, name) < 1 + (name == "long_share"):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not from 0 to 1")
-    if not 0 <= args.belonging <= 1000 or (args.belonging and args.objective == "mlm"):
-        parser.error(f"--belonging {args.belonging} is not from 0 to 1000, and 0 with --objective mlm")
     for name in ("length", "long_length"):
         if not 2 <= getattr(args, name) <= args.batch_tokens:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not from 2 to --batch-tokens")

@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import json
 import os
 import random
 import signal
@@ -60,16 +59,15 @@ def corpus(text) -> pretrain.Corpus:
     return load_corpus([text], 0.1, None, 350)
 
 
-def small_model(corpus: pretrain.Corpus, objective: str = "rtd", sharing: str = "gdes", layers: int = 2,
-                belonging: bool = False) -> Pretraining:
+def small_model(corpus: pretrain.Corpus, objective: str = "rtd", sharing: str = "gdes", layers: int = 2) -> Pretraining:
     torch.manual_seed(0)
     config = EncoderConfig(vocab_size=corpus.tokenizer.vocab_size, width=32, heads=2, layers=layers, feed_forward=64,
                            hidden_dropout=0.0, attention_dropout=0.0)
-    return Pretraining(config, corpus.tokenizer, objective, sharing, belonging)
+    return Pretraining(config, corpus.tokenizer, objective, sharing)
 
 
 def some_ids(corpus: pretrain.Corpus, length: int = 24, size: int = 8) -> torch.Tensor:
-    return Windows(corpus.train, length, size, 0, corpus.tokenizer.cls_id).batch(0)[0]
+    return Windows(corpus.train, length, size, 0, corpus.tokenizer.cls_id).batch(0)
 
 
 def rows_of(path: Path) -> list[dict[str, float]]:
@@ -91,26 +89,6 @@ def test_a_few_hundred_lines_of_text_teach_generator_and_discriminator(text, tmp
     assert last["mlm_loss"] < 0.6 * first["mlm_loss"]
     assert last["rtd_loss"] < 0.85 * last["constant_loss"]
     assert last["rtd_f1"] > 0.3 > last["unigram_best_f1"]
-
-
-@pytest.mark.slow
-def test_belonging_teaches_which_tokens_are_of_another_text(corpus, tmp_path):
-    """Documents that are about two words each. Who calls everything after the first [SEP] foreign is right for 70% of
-    the tokens; the belonging head ends at least 4 points better."""
-    rng = np.random.default_rng(0)
-    words = ["cook", "judge", "brother", "guard", "neighbour", "teacher", "river", "king", "hill", "honey", "stars"]
-    subjects = [rng.choice(words, 2, replace=False) for _ in range(80)]
-    texts = ("\n\n".join(" ".join(rng.choice(subject, 16)) for _ in range(20)) for subject in subjects)
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    corpus.tokenizer.save(tmp_path / "tokenizer")
-    code = pretrain.main(["--corpus", str(tmp_path / "text.jsonl"), "--tokenizer", str(tmp_path / "tokenizer"),
-                          "--output", str(tmp_path / "run"), *SIZES, "--length", "128", "--long-length", "128",
-                          "--steps", "200", "--warmup", "10", "--batch-tokens", "1024", "--init-std", "0.15",
-                          "--lr", "1e-2", "--discriminator-lr", "5e-3", "--evaluations", "1", "--belonging", "50",
-                          "--heldout-share", "0.3"])
-    assert code == 0
-    last = rows_of(tmp_path / "run" / "metrics.csv")[-1]
-    assert last["belonging_accuracy"] > 0.04 + max(last["sep_rule_accuracy"], 1 - last["foreign_share"])
 
 
 # --- Which gradient reaches which table ---
@@ -164,7 +142,7 @@ def test_gdes_sees_the_generators_words_plus_a_difference_that_starts_at_zero(co
 
 @pytest.mark.parametrize("sharing", ["gdes", "nes", "es"])
 def test_the_two_optimizers_share_no_parameter_and_leave_none_out(corpus, sharing):
-    model = small_model(corpus, sharing=sharing, belonging=True)
+    model = small_model(corpus, sharing=sharing)
     optimizers = [AdamW(decay_groups(side, 0.01)) for side in model.sides()]
     trained = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(trained) == sorted(id(p) for p in model.parameters())
@@ -252,8 +230,8 @@ def test_words_are_drawn_as_often_as_the_generator_finds_them_likely():
 
 def test_an_epoch_holds_the_text_once_without_padding_and_the_next_in_another_order(corpus):
     windows = Windows(corpus.train, 32, 4, seed=3, cls_id=corpus.tokenizer.cls_id)
-    in_all = windows.batches_per_epoch
-    epochs = [torch.cat([windows.batch(epoch * in_all + k)[0] for k in range(in_all)]) for epoch in (0, 1)]
+    epochs = [torch.cat([windows.batch(e * windows.batches_per_epoch + k) for k in range(windows.batches_per_epoch)])
+              for e in (0, 1)]
     text = np.concatenate(corpus.train)
     for epoch in epochs:
         assert (epoch[:, 0] == corpus.tokenizer.cls_id).all()
@@ -268,28 +246,11 @@ def test_a_batch_depends_on_its_number_and_the_seed_alone(corpus):
         windows = Windows(corpus.train, 32, 4, seed, corpus.tokenizer.cls_id)
         for number in before:
             windows.batch(number)
-        return windows.batch(k)[0]
+        return windows.batch(k)
 
     far = 10 * batch(0).numel()
     assert torch.equal(batch(7), batch(7, 0, 1, far, 6))
     assert not torch.equal(batch(7), batch(7, seed=4))
-
-
-def test_foreign_are_the_tokens_of_other_texts_than_the_windows_first():
-    texts = [np.full(size, number, dtype=np.int32) for number, size in enumerate([5, 40, 3, 17, 60, 9, 31], start=10)]
-    windows = Windows(texts, 12, 3, seed=0, cls_id=1)
-    for k in range(windows.batches_per_epoch):
-        ids, is_foreign = windows.batch(k)                               # here a token names its text
-        assert not is_foreign[:, 0].any()
-        assert torch.equal(is_foreign[:, 1:], ids[:, 1:] != ids[:, 1:2])
-
-
-def test_documents_are_cut_after_half_of_their_paragraphs_and_nowhere_else():
-    document = np.tile(np.array([7, 8, 2, 9, 2], dtype=np.int32), 500)   # 2 is [SEP]
-    pieces = pretrain.pieces_of([document, document[:5]], 2, seed=0)
-    assert np.array_equal(np.concatenate(pieces), np.concatenate([document, document[:5]]))
-    assert all(piece[-1] == 2 for piece in pieces)
-    assert 440 < len(pieces) < 560                                       # of 999 places to cut at
 
 
 def test_sep_comes_after_every_paragraph(corpus):
@@ -336,8 +297,7 @@ def test_with_nothing_replaced_the_figures_are_zero_and_not_an_error():
 
 
 def test_an_evaluation_repeats_itself_and_leaves_the_random_state_alone(corpus):
-    model = small_model(corpus, belonging=True)
-    batches = [Windows(corpus.train, 24, 8, 0, corpus.tokenizer.cls_id).batch(0)]
+    model, batches = small_model(corpus), [some_ids(corpus)]
     before = torch.get_rng_state()
     first = evaluate(model, batches, corpus.counts, lambda: autocast(CPU, "fp32"))
     assert torch.equal(torch.get_rng_state(), before)
