@@ -146,8 +146,8 @@ def test_the_drawn_learning_rate_is_the_one_that_training_used(tmp_path, monkeyp
     drawn = []
     monkeypatch.setattr(plots, "figures_html", lambda figures: drawn.extend(figures) or "")
     encoder, rows = write_encoder(tmp_path / "encoder"), write_rows(tmp_path / "t.csv", 90)
-    options = {"--train": rows, "--encoder": encoder, "--run": "r", "--recipe": "tiny", "--epochs": 3, "--batch-size": 4,
-               "--accumulate": 3, "--precision": "fp32", "--patience": 0}
+    options = {"--train": rows, "--encoder": encoder, "--run": "r", "--recipe": "tiny", "--epochs": 3,
+               "--batch-size": 4, "--accumulate": 3, "--precision": "fp32", "--patience": 0}
     try:
         assert train.main([str(part) for option in options.items() for part in option]) == 0
     finally:
