@@ -28,6 +28,7 @@ from minipref.config import RECIPES  # noqa: E402
 from minipref.data import Pair  # noqa: E402
 from minipref.explain import explain, figure  # noqa: E402
 from minipref.files import write_text  # noqa: E402
+from minipref.judge import Judge  # noqa: E402
 from minipref.optim import cosine_with_warmup  # noqa: E402
 from minipref.positions import log_bucket  # noqa: E402
 from minipref.tokenizer import load_tokenizer  # noqa: E402
@@ -119,7 +120,7 @@ def reliability() -> str:
 def one_head() -> tuple[str, str]:
     """The README's figure and its caption: of the bundled encoder, the head whose weakest term is the strongest."""
     torch.manual_seed(0)                                    # the fresh head's; it is not looked at
-    seen = explain(load_classifier(TINY), load_tokenizer(TINY), SHOWN, 96)
+    seen = explain(Judge(load_classifier(TINY), load_tokenizer(TINY), 96), SHOWN, 96)
     weakest = seen.scores.std((-1, -2)).min(-1)                                                # (N, H)
     layer, head = (int(n) for n in np.unravel_index(weakest.argmax(), weakest.shape))
     caption = f"""Layer {layer + 1}, head {head + 1} of the bundled encoder on '{SHOWN.prompt[0]}' and two answers.

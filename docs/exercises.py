@@ -25,6 +25,7 @@ from minipref.data import Pair  # noqa: E402
 from minipref.errors import InputError  # noqa: E402
 from minipref.explain import explain  # noqa: E402
 from minipref.fused import cls_attention  # noqa: E402
+from minipref.judge import Judge  # noqa: E402
 from minipref.metrics import averaged, evaluate  # noqa: E402
 from minipref.positions import distance_rows  # noqa: E402
 
@@ -137,7 +138,8 @@ def temperature(fit_temperature: Callable) -> str:
 def head(answer: Callable) -> str:
     """`head()` -> (layer, head), from 1: the head of the bundled encoder that looks most at the next token."""
     torch.manual_seed(0)
-    seen = explain(load_classifier(TINY), minipref.load_tokenizer(TINY), Pair("", *((text,) for text in TEXT)), 96)
+    judge = Judge(load_classifier(TINY), minipref.load_tokenizer(TINY), 96)
+    seen = explain(judge, Pair("", *((text,) for text in TEXT)), 96)
     share = np.diagonal(seen.probs, 1, -2, -1).mean(-1)                  # (N, H): probability of the key i + 1
     best = tuple(int(n) + 1 for n in np.unravel_index(share.argmax(), share.shape))
     layer, number = answer()

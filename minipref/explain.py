@@ -37,7 +37,7 @@ from minipref.config import LABELS
 from minipref.data import Pair, encode_pairs, make_batch, read_pairs
 from minipref.errors import ArgumentParser, InputError
 from minipref.files import write_text
-from minipref.judge import SETTINGS, check_vocabulary, load_judge
+from minipref.judge import LONGEST, SETTINGS, Judge, check_vocabulary, load_judge
 from minipref.positions import relative_index
 from minipref.tokenizer import BYTE_PIECES, SPACE, Tokenizer, load_tokenizer
 
@@ -47,6 +47,7 @@ TEMPLATE = Path(__file__).with_name("explain.html")
 TERMS = ("c2c", "c2p", "p2c")
 PANELS = {"c2c": "content to content", "c2p": "content to position", "p2c": "position to content",
           "sum": "the three together", "probs": "probabilities"}
+GAP = "[...]"                # where tokens were left out
 LEVELS = 10                  # shades of a figure on each side of zero
 
 
@@ -59,6 +60,7 @@ class Decision:
     verdict: int                   # 0 A, 1 B, 2 tie
     probabilities: np.ndarray      # (2, 3): A first, B first; both speak of A, B, tie
     contributions: np.ndarray      # (2, L): the same tokens in both orders, in the order that has A first
+    whole: np.ndarray | None       # (3,) the model's answer to the pair at its own budget; None where nothing was cut
 
     @property
     def averaged(self) -> np.ndarray:
@@ -76,6 +78,7 @@ class Explanation:
     scores: np.ndarray             # (N, H, 3, L, L): c2c, c2p, p2c, each row less its mean
     probs: np.ndarray              # (N, H, L, L)
     cut: int                       # tokens that did not fit
+    gaps: list[int]                # the tokens in front of which some of those were left out
     decision: Decision | None      # None without a trained head
 
     def panels(self, layer: int, head: int) -> dict[str, np.ndarray]:
@@ -84,13 +87,13 @@ class Explanation:
         return dict(zip(TERMS, scores)) | {"sum": scores.sum(0), "probs": self.probs[layer, head]}
 
 
-def explain(model: PreferenceModel, tokenizer: Tokenizer, pair: Pair, max_length: int, temperature: float = 1.0,
-            name: str = "") -> Explanation:
+def explain(judge: Judge, pair: Pair, max_length: int, name: str = "") -> Explanation:
     """Look at one pair, cut to `max_length` tokens. A model without a trained head (`load_report.new`) decides nothing.
 
     Errors: `InputError` for fewer than 7 tokens.
     """
-    examples = encode_pairs([pair], tokenizer, max_length)
+    model, tokenizer = judge.model, judge.tokenizer
+    examples, uncut = (encode_pairs([pair], tokenizer, length) for length in (max_length, LONGEST))
     ids, is_token, _ = make_batch(examples, [0], [False], tokenizer)
     swapped_ids, _, _ = make_batch(examples, [0], [True], tokenizer)
     _, terms, _ = look(model, ids, is_token)
@@ -100,12 +103,15 @@ def explain(model: PreferenceModel, tokenizer: Tokenizer, pair: Pair, max_length
     decision = None
     if not model.load_report.new:
         places = swapped_places([len(field) for field in examples.fields(0)])
-        decision = decide(model, ids, swapped_ids, places, temperature)
-    fields = [""]
-    for field, tokens in zip(("prompt", "A", "B"), examples.fields(0)):
+        whole = judge.compare_many([pair])[0] if examples.cut[0] else None
+        decision = decide(model, ids, swapped_ids, places, judge.temperature, whole)
+    fields, gaps = [""], []
+    for field, tokens, all_tokens in zip(("prompt", "A", "B"), examples.fields(0), uncut.fields(0)):
+        if len(tokens) < len(all_tokens):
+            gaps.append(len(fields) + len(tokens) - len(tokens) // 2)    # as `head_and_tail` cuts
         fields += [field] * len(tokens) + [""]
     return Explanation(name, readable(tokenizer, ids[0].tolist()), fields, terms.numpy(), probs.numpy(),
-                       int(examples.cut[0]), decision)
+                       int(examples.cut[0]), gaps, decision)
 
 
 def look(model: PreferenceModel, ids: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +135,8 @@ def look(model: PreferenceModel, ids: Tensor, is_token: Tensor) -> tuple[Tensor,
     return words, torch.stack(terms), logits
 
 
-def decide(model: PreferenceModel, ids: Tensor, swapped_ids: Tensor, places: list[int], temperature: float) -> Decision:
+def decide(model: PreferenceModel, ids: Tensor, swapped_ids: Tensor, places: list[int], temperature: float,
+           whole: np.ndarray | None) -> Decision:
     """Both orders' probabilities and contributions. `places` says where a token of the first order is in the other."""
     is_token = torch.ones_like(ids, dtype=torch.bool)
     looks = [look(model, order, is_token) for order in (ids, swapped_ids)]
@@ -142,7 +149,7 @@ def decide(model: PreferenceModel, ids: Tensor, swapped_ids: Tensor, places: lis
     vectors = [words for words, _, _ in looks]
     gradients = torch.autograd.grad(log_odds.sum(), vectors)
     a_first, b_first = ((g * x.detach())[0].sum(-1).numpy() for g, x in zip(gradients, vectors))
-    return Decision(verdict, probabilities, np.stack([a_first, b_first[places]]))
+    return Decision(verdict, probabilities, np.stack([a_first, b_first[places]]), whole)
 
 
 def swapped_places(lengths: list[int]) -> list[int]:
@@ -284,7 +291,8 @@ def _decision_html(seen: Explanation) -> str:
     """The upper half of the page: verdict, swap check, and the tokens shaded by what they contributed."""
     found, said = seen.decision, []
     if seen.cut:
-        said.append(f"<p>{seen.cut:,} tokens did not fit and were left out of the middle of their fields.</p>")
+        said.append(f"<p>{seen.cut:,} tokens did not fit and were left out, where {GAP} stands. All on this page is "
+                    "about what is left.</p>")
     if found is None:
         said.append("<p><strong>There is no trained head here</strong>, so there is no decision to explain: this is "
                     "what an encoder attends to before fine-tuning. <code>train.py</code> makes a model that decides."
@@ -292,11 +300,13 @@ def _decision_html(seen: Explanation) -> str:
         return "\n".join(said)
     verdict = [("A is better", "B is better", "a tie")[c] for c in (found.verdict, *found.probabilities.argmax(1))]
     rows = [("A first", found.probabilities[0]), ("B first", found.probabilities[1]), ("averaged", found.averaged)]
+    if found.whole is not None:
+        rows.append(("averaged, of the whole pair", found.whole))
     table = "".join(f"<tr><th scope=row>{name}</th>" + "".join(f"<td>{p:.3f}</td>" for p in row) + "</tr>"
                     for name, row in rows)
     apart = abs(found.probabilities[0] - found.probabilities[1]).max()
     agree = (f"Both orders say so; their probabilities differ by at most {apart:.3f}." if verdict[1] == verdict[2] else
-             f"<strong>The order decides</strong>: with A first it is {verdict[1]}, with B first {verdict[2]}.")
+             f"<strong>The order decides</strong>: with A first it says '{verdict[1]}', with B first '{verdict[2]}'.")
     said.append(f"<p>The verdict: <strong>{verdict[0]}</strong>, with {found.averaged[found.verdict]:.0%}. {agree}</p>"
                 f"<table><caption>The swap check</caption><tr><td></td>" +
                 "".join(f"<th scope=col>{label}</th>" for label in LABELS) + f"</tr>{table}</table>"
@@ -304,8 +314,9 @@ def _decision_html(seen: Explanation) -> str:
                 "input, the slope of the verdict's log odds. Underlined tokens change sides with the order.</p>")
     said += [_tokens_html(seen, found.contributions[order], name) for order, name in enumerate(("A first", "B first"))]
     strongest = np.argsort(-abs(found.contributions).max(0), kind="stable")[:10]
-    rows = "".join(f"<tr><th scope=row>{html.escape(seen.tokens[t])}</th><td>{t + 1}</td><td>{seen.fields[t]}</td>" +
-                   "".join(f"<td>{c:+.3f}</td>" for c in found.contributions[:, t]) + "</tr>" for t in strongest)
+    rows = "".join(f"<tr><th scope=row>{html.escape(label(seen.tokens[t]))}</th><td>{t + 1}</td>"
+                   f"<td>{seen.fields[t]}</td><td>{found.contributions[0, t]:+.3f}</td>"
+                   f"<td>{found.contributions[1, t]:+.3f}</td></tr>" for t in strongest)
     said.append("<table><caption>The ten that moved it most, in nats of log odds</caption><tr><th scope=col>token</th>"
                 "<th scope=col>place</th><th scope=col>in</th><th scope=col>A first</th><th scope=col>B first</th></tr>"
                 f"{rows}</table>")
@@ -320,6 +331,8 @@ def _tokens_html(seen: Explanation, contributions: np.ndarray | None, name: str)
     for t, (token, field) in enumerate(zip(seen.tokens, seen.fields)):
         if not field:
             continue
+        if t in seen.gaps:
+            lines[field].append(f" {GAP} ")
         share = 0.0 if contributions is None else contributions[t] / limit
         turns = both[0, t] * both[1, t] < 0 and abs(both[:, t]).min() > 0.1 * limit
         kind = f'{"for" if share > 0 else "against"}{" turns" if turns else ""}'
@@ -343,7 +356,7 @@ def parse_arguments(arguments: list[str] | None):
     add("--model", metavar="DIR", help="a trained model or an encoder (default: the newest run's, else what ships)")
     add("--layer", type=int, default=1, metavar="N", help="the layer to open with, counted from 1")
     add("--head", type=int, default=1, metavar="N", help="the head to open with, counted from 1")
-    add("--tokens", type=int, default=96, metavar="N", help="cut the pair to this many tokens: the page grows with "
+    add("--tokens", type=int, default=128, metavar="N", help="cut the pair to this many tokens: the page grows with "
         "their square")
     add("--output", default="explain.html", metavar="HTML", help="the page; the figure goes beside it")
     options = parser.parse_args(arguments)
@@ -368,12 +381,12 @@ def main(arguments: list[str] | None = None) -> int:
             pair = next(islice(read_pairs(options.csv, "if present"), options.row - 1, None), None)
             if pair is None:
                 raise InputError(file=options.csv, found=f"no row {options.row}", expected="a row of the file")
-        model, tokenizer, temperature, name = load(Path(options.model) if options.model else newest_model())
-        for what, number, count in (("layer", options.layer, model.config.layers),
-                                    ("head", options.head, model.config.heads)):
+        judge, name = load(Path(options.model) if options.model else newest_model())
+        for what, number, count in (("layer", options.layer, judge.model.config.layers),
+                                    ("head", options.head, judge.model.config.heads)):
             if not 1 <= number <= count:
                 raise InputError(found=f"--{what} {number}", expected=f"from 1 to {count} with this model")
-        seen = explain(model, tokenizer, pair, options.tokens, temperature, name)
+        seen = explain(judge, pair, options.tokens, name)
         output = Path(options.output)
         write_text(output, page(seen, options.layer - 1, options.head - 1))
         write_text(output.with_suffix(".svg"), figure(seen, options.layer - 1, options.head - 1))
@@ -401,18 +414,18 @@ def newest_model() -> Path:
     return next((folder for folder in (run / "model", run / "fold-1" / "model") if folder.is_dir()), BUNDLED)
 
 
-def load(folder: Path) -> tuple[PreferenceModel, Tokenizer, float, str]:
-    """A trained model's or an encoder's model, tokenizer, temperature, and name without what lies above the folder.
+def load(folder: Path) -> tuple[Judge, str]:
+    """A trained model, or an encoder with a fresh head, and its name without what lies above the folder.
 
     Errors: `InputError`.
     """
     name = "/".join(folder.resolve().parts[-2:])
     if (folder / SETTINGS).exists():
-        judge = load_judge(folder)
-        return judge.model, judge.tokenizer, judge.temperature, name
+        return load_judge(folder), name
     tokenizer, model = load_tokenizer(folder), load_classifier(folder)
     check_vocabulary(tokenizer, model.config.vocab_size, folder)
-    return model, tokenizer, 1.0, f"{name}, an encoder" if model.load_report.new else name
+    return (Judge(model, tokenizer, model.config.max_distance),
+            f"{name}, an encoder" if model.load_report.new else name)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,7 @@ def judge(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seen(judge):
     _, judge = judge
-    return explain.explain(judge.model, judge.tokenizer, Pair("", ("Name a fruit.",), ("An apple.",), (HOSTILE,)), 96,
-                           judge.temperature, "a/model")
+    return explain.explain(judge, Pair("", ("Name a fruit.",), ("An apple.",), (HOSTILE,)), 96, "a/model")
 
 
 def written(tmp_path, *arguments):
@@ -188,20 +187,36 @@ def test_the_pages_bytes_are_the_scores_within_half_a_step(seen):
     assert abs(rounded.probs - seen.probs).max() < 0.004
 
 
+def test_what_was_cut_is_marked_where_it_was_and_the_whole_pairs_verdict_stands_beside(judge):
+    _, judge = judge
+    pair = Pair("", ("short",), (" ".join(f"one{n}" for n in range(60)),), ("two",))
+    seen = explain.explain(judge, pair, 40)
+    uncut = explain.explain(judge, pair, 2000)
+    (gap,) = seen.gaps
+    assert seen.fields[gap] == "A" and uncut.gaps == [] and uncut.cut == 0 and uncut.decision.whole is None
+    assert seen.tokens[:gap] == uncut.tokens[:gap] and seen.tokens[gap:] == uncut.tokens[gap + seen.cut:]
+    assert np.allclose(seen.decision.whole, judge.compare("short", pair.response_a[0], "two"))
+    page = explain.page(seen, 0, 0)
+    a = re.search("<dt>A</dt><dd>(.*?)</dd>", page)[1]
+    assert len(re.findall("<span", a.split(explain.GAP)[0])) == gap - seen.fields.index("A")
+    assert f"{seen.cut:,} tokens did not fit" in page and "of the whole pair" in page
+    assert "of the whole pair" not in explain.page(uncut, 0, 0) and explain.GAP not in explain.page(uncut, 0, 0)
+
+
 def test_the_longest_page_of_the_defaults_is_small(judge):
     _, judge = judge
     words = " ".join(["several words in a row"] * 60)
-    seen = explain.explain(judge.model, judge.tokenizer, Pair("", (words,), (words,), (words,)), 96, 1.0)
+    seen = explain.explain(judge, Pair("", (words,), (words,), (words,)), 128)
     per_head = len(explain.page(seen, 0, 0)) / seen.probs.shape[0] / seen.probs.shape[1]
-    assert len(seen.tokens) == 96 and seen.cut > 0 and per_head < 65_000
+    assert len(seen.tokens) == 128 and seen.cut > 0 and per_head < 100_000
     assert f"{seen.cut:,} tokens did not fit" in explain.page(seen, 0, 0)
     assert len(explain.figure(seen, 0, 0)) < 1_000_000
 
 
 def test_an_order_that_changes_the_verdict_is_said(seen):
-    decision = explain.Decision(0, np.array([[.6, .3, .1], [.4, .5, .1]]), seen.decision.contributions)
+    decision = explain.Decision(0, np.array([[.6, .3, .1], [.4, .5, .1]]), seen.decision.contributions, None)
     turned = explain.Explanation(**{**vars(seen), "decision": decision})
-    assert "The order decides</strong>: with A first it is A is better, with B first B is better." in \
+    assert "The order decides</strong>: with A first it says 'A is better', with B first 'B is better'." in \
         explain.page(turned, 0, 0)
 
 
