@@ -160,6 +160,20 @@ def test_what_a_text_holds_stays_text(seen):
     assert page.data["tokens"] == seen.tokens
 
 
+def test_a_token_that_is_html_by_itself_stays_text_in_page_and_figure(seen):
+    """Pieces of the bundled vocabulary are too small to be dangerous; others' need not be."""
+    tokens = [HOSTILE.replace("\x0b", "") if n in (3, 9) else token for n, token in enumerate(seen.tokens)]
+    hostile = explain.Explanation(**{**vars(seen), "tokens": tokens})
+    page = Page(explain.page(hostile, 0, 0))
+    tags = [tag for tag, _ in page.elements]
+    assert "img" not in tags and "b" not in tags and tags.count("script") == 2
+    assert page.data["tokens"] == tokens and tokens[3] in "".join(page.texts["dd"])
+    assert tokens[3] in "".join(page.texts["option"])
+    short = {"tokens": tokens[:20], "scores": seen.scores[..., :20, :20], "probs": seen.probs[..., :20, :20]}
+    drawn = ET.fromstring(explain.figure(explain.Explanation(**{**vars(seen), **short}), 0, 0))
+    assert tokens[3].strip() in [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+
+
 def test_the_page_refers_to_nothing_outside_itself(seen):
     page = Page(explain.page(seen, 0, 0))
     assert not [(tag, attributes) for tag, attributes in page.elements
@@ -187,10 +201,11 @@ def test_the_pages_bytes_are_the_scores_within_half_a_step(seen):
     assert abs(rounded.probs - seen.probs).max() < 0.004
 
 
-def test_what_was_cut_is_marked_where_it_was_and_the_whole_pairs_verdict_stands_beside(judge):
+@pytest.mark.parametrize("length", [40, 41])
+def test_what_was_cut_is_marked_where_it_was_and_the_whole_pairs_verdict_stands_beside(judge, length):
     _, judge = judge
     pair = Pair("", ("short",), (" ".join(f"one{n}" for n in range(60)),), ("two",))
-    seen = explain.explain(judge, pair, 40)
+    seen = explain.explain(judge, pair, length)
     uncut = explain.explain(judge, pair, 2000)
     (gap,) = seen.gaps
     assert seen.fields[gap] == "A" and uncut.gaps == [] and uncut.cut == 0 and uncut.decision.whole is None
