@@ -35,6 +35,9 @@ parity: .venv/dev           ## layer by layer against transformers; writes docs/
 bench: .venv/dev            ## speed and memory beside transformers; writes docs/performance.md
 	$(PY) benchmarks/bench.py $(ARGS)
 
+docs: .venv/dev             ## make every figure, generated table and notebook of README and docs again
+	$(PY) docs/build.py $(ARGS)
+
 pretrain: .venv/runtime     ## make the small encoder again from a folder of text: CORPUS=folder
 	$(PY) -m minipref.pretrain --corpus $(CORPUS) $(ARGS)
 
@@ -55,4 +58,4 @@ clean:       ## remove runs, caches and the generated sample; weights and your d
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-.PHONY: help train predict test test-slow lint weights data parity bench pretrain setup clean
+.PHONY: help train predict test test-slow lint weights data parity bench docs pretrain setup clean

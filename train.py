@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minipref import metrics, runs, sample
+from minipref import metrics, plots, runs, sample
 from minipref.checkpoint import load_classifier
 from minipref.classifier import PreferenceModel
 from minipref.config import LABELS, RECIPES, TrainConfig
@@ -584,6 +584,7 @@ def finish(folder: Path, judge: Judge, progress: Progress, train_rows: np.ndarra
     write_text(folder / "model" / "README.md", card)
     remember_latest(folder)
     write_json(folder / "report.json", report)
+    plots.write_report(folder, report, progress.rows, setup.config, [setup.pairs[row] for row in valid_rows], logits)
     return logits
 
 

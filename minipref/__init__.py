@@ -13,10 +13,11 @@ In the order in which it is best read:
     ../train.py      the loop
     metrics.py       what the score means;  report.py  what is said of it
     judge.py         a trained model in use;  ../predict.py  the submission
+    explain.py       what a head attends to, what moved a decision;  plots.py  a run's page
     pretrain.py      how such an encoder is made: replaced-token detection
 
-and beside the path: fused.py (the attention again, fast), tokenizer.py, runs.py (state that survives), sample.py (the
-generated task), hub.py (fetching), files.py and errors.py.
+and beside the path: fused.py (the attention again, fast), lean.py (the other steps, lean), tokenizer.py, runs.py (state
+that survives), sample.py (the generated task), hub.py (fetching), files.py and errors.py.
 """
 
 from minipref.attention import attention_by_definition

@@ -31,8 +31,9 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Each test in a folder of its own, with torch's determinism put back afterwards."""
+    """Each test in a folder of its own, without a second of drawing, and with torch's determinism put back after it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minipref.plots.figures_html", lambda figures: "")
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -62,7 +63,7 @@ def said(capsys, arguments, main=train.main):
 def test_a_run_learns_and_writes_what_the_design_promises(finished):
     run = finished / "run"
     assert {p.name for p in run.iterdir()} == {"config.json", "metrics.csv", "timing.csv", "report.json", "model",
-                                               "state", "valid_predictions.csv", "tokens.safetensors"}
+                                               "state", "valid_predictions.csv", "tokens.safetensors", "report.html"}
     log = pd.read_csv(run / "metrics.csv")
     assert log["step"].tolist() == [45, 90, 135, 180] and log["log_loss"].iloc[-1] < 0.5 < log["train_loss"].iloc[0]
     report = json.loads((run / "report.json").read_text())

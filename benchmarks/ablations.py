@@ -1,0 +1,74 @@
+"""Fine-tuning with and without each of its parts: one training run a line, on the bundled task.
+
+    python benchmarks/ablations.py                          every line, one seed; about as long as seven `make train`
+    python benchmarks/ablations.py --seeds 1 2 3            means of three seeds
+    python benchmarks/ablations.py --only base no-swap -- --limit 2000      some lines, with further options of train.py
+
+Runs that are finished already are not run again: their folders, runs/ablations/NAME-SEED, hold their reports. The
+table goes to the terminal, in Markdown.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402 - these need the path
+
+import train  # noqa: E402
+
+FOLDER = Path("runs/ablations")
+VARIANTS = {  # name: (what is different, options of train.py)
+    "base": ("nothing: `make train` as it is", []),
+    "no-swap": ("A and B are never exchanged in training", ["--no-swap"]),
+    "no-warmup": ("the learning rate starts at its peak", ["--warmup", "0"]),
+    "no-decay": ("no weight decay", ["--weight-decay", "0"]),
+    "no-stopping": ("all epochs are run; the best model is still the one kept", ["--patience", "0"]),
+    "frozen-words": ("the word table stays as pretrained", ["--freeze-embeddings"]),
+    "fp32": ("no mixed precision", ["--precision", "fp32"]),
+}
+WAYS = {"model, one order": "one order", "model, both orders": "both orders", "model, calibrated": "and a temperature"}
+
+
+def report_of(name: str, seed: int, more: list[str]) -> dict:
+    """The report of a variant's run, trained first where there is none. Errors: SystemExit if training fails."""
+    run = FOLDER / f"{name}-{seed}"
+    if not (run / "report.json").is_file():
+        resume = ["--resume"] if (run / "state").is_dir() else [*VARIANTS[name][1], *more, "--seed", str(seed)]
+        code = train.main(["--run", str(run), *resume])
+        if code:
+            raise SystemExit(code)
+    return json.loads((run / "report.json").read_text(encoding="utf-8"))
+
+
+def table(reports: dict[str, list[dict]]) -> str:
+    """A line a variant: log loss in each way of predicting and accuracy, means over the seeds."""
+    seeds = max(map(len, reports.values()))
+    lines = [f"| run | what is different | {' | '.join(WAYS.values())} | accuracy | minutes |",
+             "|---|---|" + "---:|" * (len(WAYS) + 2)]
+    for name, found in reports.items():
+        figures = [f"{np.mean([r['results'][way]['log_loss'] for r in found]):.4f}" for way in WAYS]
+        figures.append(f"{np.mean([r['results']['model, calibrated']['accuracy'] for r in found]):.3f}")
+        figures.append(f"{np.mean([r['minutes'] for r in found]):.0f}")
+        lines.append(f"| {name} | {VARIANTS[name][0]} | {' | '.join(figures)} |")
+    return "\n".join([*lines, "", f"Validation log loss, lower is better; means of {seeds} seed{'s' * (seeds > 1)}."])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    ours, more = arguments[:end], arguments[end + 1:]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    options = parser.parse_args(ours)
+    reports = {name: [report_of(name, seed, more) for seed in options.seeds] for name in options.only}
+    print(f"\n{table(reports)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,458 @@
+"""README and docs/ hold what they promise: snippets and commands run, figures are current, links lead somewhere.
+
+A fence with ```python or ```sh is run as it stands, a page's fences in their order. A comment on the line above says
+where one is not: `<!-- slow -->` waits for `make test-slow`, `<!-- needs: FILES -->` for files that a reader has to
+fetch, `<!-- not run: WHY -->` for nothing. Where a command would train for minutes, its options are followed by others
+that shorten it (`hurried`).
+"""
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mutation import ROOT, failures, mutated, replaced, source_of
+
+import minipref
+from minipref import metrics, sample
+from minipref.attention import disentangled_scores
+from minipref.data import character_counts, read_pairs
+from minipref.positions import distance_rows, relative_index
+
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+RUN = ["README.md", "docs/attention.md", "docs/training.md", "docs/kaggle.md", "docs/exercises.md"]
+HURRY = "--limit 160 --epochs 1 --precision fp32"
+FENCE = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.S | re.M)
+
+
+class Fence(NamedTuple):
+    page: str
+    line: int             # of its first line of text, from 1
+    mark: str
+    kind: str
+    text: str
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def fences(page: str, kind: str | None = None) -> list[Fence]:
+    text = text_of(page)
+    found = [Fence(page, text[:m.start("text")].count("\n") + 1, m["mark"] or "", m["kind"], m["text"])
+             for m in FENCE.finditer(text)]
+    return [fence for fence in found if kind in (None, fence.kind)]
+
+
+def module(path: str):
+    """A script of docs/, which is no package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+# Snippets.
+
+@pytest.fixture
+def at_root(monkeypatch):
+    """A page's snippets run where a reader stands, and leave torch's defaults as they were."""
+    monkeypatch.chdir(ROOT)
+    before, state = torch.get_default_dtype(), torch.get_rng_state()
+    yield
+    torch.set_default_dtype(before)
+    torch.set_rng_state(state)
+
+
+def run_snippets(page: str) -> dict:
+    """Run a page's unmarked python fences in one namespace, which is returned; errors name the page's line."""
+    names = {}
+    for fence in fences(page, "python"):
+        if not fence.mark:
+            exec(compile("\n" * (fence.line - 1) + fence.text, page, "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", ["docs/attention.md", "docs/training.md"])
+def test_every_snippet_of_the_page_runs_and_its_assertions_hold(page, at_root):
+    assert len(fences(page, "python")) > 8
+    run_snippets(page)
+
+
+def test_the_dozen_lines_of_the_readme_are_disentangled_attention(at_root):
+    generator = torch.Generator().manual_seed(0)
+    q, k, pos_q, pos_k = (torch.randn(shape, generator=generator, dtype=torch.float64)
+                          for shape in [(2, 3, 20, 6)] * 2 + [(3, 16, 6)] * 2)
+    found = run_snippets("README.md")["scores"](q, k, pos_q, pos_k, span=8, max_distance=24)
+    terms = disentangled_scores(q, k, pos_q, pos_k, relative_index(distance_rows(20, 8, 24)))
+    assert torch.allclose(found, sum(terms))
+
+
+def test_every_fence_is_run_or_says_why_not():
+    for page in RUN:
+        text = text_of(page)
+        assert text.count("```") == 2 * len(fences(page)), f"{page}: a fence that is not read"
+        for fence in fences(page):
+            assert fence.kind in ("python", "sh", "diff", ""), f"{page}:{fence.line}: a fence of {fence.kind}"
+            assert re.fullmatch(r"|slow|needs: .+|not run: .+|printed by: .+", fence.mark), f"{page}:{fence.line}"
+
+
+# Links and names.
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    found = set()
+    for heading in re.findall(r"^#+ +(.*?)\s*$", FENCE.sub("", text), re.M):
+        words = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()).replace(" ", "-")
+        found.add(next(name for n in range(100) if (name := f"{words}-{n}" if n else words) not in found))
+    return found
+
+
+def links(page: str) -> list[tuple[str, str]]:
+    """(text, target) of every link and picture of a page, fences left out."""
+    return re.findall(r"\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)", FENCE.sub("", text_of(page)))
+
+
+@pytest.mark.parametrize("page", [*PAGES, "weights/README.md", "weights/minipref-tiny/README.md"])
+def test_every_relative_link_and_anchor_leads_somewhere(page):
+    for _, target in links(page):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        assert file.resolve().is_relative_to(ROOT), f"{page}: {target} is outside the project"
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{page}: {target}"
+
+
+def defined_in(path: Path) -> set[str]:
+    """Functions, classes, `Class.method` and constants of a Python file."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return names
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_every_function_that_is_named_is_in_the_file_that_the_link_leads_to(page):
+    named = [(text.strip("`"), target) for text, target in links(page)
+             if target.endswith(".py") and re.fullmatch(r"`[A-Za-z_.]+`", text) and not text.strip("`").endswith(".py")]
+    for name, target in named:
+        assert name in defined_in((ROOT / page).parent / target), f"{page}: {name} is not in {target}"
+    assert page != "docs/attention.md" or len(named) >= 15
+
+
+def test_nothing_in_minipref_is_missing_from_the_reading_order():
+    order = re.search(r"^## Reading order\n(.*?)^## ", text_of("README.md"), re.S | re.M)[1]
+    for path in sorted((ROOT / "minipref").glob("*.py")):
+        if path.name != "__init__.py":
+            assert path.name in order, f"README's reading order lacks {path.name}"
+            assert path.name in minipref.__doc__, f"minipref's docstring lacks {path.name}"
+
+
+PROGRAMS = {"train.py": "train.py", "predict.py": "predict.py"} | {
+    f"-m minipref.{name}": f"minipref/{name}.py" for name in ("pretrain", "explain", "hub", "sample")}
+
+
+def test_every_option_and_target_of_a_command_exists():
+    """On all pages, also in the text: `train.py --x` needs an option --x, `make x` a target x."""
+    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.M))
+    commands = 0
+    for page in PAGES:
+        text = text_of(page)
+        for line in [*re.findall(r"`([^`\n]+)`", text), *(line for f in fences(page) for line in f.text.split("\n")),
+                     *re.findall(r"^    (\S.*)$", text, re.M)]:
+            line = line.split(" #")[0]
+            for program, file in PROGRAMS.items():
+                if re.search(rf"(python|^) ?{re.escape(program)}( |$)", line):
+                    commands += 1
+                    for option in re.findall(r" (--[a-z-]+)", line.split(program, 1)[1]):
+                        known = option == "--help" or re.search(f'"(--)?{option[2:]}"', source_of(file))
+                        assert known, f"{page}: {program} has no option {option}"
+            if re.match(r"make [a-z]", line):
+                commands += 1
+                for target in re.sub(r'[A-Z]+=("[^"]*"|\S+)', "", line.removeprefix("make ")).split():
+                    assert target in targets, f"{page}: make has no target {target}"
+    assert commands > 30
+
+
+# Figures and tables.
+
+def test_figures_tables_and_the_notebook_are_what_make_docs_makes():
+    build = module("docs/build.py")
+    assert [why for path, text in build.build().items() if (why := build.drift(path, text))] == []
+
+
+def test_drift_is_noticed():
+    build = module("docs/build.py")
+    for path in ("docs/figures/buckets.svg", "docs/figures/head.svg", "docs/kaggle.ipynb", "README.md"):
+        text = text_of(path)
+        assert build.drift(path, text) == "" and path in build.drift(path, text.replace("the", "teh").replace("d", "b"))
+    head = text_of("docs/figures/head.svg")
+    assert len(build.shades(head)) > 500
+    shade = next(n for n in range(2, 9) if f'class="s{n}"' in head and f'class="s{n + 1}"' in head)
+    one_up = re.sub(r'class="s(\d+)" d', lambda m: f'class="s{int(m[1]) + 1}" d', head, count=1)
+    assert build.drift("docs/figures/head.svg", one_up) == ""            # rounding on another processor
+    moved = head.replace(f'class="s{shade}" d', f'class="s{shade + 2}" d')
+    assert "head.svg" in build.drift("docs/figures/head.svg", moved)
+    assert "is missing" in build.drift("docs/figures/none.svg", "")
+
+
+def test_the_notebook_has_every_cell_of_its_source():
+    cells = json.loads(text_of("docs/kaggle.ipynb"))["cells"]
+    source = text_of("docs/kaggle_notebook.py")
+    assert len(cells) == source.count("# %%") and cells[0]["cell_type"] == "markdown"
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert all(text in source for text in code)
+    assert sorted(line for text in code for line in text.split("\n") if line) == sorted(
+        line for part in source.split("# %%")[1:] if not part.startswith(" [markdown]") for line in part.split("\n")
+        if line)
+
+
+@pytest.mark.slow
+def test_the_notebook_trains_and_predicts_on_the_sample(tmp_path):
+    inputs, work = tmp_path / "input", tmp_path / "work"
+    (inputs / "project").mkdir(parents=True)
+    for name in ("train.py", "predict.py", "minipref", "weights"):
+        (inputs / "project" / name).symlink_to(ROOT / name)
+    sample.write_sample(inputs / "competition", train_rows=120, test_rows=12)
+    cells = json.loads(text_of("docs/kaggle.ipynb"))["cells"]
+    script = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    settings = {"NOTEBOOK_INPUT": str(inputs), "NOTEBOOK_WORK": str(work),
+                "NOTEBOOK_TRAIN_OPTIONS": "--epochs 1 --precision fp32"}
+    out = run([sys.executable, "-c", script], tmp_path, **settings)
+    submission = pd.read_csv(work / "submission.csv", dtype={"id": str})
+    assert len(submission) == 12 and abs(submission.iloc[:, 1:].sum(axis=1) - 1).max() < 1e-6
+    assert "to be trained from" in out and (work / "run" / "report.html").is_file() and (work / "look.html").is_file()
+
+    shutil.copytree(work / "run" / "model", inputs / "trained")          # the second time it is there already
+    out = run([sys.executable, "-c", script], tmp_path, **settings | {"NOTEBOOK_WORK": str(tmp_path / "again")})
+    assert f"model    {inputs / 'trained'}" in out and not (tmp_path / "again" / "run").exists()
+    again = pd.read_csv(tmp_path / "again" / "submission.csv")
+    assert np.allclose(again.iloc[:, 1:], submission.iloc[:, 1:], atol=1e-6)
+
+
+def run(command: list[str], folder: Path, **settings: str) -> str:
+    """What a command prints; it has to end with 0."""
+    done = subprocess.run(command, cwd=folder, env=os.environ | settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+# Exercises.
+
+def breaking() -> list[tuple[str, str, str, str, str]]:
+    """(heading, file, the right lines, the wrong ones, the test) of the exercises that break something."""
+    parts = re.split(r"^## ", text_of("docs/exercises.md"), flags=re.M)[1:]
+    found = []
+    for part in parts:
+        change = re.search(r"^```diff\n(\S+)\n(.*?)^```", part, re.S | re.M)
+        if change:
+            lines = change[2].splitlines()
+            right, wrong = ("\n".join(line[1:] for line in lines if line[0] == sign) for sign in "-+")
+            test = re.search(r"-m pytest (tests/\S+::\S+)$", part, re.M)[1]
+            found.append((part.split("\n")[0], change[1], right, wrong, test))
+    return found
+
+
+def test_there_are_a_dozen_exercises_each_with_its_command():
+    parts = re.split(r"^## ", text_of("docs/exercises.md"), flags=re.M)[1:]
+    assert [int(part.split(".")[0]) for part in parts] == list(range(1, 13))
+    assert all("```sh\n.venv/bin/python " in part for part in parts) and len(breaking()) == 7
+    for _, file, right, _, _ in breaking():
+        assert source_of(file).count(right) == 1, f"{file} no longer has: {right}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exercise", breaking(), ids=[exercise[0] for exercise in breaking()])
+def test_the_test_that_an_exercise_names_fails_after_the_change_and_only_then(exercise):
+    _, file, right, wrong, test = exercise
+    with mutated(file, replaced(file, right, wrong)):
+        assert failures([test]), f"{test} did not notice"
+    assert failures([test]) == {}
+
+
+ANSWERS = {  # exercise: (one that is right, one that is not, what is said of that)
+    "buckets": ("from minipref import log_bucket",
+                "def log_bucket(d, span, most):\n    return d.clamp(1 - span, span - 1)", "are in another bucket"),
+    "adamw": ("from minipref import AdamW", "from torch.optim import Adam as AdamW", "after step 1"),
+    "temperature": ("from minipref.metrics import fit_temperature",
+                    "def fit_temperature(logits, labels):\n    return 1.0", "log loss is"),
+    "attention": ("from minipref.fused import blockwise_attention as attention",
+                  "from minipref.fused import blockwise_attention\n"
+                  "def attention(q, k, v, pos_q, pos_k, is_token, rows):\n"
+                  "    return blockwise_attention(q, k, v, pos_k, pos_q, is_token, rows)", "differs by"),
+    "head": ("def head():\n    return HEAD", "def head():\n    return HEAD[0] % 4 + 1, HEAD[1]", "another gives it"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_right_answer_is_called_right_and_a_wrong_one_is_told_what_is_wrong(name, tmp_path, capsys):
+    exercises = module("docs/exercises.py")
+    right, wrong, said = ANSWERS[name]
+    mine = tmp_path / "mine.py"
+    if name == "head":
+        heads = [(layer, number) for layer in range(1, 5) for number in range(1, 4)]
+        accepted = []
+        for pair in heads:
+            mine.write_text(f"def head():\n    return {pair}\n")
+            accepted += [pair] if exercises.main(["head", str(mine)]) == 0 else []
+        assert len(accepted) == 1
+        right, wrong = (text.replace("HEAD", str(accepted[0])) for text in (right, wrong))
+    mine.write_text(right)
+    assert exercises.main([name, str(mine)]) == 0 and "right: " in capsys.readouterr().out
+    mine.write_text(wrong)
+    assert exercises.main([name, str(mine)]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("not yet: ") and said in out and out.count("\n") == 1
+
+
+def test_an_answer_that_fits_the_definition_has_to_fit_transformers_too(tmp_path, capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    exercises = module("docs/exercises.py")
+    (tmp_path / "mine.py").write_text("from minipref.fused import blockwise_attention as attention\n")
+    assert exercises.main(["attention", str(tmp_path / "mine.py")]) == 0
+    assert "and a model with it is transformers'" in capsys.readouterr().out
+    with pytest.raises(exercises.NotYet, match="not transformers"):
+        exercises.parity(lambda q, k, v, *others: v)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [([], "one of buckets"), (["nothing", "mine.py"], "one of buckets"),
+                                                 (["buckets", "no.py"], "no such file"), (["adamw", "HERE"], "AdamW")])
+def test_nothing_to_check_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    arguments = [str(tmp_path / "mine.py") if part == "HERE" else part for part in arguments]
+    assert module("docs/exercises.py").main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+# Commands.
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the project as a reader has it after `make setup`: no runs, no data, the bundled encoder only."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("README.md", "Makefile", "pyproject.toml", "requirements.txt", "requirements-dev.txt", "train.py",
+                 "predict.py"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("minipref", "docs", "benchmarks", "tests", "weights/minipref-tiny"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    for stamp in ("runtime", "dev"):                       # newer than the requirements: make installs nothing
+        (folder / ".venv" / stamp).touch()
+    return folder
+
+
+def hurried(command: str) -> str:
+    """The command with options after its own that make it a matter of seconds."""
+    command = command.split("#")[0].strip()
+    if command == "make train":
+        return f'make train ARGS="{HURRY}"'
+    if "ablations.py" in command:
+        return f"{command} --only no-swap -- {HURRY}"
+    return f"{command} {HURRY}" if "python train.py" in command and "--resume" not in command else command
+
+
+def run_fence(fence: Fence, folder: Path) -> str:
+    """What a fence's commands print, one after the other in `folder`; the sample's test rows are cut to a dozen."""
+    printed = []
+    for line in fence.text.strip().split("\n"):
+        test_rows = folder / "data" / "sample" / "test.csv"
+        if test_rows.is_file() and "train" not in line:
+            pd.read_csv(test_rows, dtype=str, keep_default_na=False).head(12).to_csv(test_rows, index=False)
+        printed.append(run(["bash", "-ec", hurried(line)], folder))
+    return "".join(printed)
+
+
+def sh_fences(mark: str) -> list[Fence]:
+    return [fence for page in RUN for fence in fences(page, "sh") if fence.mark.startswith(mark)]
+
+
+def shape(line: str) -> str:
+    """A line of output with its figures, and what hangs on them, made equal."""
+    line = re.sub(r"-?\d[\d,.]*(e-?\d+)?", "#", line.replace("NOT better", "Better"))
+    return re.sub(r"\s+", " ", re.sub(r"^ended: .*", "ended:", line)).removesuffix(" best").strip()
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs_and_prints_what_the_readme_says(checkout):
+    printed = {}
+    for fence in fences("README.md"):
+        if fence.mark == "slow" and fence.kind == "sh":
+            printed[fence.text.strip()] = run_fence(fence, checkout)
+        elif fence.mark == "slow":
+            run([sys.executable, "-W", "error", "-c", fence.text], checkout)
+        elif fence.mark.startswith("printed by"):
+            lines = {shape(line) for line in printed[fence.mark.removeprefix("printed by: ")].splitlines()}
+            for line in fence.text.splitlines():
+                assert line == "..." or shape(line) in lines, f"not printed: {line}"
+    assert len(printed) >= 3
+    header = text_of("README.md").split("id,winner", 1)[1].split("\n")[0]
+    assert (checkout / "submission.csv").read_text().startswith(f"id,winner{header}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in RUN if page not in ("README.md", "docs/exercises.md")])
+def test_every_other_command_of_a_page_runs(page, checkout):
+    for fence in fences(page, "sh"):
+        if fence.mark in ("", "slow"):
+            run_fence(fence, checkout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fence", sh_fences("needs"), ids=lambda fence: f"{fence.page}:{fence.line}")
+def test_commands_that_need_fetched_files_run_where_the_files_are(fence, checkout):
+    files = fence.mark.removeprefix("needs: ").split()
+    missing = [name for name in files if not (ROOT / name).exists()]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} was not fetched: {fence.page}:{fence.line} was not run")
+    for name in files:
+        (checkout / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    try:
+        run_fence(fence, checkout)
+    finally:
+        for name in files:
+            (checkout / name).unlink()
+
+
+@pytest.mark.slow
+def test_the_readmes_figures_of_the_sample_are_the_samples(tmp_path):
+    """All that `make train` prints and no training decides: rows, split, baselines and the best reachable score."""
+    import train
+    text = next(fence.text for fence in fences("README.md") if fence.mark == "printed by: make train")
+    path = sample.write_sample(tmp_path)["train"]
+    pairs = list(read_pairs(path))
+    labels, lengths = np.array([pair.label for pair in pairs]), character_counts(pairs)
+    a, b, ties = np.bincount(labels)
+    assert f"{len(pairs):,} rows: {a:,} A, {b:,} B, {ties:,} ties; 0 missing" in text
+
+    options = train.fill_in({"train": [str(path)], "encoder": "weights/minipref-tiny"})
+    (train_rows, valid_rows), = train.split(pairs, [], train.figures(options), options)
+    assert f"{len(train_rows):,} rows to train on, {len(valid_rows):,} to validate on" in text
+    results = metrics.baselines(lengths[train_rows], labels[train_rows], lengths[valid_rows], labels[valid_rows])
+    truth = train.read_truth([str(path)])
+    reachable = np.array([truth[pairs[row].id] for row in valid_rows])
+    results["best reachable"] = metrics.evaluate(reachable, labels[valid_rows])
+    for line in metrics.score_table(results).splitlines()[1:]:
+        name, *figures = re.split(r"\s{2,}", line.strip())
+        found = re.search(rf"^{name}\s{{2,}}(.*)$", text, re.M)[1].split()
+        assert np.allclose([float(f) for f in found], [float(f) for f in figures], atol=1.1e-3), name

@@ -1,0 +1,163 @@
+"""report.html: what it draws are the run's figures, whatever the texts hold, and without matplotlib too."""
+
+import csv
+import re
+import sys
+
+import numpy as np
+import pytest
+from small import write_encoder, write_rows
+
+import train
+from minipref import metrics, plots
+from minipref.config import LABELS, recipe
+from minipref.data import Pair, character_counts
+from minipref.report import score_logits
+
+CONFIG = recipe("tiny")
+
+
+def finished_run(count=200, seed=0, evaluations=3):
+    """A made-up run's report, metrics rows, pairs and logits."""
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, 3, count)
+    logits = draw.normal(size=(count, 2, 3))
+    logits[np.arange(count), :, labels] += 1
+    texts = [f"<i>{'x' * int(n)}</i>" for n in draw.integers(1, 300, 3 * count)]
+    pairs = [Pair(f"row-{n}", (texts[3 * n],), (texts[3 * n + 1], None), (texts[3 * n + 2],), int(label))
+             for n, label in enumerate(labels)]
+    lengths = character_counts(pairs)
+    report = {"ended": "all 3 epochs done", "steps": 300, "best_step": 200, "train_rows": 1600, "valid_rows": count,
+              "temperature": 1.2} | score_logits(logits, labels, lengths, labels, lengths, 0)
+    rows = [{"step": 100 * n, "epoch": float(n), "train_loss": 1.1 - n / 10, "log_loss": 1.0 - n / 20,
+             "lr": plots.learning_rate(100 * n, 300, CONFIG), "accuracy": 0.4, "f1": 0.3, "best": int(n < 3)}
+            for n in range(1, evaluations + 1)]
+    return report, rows, pairs, logits
+
+
+def written(tmp_path, report, rows, pairs, logits) -> str:
+    plots.write_report(tmp_path, report, rows, CONFIG, pairs, logits)
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+class Axes:
+    """Stands in for matplotlib's axes and remembers what it is told to draw."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *arguments, **options: self.calls.append((name, arguments, options))
+
+    def of(self, name):
+        return [(arguments, options) for called, arguments, options in self.calls if called == name]
+
+
+def test_equal_runs_have_equal_pages_with_every_figure_and_table(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    page = written(tmp_path, *finished_run())
+    assert page == written(tmp_path, *finished_run())
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", page) == [
+        "Loss", "Scores", "Learning rate", "People and model", "Reliability", "Length and correctness",
+        "Liking for length"]
+    assert page.count('<svg role="img" aria-label="') == 7 and plots.INK not in page and "currentColor" in page
+    assert page.count("<details>") == plots.MISTAKES and "prefers-color-scheme: dark" in page
+
+
+def test_a_page_fetches_nothing_and_takes_no_text_for_html(tmp_path):
+    page = written(tmp_path, *finished_run())
+    assert "<i>" not in page and "&lt;i&gt;xx" in page and "default-src 'none'" in page
+    assert not re.search(r"<(script|img|link|iframe)|\bsrc=|@import|url\((?!#)", page)
+    assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', page))
+
+
+def test_without_matplotlib_the_page_has_its_tables_and_that_is_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plots.say_what_is_left_out.cache_clear()
+    for fold in ("fold-1", "fold-2"):
+        (tmp_path / fold).mkdir()
+        page = written(tmp_path / fold, *finished_run())
+        assert "<svg" not in page and "The figures were left out" in page and page.count("<table>") == 3
+    plots.say_what_is_left_out.cache_clear()
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "matplotlib is not installed" in out
+
+
+@pytest.mark.parametrize("make", [lambda: finished_run(count=1, evaluations=1), lambda: finished_run(count=2)])
+def test_a_handful_of_rows_still_makes_a_page(tmp_path, make):
+    report, rows, pairs, logits = make()
+    empty = [Pair(pair.id, ("",), ("",), ("",), pair.label) for pair in pairs]
+    assert "<h2>The" in written(tmp_path, report, rows, empty, logits)
+
+
+def test_a_run_on_all_rows_has_a_page_without_scores(tmp_path):
+    report = {"ended": "all 3 epochs done", "steps": 300, "best_step": 0, "train_rows": 1600, "valid_rows": 0}
+    page = written(tmp_path, report, [], [], np.empty((0, 2, 3)))
+    assert "there is no score" in page and "<table>" not in page
+
+
+def test_mistakes_are_the_surest_first_with_their_texts():
+    pairs = [Pair("sure", ("p",), ("a" * 5000,), ("b",), 0), Pair("right", ("p",), ("a",), ("b",), 1),
+             Pair("less sure", ("p",), ("a",), (None,), 2)]
+    page = plots.mistakes_html(pairs, np.array([0, 1, 2]), np.array([[.05, .9, .05], [.1, .8, .1], [.6, .3, .1]]))
+    assert re.findall(r"<summary>(.*?)</summary>", page) == [
+        "sure: people said A, the model B with 90%", "less sure: people said tie, the model A with 60%"]
+    assert "[... 3,500 characters ...]" in page and "(no answer)" in page and "The 2 most" in page
+
+
+def test_the_confusion_matrix_is_drawn_with_peoples_verdicts_in_rows():
+    axes, (report, *_) = Axes(), finished_run()
+    result = report["results"]["model, calibrated"]
+    plots.draw_confusion(axes, result)
+    cells = {(y, x): int(text.split("\n")[0].replace(",", "")) for (x, y, text), _ in axes.of("text")}
+    assert [[cells[truth, said] for said in range(3)] for truth in range(3)] == result["confusion"]
+    assert axes.of("set_yticks")[0][0][1] == LABELS and axes.of("set_ylabel")[0][0] == ("people said",)
+    low, high = axes.of("set_ylim")[0][0]
+    assert low > high                                                    # the first row on top, as in the table
+
+
+def test_the_reliability_diagram_has_the_calibration_bins():
+    axes, (report, *_) = Axes(), finished_run()
+    result = report["results"]["model, calibrated"]
+    plots.draw_reliability(axes, result)
+    (x, y), options = axes.of("scatter")[0]
+    assert x == [b["confidence"] for b in result["calibration"]] and y == [b["accuracy"] for b in result["calibration"]]
+    assert len(options["s"]) == len(x)
+
+
+def test_tenths_hold_every_row_once_in_order():
+    by, values = np.arange(100)[::-1], (np.arange(100) < 50).astype(float)
+    middles, means, errors = plots.tenths(by, values)
+    assert np.allclose(middles, np.arange(4.5, 100, 10)) and np.allclose(means, [0] * 5 + [1] * 5)
+    assert np.allclose(errors, 0) and len(plots.tenths(np.arange(3), np.ones(3))[0]) == 3
+
+
+def test_length_bias_compares_what_people_did_with_what_the_model_expects():
+    axes, (_, _, pairs, logits) = Axes(), finished_run()
+    labels, p = np.array([pair.label for pair in pairs]), metrics.averaged(logits, 1.0)
+    plots.draw_length_bias(axes, p, labels, character_counts(pairs))
+    (people, _), (model, _) = ((arguments[1], options) for arguments, options in axes.of("errorbar"))
+    assert np.isclose(people.mean(), (labels == 0).mean()) and np.isclose(model.mean(), p[:, 0].mean())
+
+
+def test_the_drawn_learning_rate_is_the_one_that_training_used(tmp_path, monkeypatch):
+    """A real run: the schedule that the page draws passes through the rates that the loop noted."""
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    monkeypatch.setattr(plots, "figures_html", lambda figures: drawn.extend(figures) or "")
+    encoder, rows = write_encoder(tmp_path / "encoder"), write_rows(tmp_path / "t.csv", 90)
+    options = {"--train": rows, "--encoder": encoder, "--run": "r", "--recipe": "tiny", "--epochs": 3,
+               "--batch-size": 4, "--accumulate": 3, "--precision": "fp32", "--patience": 0}
+    try:
+        assert train.main([str(part) for option in options.items() for part in option]) == 0
+    finally:
+        train.torch.use_deterministic_algorithms(False)
+    axes = Axes()
+    next(draw for title, _, draw in drawn if title == "Learning rate")(axes)
+    (curve, _), (dots, _) = ((arguments[:2], options) for arguments, options in axes.of("plot"))
+    with open("r/metrics.csv", encoding="utf-8") as file:
+        noted = [(int(row["step"]), float(row["lr"])) for row in csv.DictReader(file)]
+    assert len(noted) == 6 and list(zip(*dots)) == noted
+    schedule = dict(zip(curve[0].tolist(), curve[1]))
+    assert all(np.isclose(schedule[step], rate, rtol=1e-12) for step, rate in noted)
+    assert (tmp_path / "r" / "report.html").is_file()
