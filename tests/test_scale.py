@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,19 +57,19 @@ def check_shape(config: EncoderConfig, folder: Path, lengths: list[int]) -> None
         assert relative(model(ids, is_token), wanted) < 1e-4
     del reference
 
-    # A step in the wrong direction, or of a wrong size, would not lower the loss; a fresh start has gentle gradients.
+    # A step in the wrong direction would not lower the loss; a fresh start has gentle gradients.
     initialise(model, 0.02)
     optimizer = AdamW(decay_groups(model.train(), 0.01), lr=1e-4)
     labels = torch.tensor([0, 2])
     losses = []
-    for _ in range(3):
+    for _ in range(2):
         optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(model(ids, is_token), labels)
         loss.backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
         optimizer.step()
         losses.append(loss.item())
-    assert losses[2] < losses[0]
+    assert losses[1] < losses[0]
 
 
 @pytest.mark.parametrize("name", ["v3-xsmall", "v3-base", "v3-large"])
@@ -106,13 +107,13 @@ print(private() - before)
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="only Linux tells private from shared memory")
 def test_a_loaded_model_lies_in_its_file_until_it_is_trained(tmp_path):
     """Several processes that load one float32 file share its pages; none has a copy of its own at the start."""
-    config = EncoderConfig(vocab_size=60_000, width=384, heads=6, layers=2, feed_forward=1536)
+    config = EncoderConfig(vocab_size=30_000, width=384, heads=6, layers=2, feed_forward=1536)
     save_classifier(large_model(config), tmp_path)
     megabytes = (tmp_path / "model.safetensors").stat().st_size / 2**20
     done = subprocess.run([sys.executable, "-c", LOADING, str(tmp_path)], capture_output=True, text=True, check=True,
                           cwd=ROOT)
     loaded, trained = map(float, done.stdout.split())
-    assert megabytes > 100 and loaded < 0.1 * megabytes, "MB of memory of its own"
+    assert megabytes > 50 and loaded < 0.1 * megabytes, "MB of memory of its own"
     assert trained > 0.8 * megabytes, "the word table, once it has been written to"
 
 
@@ -155,8 +156,8 @@ def test_each_precision_learns(precision):
 def test_each_precision_learns_in_a_run(tmp_path, monkeypatch):
     """train.py itself, on rows with a rule: far below the 1.06 of a model that knows the classes' shares only."""
     monkeypatch.chdir(tmp_path)
-    rows, encoder = write_rows(tmp_path / "t.csv", 200), write_encoder(tmp_path / "encoder", dropout=0.0)
-    for precision in ("fp32", "bf16", "fp16"):
+    rows, encoder = write_rows(tmp_path / "t.csv", 120), write_encoder(tmp_path / "encoder", dropout=0.0)
+    for precision in ("fp32", "bf16"):                                    # fp16 in the test after the next
         assert train.main(["--train", str(rows), "--encoder", str(encoder), "--run", precision, "--recipe", "tiny",
                            "--epochs", "6", "--lr", "3e-3", "--batch-size", "8", "--head-dropout", "0", "--precision",
                            precision, "--evals-per-epoch", "1", "--patience", "0"]) == 0
@@ -178,9 +179,9 @@ def test_an_overflow_skips_the_step_halves_the_scale_and_the_scale_recovers():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_a_run_counts_skipped_steps_and_goes_on(tmp_path, monkeypatch):
+def test_a_run_in_fp16_counts_skipped_steps_and_learns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows, encoder = write_rows(tmp_path / "t.csv", 200), write_encoder(tmp_path / "encoder", dropout=0.0)
+    rows, encoder = write_rows(tmp_path / "t.csv", 120), write_encoder(tmp_path / "encoder", dropout=0.0)
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**32))
     assert train.main(["--train", str(rows), "--encoder", str(encoder), "--run", "r", "--recipe", "tiny", "--epochs",
@@ -276,12 +277,12 @@ def test_a_file_of_that_shape_is_read_in_a_process_of_its_own(tmp_path):
 
 # --- everything that only a GPU can show
 
-@pytest.mark.parametrize("options", [[]])
-def test_the_gpu_check_runs_here_too(tmp_path, options):
+@pytest.mark.slow
+def test_the_gpu_check_runs_on_a_cpu_too(tmp_path):
+    """So that it has not rotted on the day when somebody has a GPU."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--device", "cpu", "--small",
-                           "--output", str(tmp_path / "report.md"), *options], capture_output=True, text=True,
-                          timeout=300, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    report = (tmp_path / "report.md").read_text()
-    assert "FAILED" not in report and report.count("| ok |") >= 4
+                           "--output", str(tmp_path / "report.md")], capture_output=True, text=True, timeout=300,
+                          cwd=tmp_path, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "report.md").read_text().count("| ok |") == 9
