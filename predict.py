@@ -3,6 +3,7 @@
     python predict.py test.csv                              writes submission.csv with the newest run's model
     python predict.py test.csv --model runs/a/model runs/b/model      the average of several models
     python predict.py --prompt "..." --a "..." --b "..."    one pair, printed
+    torchrun --standalone --nproc-per-node 4 -- predict.py test.csv   rows shared out to four GPUs or processes
 
 A CSV with label columns is scored as well. What is unusual here: the submission is checked before it is moved into
 place, so a file of that name is always a whole and valid one.
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from minipref import metrics
+from minipref import distributed, metrics
 from minipref.config import LABELS
 from minipref.data import LABEL_COLUMNS, read_pairs
 from minipref.errors import ArgumentParser, InputError
@@ -52,27 +53,35 @@ def parse_arguments(arguments: list[str] | None):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        options = parse_arguments(arguments)
-        device = choose_device(options.device)
-        precision = choose_precision(options.precision, device)
-        folders = options.model or newest_models()
-        judges = [load_judge(folder, device, precision) for folder in folders]
-        if options.csv is None:
-            for label, p in zip(LABELS, judge_block(judges, [(options.prompt, options.a, options.b)], options)[0]):
-                print(f"{label:<4} {p:.4f}")
-        else:
-            print(f"model      {', '.join(map(str, folders))}")
-            predict_file(judges, options)
-    except InputError as problem:
-        print(f"predict.py: {problem}", file=sys.stderr)
-        return 2
-    except OSError as problem:
-        print(f"predict.py: {' '.join(str(problem).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("predict.py: interrupted, nothing was written", file=sys.stderr)
-        return 130
+    with distributed.joined():
+        try:
+            options = parse_arguments(arguments)
+            device = distributed.own_device(choose_device(options.device))
+            precision = choose_precision(options.precision, device)
+            folders = options.model or newest_models()
+            judges = [load_judge(folder, device, precision) for folder in folders]
+            if options.csv is None:
+                for label, p in zip(LABELS, judge_rows(judges, [(options.prompt, options.a, options.b)], options)[0]):
+                    print(f"{label:<4} {p:.4f}")
+            else:
+                print(f"model      {', '.join(map(str, folders))}")
+                predict_file(judges, options)
+        except InputError as problem:
+            if distributed.speaks():
+                print(f"predict.py: {problem}", file=sys.stderr)
+            return 2
+        except OSError as problem:
+            print(f"predict.py{distributed.who()}: {' '.join(str(problem).split())}", file=sys.stderr)
+            return 1
+        except RuntimeError as problem:
+            if not distributed.is_lost(problem):
+                raise
+            print(f"predict.py{distributed.who()}: another process is gone, and all stop with it; nothing was written",
+                  file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(f"predict.py{distributed.who()}: interrupted, nothing was written", file=sys.stderr)
+            return 130
     return 0
 
 
@@ -92,19 +101,26 @@ def predict_file(judges: list[Judge], options) -> None:
     """Judge every row of the CSV and write the submission; print the metrics if the rows are labelled.
 
     All rows are read before the first is judged: that costs their text's memory, and spares the hours that a bad last
-    row would have wasted. Tokens and logits are made block by block.
+    row would have wasted. Tokens and logits are made block by block. Several processes judge every N-th row each.
     """
     pairs = list(read_pairs(options.csv, labels="if present", unique_ids=True))
     print(f"rows       {options.csv}: {len(pairs):,}")
-    with tqdm(total=len(pairs) * len(judges), unit="pairs", disable=None, dynamic_ncols=True) as bar:
-        probabilities = np.concatenate([judge_block(judges, pairs[begin:begin + ROWS_AT_ONCE], options, bar.update)
-                                        for begin in range(0, len(pairs), ROWS_AT_ONCE)])
+    mine = distributed.share(np.arange(len(pairs)))
+    probabilities = np.zeros((len(pairs), len(LABELS)))
+    with tqdm(total=len(mine) * len(judges), unit="pairs", disable=None if distributed.is_first() else True,
+              dynamic_ncols=True) as bar:
+        for begin in range(0, len(mine), ROWS_AT_ONCE):
+            block = mine[begin:begin + ROWS_AT_ONCE]
+            probabilities[block] = judge_rows(judges, [pairs[row] for row in block], options, bar.update)
+    probabilities = distributed.summed(probabilities)            # what is another's is 0 here
+    broken = int(distributed.summed(judges[0].tokenizer.replaced_surrogates))
+    if not distributed.is_first():
+        return
     ids, labels = [pair.id for pair in pairs], [pair.label for pair in pairs]
     write_submission(options.output, ids, probabilities)
     orders = "one order" if options.no_swap_average else "both orders"
     print(f"wrote      {options.output}: {len(ids):,} rows, {orders} "
           f"of each, {len(judges)} model{'s' if len(judges) > 1 else ''}")
-    broken = judges[0].tokenizer.replaced_surrogates
     if broken:
         print(f"           {broken:,} texts with broken characters mended")
     if labels[0] is not None:
@@ -112,8 +128,8 @@ def predict_file(judges: list[Judge], options) -> None:
         print(f"\n{metrics.score_table({'these rows': result})}\n\n{metrics.confusion_table(result)}")
 
 
-def judge_block(judges: list[Judge], pairs: list, options,
-                progress: Callable[[int], object] | None = None) -> np.ndarray:
+def judge_rows(judges: list[Judge], pairs: list, options,
+               progress: Callable[[int], object] | None = None) -> np.ndarray:
     """The mean of all models' probabilities. Shapes: N rows -> (N, 3)."""
     return np.mean([judge.compare_many(pairs, options.batch_tokens, not options.no_swap_average, progress)
                     for judge in judges], axis=0)

@@ -3,12 +3,15 @@
     python train.py                                     what `make train` does: real rows and weights if they are there
     python train.py --train data/train.csv --encoder weights/deberta-v3-small --run runs/first
     python train.py --resume --run runs/first           go on exactly where it stopped
+    torchrun --standalone --nproc-per-node 4 -- train.py   the same on four GPUs, or four shares of a CPU
 
 What is unusual here:
 - The loop has one flat body: evaluate if an evaluation is due, else take one optimizer step; save now and then. All
   that the next turn depends on is in `Progress`, the model, the optimizer and the random generators, and all of that
   is the saved state. So a run can stop between any two turns, and goes on bit for bit.
 - Order and swaps of an epoch are functions of (seed, epoch): there is no sampler whose state could be lost.
+- Several processes run this same file. They differ in which rows of a batch are theirs and in that only the first
+  writes and speaks; the calls of `distributed`, which do nothing in a single process, are all there is to it.
 - The score at the end stands beside what one gets for nothing, and is said as it is.
 """
 
@@ -31,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minipref import metrics, plots, runs, sample
+from minipref import distributed, metrics, plots, runs, sample
 from minipref.checkpoint import load_classifier
 from minipref.classifier import PreferenceModel
 from minipref.config import LABELS, RECIPES, TrainConfig
@@ -79,7 +82,7 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     add("--folds", type=_number(int, 2), help="train this many models, each validated on rows that it never saw")
     add("--all-rows", action="store_true", help="train on every row; nothing is left to validate on")
     add("--epochs", type=whole, help="passes over the training rows")
-    add("--batch-size", type=whole, help="rows in one pass forward and backward")
+    add("--batch-size", type=whole, help="rows in one pass forward and backward, over all processes")
     add("--eval-batch-size", type=whole, help="the same, for evaluation")
     add("--accumulate", type=whole, help="passes per optimizer step")
     add("--lr", type=real, help="learning rate at the peak")
@@ -120,13 +123,16 @@ FREE_TO_CHANGE = {"resume", "run", "save_every"}       # on --resume; everything
 def fill_in(given: dict) -> dict:
     """The options of a new run: what was given, and a default for what was not."""
     options = DEFAULTS | given
-    options.setdefault("run", str(Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]))
+    if "run" not in options:
+        now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+        options["run"] = distributed.from_first(str(Path("runs") / now))
     if "encoder" not in options:
         places = (REAL_WEIGHTS, HERE / REAL_WEIGHTS, BUNDLED_WEIGHTS, HERE / BUNDLED_WEIGHTS)
         options["encoder"] = str(next((place for place in places if place.is_dir()), places[-1]))
     if "train" not in options:
-        if not REAL_ROWS.is_file():
+        if not REAL_ROWS.is_file() and distributed.is_first():
             sample.write_sample(SAMPLE_ROWS.parent)
+        distributed.wait()
         options["train"] = [str(REAL_ROWS if REAL_ROWS.is_file() else SAMPLE_ROWS)]
     options.setdefault("recipe", "tiny" if Path(options["encoder"]).name == BUNDLED_WEIGHTS.name else "seed")
     for first, second in (("folds", "all_rows"), ("folds", "valid"), ("all_rows", "valid")):
@@ -165,10 +171,14 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Inside its block the first SIGINT or SIGTERM waits until the loop gets to it; a second ends the process."""
+    """Inside its block the first SIGINT or SIGTERM waits until the loop gets to it; a second ends the process.
+
+    Of several processes each may get the signal twice, from the system and passed on by torchrun: one that comes within
+    five seconds of the first is taken for the same.
+    """
 
     def __init__(self):
-        self.number = None
+        self.number, self.since = 0, 0.0
 
     def __enter__(self) -> "StopSignal":
         self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -179,12 +189,13 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: object) -> None:
-        if self.number is not None:
+        if self.number and (distributed.size() == 1 or time.monotonic() - self.since > 5):
             os._exit(128 + number)
-        self.number = number
+        self.number, self.since = number, time.monotonic()
 
     def check(self, *_) -> None:
-        if self.number is not None:
+        self.number = distributed.most(self.number)
+        if self.number:
             raise Stopped
 
 
@@ -195,20 +206,28 @@ class Failed(Exception):
 # --- the program ------------------------------------------------------------------------------------------------------
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        given = parse_arguments(arguments)
-        options = resumed(given) if "resume" in given else fill_in(given)
-        with StopSignal() as stop:
-            run(options, stop)
-    except Stopped:
-        print(f"stopped; the state is saved. To go on: python train.py --resume --run '{options['run']}'")
-        return 128 + stop.number
-    except InputError as problem:
-        print(f"train.py: {problem}", file=sys.stderr)
-        return 2
-    except (Failed, OSError) as problem:
-        print(f"train.py: {' '.join(str(problem).split())}", file=sys.stderr)
-        return 1
+    with distributed.joined():
+        try:
+            given = parse_arguments(arguments)
+            options = resumed(given) if "resume" in given else fill_in(given)
+            with StopSignal() as stop:
+                run(options, stop)
+        except Stopped:
+            print(f"stopped; the state is saved. To go on: python train.py --resume --run '{options['run']}'")
+            return 128 + stop.number
+        except (InputError, Failed) as problem:               # which all processes meet alike
+            if distributed.speaks():
+                print(f"train.py: {problem}", file=sys.stderr)
+            return 2 if isinstance(problem, InputError) else 1
+        except OSError as problem:
+            print(f"train.py{distributed.who()}: {' '.join(str(problem).split())}", file=sys.stderr)
+            return 1
+        except RuntimeError as problem:
+            if not distributed.is_lost(problem):
+                raise
+            print(f"train.py{distributed.who()}: another process of the run is gone, and all stop with it; the last "
+                  "saved state is whole. To go on: the same command with --resume and --run", file=sys.stderr)
+            return 1
     return 0
 
 
@@ -231,7 +250,7 @@ class Setup:
 def run(options: dict, stop: StopSignal) -> None:
     """Read, split, encode, train once or once per fold, report."""
     config, folder = figures(options), Path(options["run"])
-    device = choose_device(options["device"])
+    device = distributed.own_device(choose_device(options["device"]))
     precision = choose_precision(options["precision"], device)
     if device.type == "cpu":              # the same sums in the same order: runs on a CPU can be repeated bit for bit
         torch.use_deterministic_algorithms(True)
@@ -247,8 +266,9 @@ def run(options: dict, stop: StopSignal) -> None:
     pairs = pairs + held_out
     identity = check_identity(folder, options, config, device, precision)
     source = json.dumps([identity["train"], identity["valid"], options.get("limit")])
-    examples, cached = encode_cached(pairs, tokenizer, config.max_length, folder / "tokens.safetensors", source,
-                                     progress=sys.stderr.isatty())
+    with distributed.first_before_others():
+        examples, cached = encode_cached(pairs, tokenizer, config.max_length, folder / "tokens.safetensors", source,
+                                         progress=sys.stderr.isatty())
     setup = Setup(options, config, device, precision, tokenizer, pairs, examples, character_counts(pairs),
                   read_truth(options["train"]), stop)
     say_what_was_taken(setup, splits, cached)
@@ -258,7 +278,7 @@ def run(options: dict, stop: StopSignal) -> None:
         if len(splits) > 1:
             print(f"\nfold {number} of {len(splits)}")
         logits.append(fit(folder / f"fold-{number}" if len(splits) > 1 else folder, train_rows, valid_rows, setup))
-    if len(splits) > 1:
+    if len(splits) > 1 and distributed.is_first():
         scored = score_folds(logits, splits, examples.labels, setup.lengths, options["seed"])
         print(f"\nout of fold, {len(splits)} models, {len(pairs):,} rows\n{as_text(scored, 'out of fold')}")
         write_json(folder / "report.json", {"folds": len(splits), "rows": len(pairs)} | scored)
@@ -290,7 +310,8 @@ def check_identity(folder: Path, options: dict, config: TrainConfig, device: tor
         "encoder": {file.name: sha256_of(file) for file in sorted(encoder.iterdir())
                     if file.suffix in (".safetensors", ".json", ".model")},
         "device": device.type, "precision": precision, "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "python": platform.python_version(), "system": platform.machine(),
+        "processes": distributed.size(), "torch": torch.__version__, "python": platform.python_version(),
+        "system": platform.machine(),
     }
     path = folder / "config.json"
     if "resume" in options:
@@ -299,11 +320,11 @@ def check_identity(folder: Path, options: dict, config: TrainConfig, device: tor
             if stored.get(name) != identity[name]:
                 raise InputError(file=path, found=f"{name} has changed since the run began",
                                  expected="the same content, or a run of its own")
-        for name in ("device", "threads", "torch", "python", "system"):
+        for name in ("device", "threads", "processes", "torch", "python", "system"):
             if stored.get(name) != identity[name]:
                 print(f"note: {name} is {identity[name]} and was {stored.get(name)}: "
                       "the run goes on, but not bit for bit")
-    else:
+    elif distributed.is_first():
         write_json(path, {"options": {k: v for k, v in options.items() if k not in ("run", "resume")},
                           "figures": dataclasses.asdict(config), "identity": identity})
     return identity
@@ -343,7 +364,7 @@ def say_what_was_taken(setup: Setup, splits: list[tuple], cached: bool) -> None:
     else:
         print(f"split      none: all {len(train_rows):,} rows are trained on, so there will be no score")
     print(f"machine    {setup.device.type}, {setup.precision}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}")
+          f"torch {torch.__version__}{f', {distributed.size()} processes' if distributed.size() > 1 else ''}")
     print(f"recipe     {options['recipe']}")
     for name, (_, source) in RECIPES[options["recipe"]].items():
         given = name in options
@@ -375,7 +396,7 @@ class Progress:
 def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup) -> np.ndarray:
     """Train one model and report on it. Returns the validation rows' logits in both orders, (rows, 2, 3)."""
     options, config, device, stop = setup.options, setup.config, setup.device, setup.stop
-    valid, judge_folder, seed = setup.examples.take(valid_rows), folder / "model", options["seed"]
+    valid, seed = setup.examples.take(valid_rows), options["seed"]
 
     runs.seed_everything(seed)
     model = load_classifier(options["encoder"], device=device)
@@ -385,6 +406,8 @@ def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Set
     model.encoder.word_table.weight.requires_grad_("freeze_embeddings" not in options)
     model.encoder.checkpoint_activations = "checkpoint_activations" in options
     forward = torch.compile(model, dynamic=True) if "compile" in options else model
+    forward = distributed.parallel(forward, device)
+    distributed.own_randomness(seed)
     optimizer = AdamW(decay_groups(model, config.weight_decay), lr=config.lr, eps=config.adam_eps)
     scaler = torch.amp.GradScaler(device.type, enabled=setup.precision == "fp16")
     judge = Judge(model, setup.tokenizer, config.max_length, precision=setup.precision)
@@ -406,19 +429,18 @@ def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Set
 
     model.train()
     bar = tqdm(total=config.epochs * len(train_rows), initial=progress.step * config.batch_size * config.accumulate,
-               unit="pairs", disable=None, dynamic_ncols=True, smoothing=0.05)
+               unit="pairs", disable=None if distributed.is_first() else True, dynamic_ncols=True, smoothing=0.05)
     started = saved = time.monotonic()
     first_step, epoch_in_hand = progress.step, None
     try:
         while not progress.finished:
             if progress.step in evaluate_at and progress.evaluated < progress.step and len(valid_rows):
                 logits = predict_logits(model, valid, setup.tokenizer, config.eval_batch_size * config.max_length,
-                                        config.eval_batch_size, setup.precision, orders=(False,), progress=stop.check)
+                                        config.eval_batch_size, setup.precision, (False,), stop.check, together=True)
                 started = clock(progress, started)
                 note_evaluation(progress, metrics.averaged(logits, 1.0), valid.labels, steps_per_epoch, optimizer, bar)
                 if progress.since_best == 0:
-                    judge.save(judge_folder)
-                    remember_latest(folder)
+                    save_best(judge, folder)
                 elif config.patience and progress.since_best >= config.patience:
                     progress.finished = f"no better log loss in {config.patience} evaluations"
             elif progress.step == total:
@@ -439,7 +461,7 @@ def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Set
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
                 if progress.step == first_step + 10:
                     say_how_long(total - first_step, time.monotonic() - started, bar)
-                if time.monotonic() - saved < 60 * options["save_every"]:
+                if not distributed.most(time.monotonic() - saved >= 60 * options["save_every"]):
                     stop.check()
                     continue
             saved = started = clock(progress, started)
@@ -459,19 +481,23 @@ def take_step(model: torch.nn.Module, optimizer: AdamW, scaler: torch.amp.GradSc
               progress: Progress, setup: Setup) -> tuple[float, int]:
     """One optimizer step on the batches of a window: forward, backward, clip, AdamW. Returns mean loss and rows.
 
-    The loss is the mean over the window's rows, so accumulating equals one large batch even where the last is smaller.
+    The loss is the mean over the window's rows, so accumulating equals one large batch even where the last is smaller,
+    and so do several processes, each with its share of the rows.
     """
     rows_in_window = sum(len(rows) for rows, _ in window)
     total = 0.0
     optimizer.zero_grad(set_to_none=True)
-    for rows, swapped in window:
+    for number, batch in enumerate(window, 1):
+        rows, swapped, weight = distributed.batch_share(*batch)
         ids, is_token, labels = (t.to(setup.device) for t in make_batch(setup.examples, rows, swapped, setup.tokenizer))
-        with autocast(setup.device, setup.precision):
-            logits = model(ids, is_token)                                       # (B, 3)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / rows_in_window
-        scaler.scale(loss).backward()
-        total += loss.item()
+        with distributed.averaging(model, now=number == len(window)):
+            with autocast(setup.device, setup.precision):
+                logits = model(ids, is_token)                                   # (B, 3)
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum") / rows_in_window
+            scaler.scale(weight * loss).backward()
+        total += loss.item() if weight else 0.0
 
+    total = float(distributed.summed(total))
     scaler.unscale_(optimizer)
     norm = clip_gradients(model.parameters(), setup.config.clip)
     if math.isfinite(norm) and math.isfinite(total):
@@ -524,11 +550,22 @@ def clock(progress: Progress, started: float) -> float:
     return now
 
 
+def save_best(judge: Judge, folder: Path) -> None:
+    if distributed.is_first():
+        judge.save(folder / "model")
+        remember_latest(folder)
+
+
 def save_state(folder: Path, progress: Progress, model: PreferenceModel, optimizer: AdamW, scaler) -> None:
     """Everything that `load_state` needs, in one atomic step; then the logs, which are part of it."""
     generators, facts = runs.random_state()
+    everyones = distributed.gathered(generators)           # all else is the same in every process
+    if not distributed.is_first():
+        return
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= runs.optimizer_tensors(optimizer) | generators
+    for rank, others in enumerate(everyones[1:], 1):
+        tensors |= {f"rank.{rank}.{name}": value for name, value in others.items()}
     runs.save_state(folder / "state", tensors, {"progress": dataclasses.asdict(progress), "random": facts,
                                                 "scaler": scaler.state_dict(), "step": progress.step,
                                                 "lr": optimizer.param_groups[0]["lr"]})
@@ -544,7 +581,10 @@ def load_state(folder: Path, model: PreferenceModel, optimizer: AdamW, scaler) -
     for group in optimizer.param_groups:
         group["lr"] = facts["lr"]
     scaler.load_state_dict(facts["scaler"])
-    runs.restore_random_state(tensors, facts["random"])
+    own = f"rank.{distributed.rank()}." if distributed.rank() else ""
+    if f"{own}random.torch" in tensors:                    # not where there were fewer processes: a new one draws anew
+        runs.restore_random_state({name.removeprefix(own): value for name, value in tensors.items()
+                                   if name.startswith(f"{own}random.")}, facts["random"])
     return Progress(**facts["progress"])
 
 
@@ -568,7 +608,10 @@ def finish(folder: Path, judge: Judge, progress: Progress, train_rows: np.ndarra
         judge = Judge(best, setup.tokenizer, setup.config.max_length, precision=setup.precision)
         valid = setup.examples.take(valid_rows)
         logits = predict_logits(best, valid, setup.tokenizer, setup.config.eval_batch_size * setup.config.max_length,
-                                setup.config.eval_batch_size, setup.precision, progress=setup.stop.check)
+                                setup.config.eval_batch_size, setup.precision, progress=setup.stop.check, together=True)
+    if not distributed.is_first():
+        return logits
+    if len(valid_rows):
         judge.temperature = metrics.fit_temperature(logits, valid.labels)
         reachable = [setup.truth.get(setup.pairs[row].id) for row in valid_rows]
         scored = score_logits(logits, valid.labels, setup.lengths[valid_rows], setup.examples.labels[train_rows],

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minipref import distributed
 from minipref.checkpoint import load_classifier, save_classifier
 from minipref.classifier import PreferenceModel
 from minipref.data import (
@@ -121,20 +122,22 @@ def _as_turns(value: str | Sequence[str | None]) -> Turns:
 @torch.no_grad()
 def predict_logits(model: PreferenceModel, examples: Examples, tokenizer: Tokenizer, batch_tokens: int,
                    most_rows: int = 256, precision: str = "fp32", orders: Sequence[bool] = (False, True),
-                   progress: Callable[[int], object] | None = None) -> np.ndarray:
+                   progress: Callable[[int], object] | None = None, together: bool = False) -> np.ndarray:
     """Logits of every row in each of the orders asked for (False as it stands, True with A and B exchanged).
 
     Rows go longest first, so that a batch has little padding and memory is at its highest at once. Logits of the
     exchanged order are turned back: column 0 always speaks of the row's own A. `progress` is called after each batch
-    with its number of rows.
+    with its number of rows. With `together` the processes of a run (distributed.py) share the batches, and all get all
+    logits; `progress` is then called equally often in each.
     Shapes: N rows -> (N, orders, 3) float64.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    logits = np.empty((len(examples), len(orders), 3))
-    for rows in batches_by_tokens(examples.lengths, batch_tokens, most_rows):
-        for order, swapped in enumerate(orders):
+    logits = np.zeros((len(examples), len(orders), 3))
+    batches = list(batches_by_tokens(examples.lengths, batch_tokens, most_rows))
+    for rows in distributed.dealt(batches) if together else batches:
+        for order, swapped in enumerate(orders if len(rows) else ()):
             ids, is_token, _ = make_batch(examples, rows, [swapped] * len(rows), tokenizer)
             with autocast(device, precision):
                 out = model(ids.to(device), is_token.to(device)).double().cpu().numpy()
@@ -142,7 +145,7 @@ def predict_logits(model: PreferenceModel, examples: Examples, tokenizer: Tokeni
         if progress:
             progress(len(rows))
     model.train(was_training)
-    return logits
+    return distributed.summed(logits) if together else logits
 
 
 def autocast(device: torch.device, precision: str):

@@ -1,0 +1,468 @@
+"""What a run costs: memory by model and precision, time by rows, length, width and processes, a full run on paper.
+
+    python benchmarks/scaling.py                      everything; writes docs/scaling.md and docs/scaling.svg
+    python benchmarks/scaling.py memory paper         only these parts of it
+    python benchmarks/scaling.py reading --tokenizer weights/deberta-v3-small
+
+Three kinds of figures, and the page says which is which. `memory` is computed: the real model takes a real step on
+tensors without content (torch's fake tensors), in the form of attention that a GPU runs, and every allocation is
+counted. `growth` and `reading` are measured on the machine at hand. `paper` is arithmetic on vendors' figures.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import numpy as np  # noqa: E402 - these need the path
+import reading  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from minipref import distributed  # noqa: E402
+from minipref.classifier import PreferenceModel  # noqa: E402
+from minipref.config import EncoderConfig, recipe  # noqa: E402
+from minipref.files import replacing, write_text  # noqa: E402
+from minipref.optim import AdamW, decay_groups  # noqa: E402
+from minipref.positions import distance_rows  # noqa: E402
+
+PAGE, FIGURE = ROOT / "docs" / "scaling.md", ROOT / "docs" / "scaling.svg"
+SIZES = {  # the published v3 encoders: one architecture, four sizes
+    "v3-xsmall": EncoderConfig(width=384, layers=12, heads=6, feed_forward=1536),
+    "v3-small": EncoderConfig(),
+    "v3-base": EncoderConfig(width=768, layers=12, heads=12, feed_forward=3072),
+    "v3-large": EncoderConfig(width=1024, layers=24, heads=16, feed_forward=4096),
+}
+GB = 2**30
+CARDS = (8, 16, 24, 80)          # GB
+ROWS = (1, 8, 64, 512)           # for which the memory of a step is counted
+USABLE = 0.9                     # of a card: the rest is for CUDA itself, kernels' workspaces and gaps between tensors
+
+
+# --- memory: computed -------------------------------------------------------------------------------------------------
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, operation by operation, and the most there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.alive:                            # a view, or an operation in place
+            return
+
+        def gone(_):
+            self.now -= size
+            del self.alive[key]
+        self.alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(config: EncoderConfig, length: int) -> Iterator[LiveBytes]:
+    """Within this block tensors have no content, their bytes are counted, and a CPU build of torch goes CUDA's way.
+
+    Attention takes the batched form and torch's memory-efficient kernel; dropout keeps a mask, not a seed; autocast
+    computes LayerNorm in float32. The relative table's rows are looked up beforehand: fake tensors hold no numbers.
+    """
+    rows = distance_rows(length, config.span, config.max_distance)
+    lowest, highest = int(rows[0]), int(rows[-1])
+    layer_norm = F.layer_norm
+
+    def relative_table(encoder, length):
+        table = encoder.rel_norm(encoder.rel_table.weight[lowest:highest + 1])
+        return table, torch.empty(2 * length - 1, dtype=torch.int64)
+
+    def attention(q, k, v, attn_mask, dropout_p, scale):
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p,
+                                                                      scale=scale)[0]
+
+    def layer_norm_in_float32(x, *arguments, **options):
+        with torch.autocast("cpu", enabled=False):
+            return layer_norm(x.float(), *arguments, **options)
+
+    with (mock.patch("minipref.attention.choose_path", lambda device: "batched"),
+          mock.patch("minipref.encoder.Encoder.relative_table", relative_table),
+          mock.patch("minipref.lean.Dropout.forward", nn.Dropout.forward),
+          mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
+          mock.patch("torch.nn.functional.layer_norm", layer_norm_in_float32),
+          FakeTensorMode(), LiveBytes() as live):
+        yield live
+
+
+def step_bytes(config: EncoderConfig, rows: int, length: int, precision: str, checkpoint: bool) -> dict[str, int]:
+    """Bytes of one training step on a GPU, counted: `weights`, `gradients`, `moments`, and `peak`, the most at once.
+
+    The peak is that of forward and backward pass with the moments lying beside, or the optimizer's own: on a GPU it
+    works on a whole tensor with two temporary ones of its size.
+    """
+    with as_on_a_gpu(config, length) as live:
+        model = PreferenceModel(config).train()
+        model.encoder.checkpoint_activations = checkpoint
+        weights = live.now
+        ids, is_token = torch.ones(rows, length, dtype=torch.int64), torch.ones(rows, length, dtype=torch.bool)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
+            logits = model(ids, is_token)
+        F.cross_entropy(logits.float(), torch.zeros(rows, dtype=torch.int64)).backward()
+        peak = live.peak
+    gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters())
+    moments = 2 * sum(p.numel() * 4 for p in model.parameters())
+    largest = max(p.numel() * 4 for p in model.parameters())
+    return {"weights": weights, "gradients": gradients, "moments": moments,
+            "peak": max(peak + moments, weights + gradients + moments + 2 * largest)}
+
+
+def fitting_rows(peaks: list[int], card: int) -> str:
+    """How many rows a pass may have on a card of so many GB, from the peaks at `ROWS` rows.
+
+    The peak is the highest of several lines in the number of rows, so in between it lies below the chord: what the
+    chord allows is on the safe side.
+    """
+    limit = card * GB * USABLE
+    if limit < peaks[0]:
+        return "0"
+    return f"{ROWS[-1]}+" if limit >= peaks[-1] else str(int(np.interp(limit, peaks, ROWS)))
+
+
+def memory() -> str:
+    header = ["encoder", "precision", "checkpointed", "weights", "gradients", "moments", "peak, 8 rows",
+              *(f"rows on {card} GB" for card in CARDS)]
+    table = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
+    for name, config in SIZES.items():
+        for precision in ("fp32", "bf16, fp16"):
+            for checkpoint in (False, True):
+                counted = [step_bytes(config, rows, 512, precision, checkpoint) for rows in ROWS]
+                peaks, at_8 = [c["peak"] for c in counted], counted[ROWS.index(8)]
+                table.append([name, precision, "yes" if checkpoint else "",
+                              *(f"{at_8[part] / GB:.2f}" for part in ("weights", "gradients", "moments", "peak")),
+                              *(fitting_rows(peaks, card) for card in CARDS)])
+                print(" ".join(table[-1]), flush=True)
+    return MEMORY.format(table=markdown(table), usable=f"{USABLE:.0%}")
+
+
+# --- growth: measured -------------------------------------------------------------------------------------------------
+
+BASE = {"rows": 4, "length": 128, "width": 192}
+AXES = {"rows": (1, 2, 4, 8, 16, 32), "length": (32, 64, 128, 256, 512, 1024), "width": (64, 128, 256, 512)}
+
+
+def step_seconds(rows: int, length: int, width: int, steps: int = 3) -> float:
+    """Seconds of a training step, forward to AdamW, of a four-layer encoder in float32: the fastest of some.
+
+    Under torchrun each process has its share of the rows, and the step ends when all have ended it.
+    """
+    torch.manual_seed(0)
+    config = EncoderConfig(vocab_size=8000, width=width, heads=max(1, width // 64), layers=4, feed_forward=4 * width)
+    plain = PreferenceModel(config).train()
+    model, optimizer = distributed.parallel(plain, torch.device("cpu")), AdamW(decay_groups(plain, 0.01), lr=1e-5)
+    ids = torch.randint(4, 8000, (len(distributed.share(range(rows))), length))
+    is_token, labels = torch.ones_like(ids, dtype=torch.bool), torch.zeros(len(ids), dtype=torch.int64)
+    times = []
+    for _ in range(steps + 1):                           # the first one makes buffers
+        distributed.wait()
+        started = time.monotonic()
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(model(ids, is_token), labels).backward()
+        optimizer.step()
+        distributed.wait()
+        times.append(time.monotonic() - started)
+    return min(times[1:])
+
+
+def processes_seconds(count: int, rows: int = 16) -> float:
+    """`step_seconds` of a batch of `rows`, shared by so many processes of one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--",
+               __file__, "--worker", str(rows)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return float(done.stdout.split()[-1])
+
+
+def growth() -> str:
+    """Measure along each axis with the others at `BASE`; draw the figure."""
+    measured = {}
+    for axis, values in AXES.items():
+        measured[axis] = [(value, step_seconds(**BASE | {axis: value})) for value in values]
+        print(axis, measured[axis], flush=True)
+    cores = len(os.sched_getaffinity(0))
+    measured["processes"] = [(count, processes_seconds(count)) for count in range(1, cores + 1)]
+    print("processes", measured["processes"], flush=True)
+    draw(measured)
+    table = [["axis", "others", *[""] * max(map(len, AXES.values())), "last doubling"], ["---", "---"]]
+    table[1] += ["---:"] * (len(table[0]) - 2)
+    for axis, points in measured.items():
+        others = ", ".join(f"{name} {value}" for name, value in BASE.items() if name != axis)
+        cells = [f"{value:,}: {1000 * seconds:,.0f} ms" for value, seconds in points]
+        last = f"x {points[-1][1] / points[-2][1]:.2f}" if len(points) > 1 else ""
+        table.append([axis, others if axis != "processes" else "rows 16 in all, length 128, width 192", *cells,
+                      *[""] * (len(table[0]) - 3 - len(cells)), last])
+    return GROWTH.format(machine=machine(), cores=cores, table=markdown(table))
+
+
+def draw(measured: dict[str, list[tuple[int, float]]]) -> None:
+    """The four axes as log-log curves."""
+    import matplotlib
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+    matplotlib.rcParams["svg.hashsalt"] = "minipref"     # equal figures are equal files
+    figure, panels = pyplot.subplots(1, len(measured), figsize=(11, 2.8), sharey=True)
+    for panel, (axis, points) in zip(panels, measured.items()):
+        values, seconds = zip(*points)
+        panel.loglog(values, [1000 * s for s in seconds], marker="o", color="#1f4e79", base=2)
+        panel.set_xticks(values, [str(value) for value in values])
+        panel.set_xlabel(axis)
+        panel.minorticks_off()
+        panel.grid(True, color="#dddddd")
+    panels[0].set_ylabel("ms a step")
+    panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    figure.tight_layout()
+    with replacing(FIGURE) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+# --- reading: measured ------------------------------------------------------------------------------------------------
+
+def rows_to_tokens(tokenizer: Path) -> str:
+    parts = []
+    with TemporaryDirectory() as folder:
+        for rows in (reading.ROWS // 16, reading.ROWS // 4, reading.ROWS):
+            path = reading.write_full_size(Path(folder) / "train.csv", rows)
+            parts.append(reading.in_a_process_of_its_own("minipref", path, tokenizer)
+                         | reading.in_a_process_of_its_own("pandas", path, tokenizer))
+            print(json.dumps(parts[-1]), flush=True)
+    columns = {"rows": "rows", "MB": "file_mb", "pandas reads, s": "pandas_seconds",
+               "minipref reads, s": "read_seconds",
+               "tokenises, s": "tokenise_seconds", "batches an epoch, s": "batch_seconds", "peak MB": "peak_mb"}
+    table = [list(columns), ["---:"] * len(columns)]
+    table += [[f"{part[key]:,}" for key in columns.values()] for part in parts]
+    whole = parts[-1]
+    return READING.format(machine=machine(), table=markdown(table), mean=whole["mean_tokens"],
+                          longer=f"{whole['longer_than_the_budget']:.0%}", padding=f"{whole['padding_share']:.1%}",
+                          imports=whole["imports_mb"], tokenizer=tokenizer.name)
+
+
+# --- on paper ---------------------------------------------------------------------------------------------------------
+
+# Vendors' figures: dense half-precision operations a second with float32 sums, and bytes a second of memory.
+MACHINES = {"one T4": (1, 65e12, 320e9), "one A100": (1, 312e12, 1555e9), "eight H100": (8, 989e12, 3350e9)}
+REACHED = 0.25               # the share of those operations that training is assumed to reach
+LINK = 450e9                 # bytes a second, one way, between H100s of one machine
+
+
+def forward_operations(config: EncoderConfig, length: int, rows: int = 1) -> float:
+    """Multiplications and additions of a forward pass in the batched form, matrix products only.
+
+    The last layer computes [CLS] alone: all keys and values, and next to nothing else. The relative table's rows go
+    through two projections in every layer, once a pass.
+    """
+    D, L, table = config.width, length, min(2 * length - 1, 2 * config.span - 1)
+    projections = 8 * D * D * L                                     # q, k, v, out: 2 D^2 each for each token
+    attention = 12 * L * L * D                                      # c2c, values 2; c2p, p2c 4: 2 L distances
+    feed_forward = 4 * D * config.feed_forward * L
+    layer = projections + attention + feed_forward
+    return rows * ((config.layers - 1) * layer + 4 * D * D * L) + config.layers * 4 * table * D * D
+
+
+def paper() -> str:
+    figures, lines = recipe("microsoft"), []
+    train_rows, valid_rows = round(reading.ROWS * 0.9), round(reading.ROWS * 0.1)
+    steps = figures.epochs * -(-train_rows // figures.batch_size)
+    evaluated = valid_rows * (figures.epochs * figures.evals_per_epoch + 2)         # both orders at the end
+    header = ["encoder", "parameters", "operations", *MACHINES, "GPU-hours"]
+    table = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    for name, config in SIZES.items():
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in PreferenceModel(config).parameters())
+        forward = forward_operations(config, 512, figures.batch_size) / figures.batch_size
+        operations = forward * (3 * train_rows * figures.epochs + evaluated)
+        minutes = {}
+        for kind, (count, speed, bandwidth) in MACHINES.items():
+            products = operations / (count * speed * REACHED)
+            optimizer = steps * 28 * parameters / bandwidth
+            link = steps * 2 * (count - 1) / count * 4 * parameters / LINK
+            minutes[kind] = (products + optimizer + link) / 60
+            if name == "v3-small":
+                lines.append(f"- {kind}: {operations:.2e} / ({count} x {speed:.3g} x {REACHED}) = {products:,.0f} s of "
+                             f"products, {steps:,} x 28 x {parameters / 1e6:.0f} M / {bandwidth:.3g} = "
+                             f"{optimizer:,.0f} s of AdamW" + (f", {link:,.0f} s of sums between GPUs" if link else ""))
+        table.append([name, f"{parameters / 1e6:.0f} M", f"{operations:.1e}",
+                      *(f"{m:,.0f} min" if m >= 2 else f"{60 * m:,.0f} s" for m in minutes.values()),
+                      " / ".join(f"{m / 60 * MACHINES[kind][0]:.2f}" for kind, m in minutes.items())])
+    small = SIZES["v3-small"]
+    return PAPER.format(table=markdown(table), lines="\n".join(lines), steps=f"{steps:,}", rows=f"{train_rows:,}",
+                        batch=figures.batch_size, epochs=figures.epochs, evaluated=f"{evaluated:,}", reached=REACHED,
+                        forward=f"{forward_operations(small, 512) / 1e9:.0f}")
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+def markdown(table: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
+def machine() -> str:
+    return (f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, "
+            f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads")
+
+
+def write_page(parts: dict[str, str]) -> None:
+    """Put these parts into the page; those that are not made anew stay as they are."""
+    old = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
+    there = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- end -->", old, re.DOTALL))
+    there |= parts
+    missing = [name for name in PARTS if name not in there]
+    if missing:
+        raise SystemExit(f"{PAGE.name} has no {', '.join(missing)} yet: make the whole page first")
+    body = "\n\n".join(f"<!-- {name} -->\n{there[name].strip()}\n<!-- end -->" for name in PARTS)
+    write_text(PAGE, f"{INTRODUCTION.strip()}\n\n{body}\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--tokenizer", type=Path, default=reading.BUNDLED, metavar="DIR", help="for reading")
+    parser.add_argument("--worker", type=int, metavar="ROWS", help="a process of `growth`, started by torchrun")
+    options = parser.parse_args()
+    if options.worker:
+        torch.set_num_threads(1)
+        with distributed.joined():
+            print(step_seconds(options.worker, BASE["length"], BASE["width"]))
+        return 0
+    if unknown := set(options.parts) - PARTS.keys():
+        parser.error(f"{', '.join(sorted(unknown))}: expected {', '.join(PARTS)}")
+    made = {name: PARTS[name](options) for name in PARTS if name in options.parts or not options.parts}
+    write_page(made)
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+PARTS: dict[str, Callable] = {"memory": lambda _: memory(), "growth": lambda _: growth(),
+                              "reading": lambda options: rows_to_tokens(options.tokenizer), "paper": lambda _: paper()}
+
+INTRODUCTION = """
+# Scale
+
+Written by `python benchmarks/scaling.py`. From a laptop to several GPUs it is the same `train.py`; this page says how
+to start it on more than one processor, what fits where, and what it costs. No GPU was at hand when it was made: what is
+said of GPUs below is computed or estimated, and marked so. `benchmarks/gpu_check.py` measures it on yours.
+
+## Several processes
+
+```
+torchrun --standalone --nproc-per-node 4 -- train.py --encoder weights/deberta-v3-base --run runs/four
+torchrun --standalone --nproc-per-node 4 -- train.py --resume --run runs/four
+torchrun --standalone --nproc-per-node 4 -- predict.py data/test.csv
+```
+
+The `--` keeps torchrun from taking `--run` for an option of its own. One process for each GPU; on CPUs as many as you
+like, with `OMP_NUM_THREADS` set to cores / processes. Everything that a run of one process promises still holds:
+
+- `--batch-size` is the batch of all processes together, so the same command is the same run. Rows are shared out, every
+  gradient is weighted by rows: 8 rows on 3 processes are 3, 3 and 2, and the step is that of 8 rows on one. Tests hold
+  20 steps at learning rate 2e-5 without dropout to within 1e-6 of one process in every weight. With dropout, each
+  process draws its own.
+- Evaluation deals out whole batches, so its figures are exactly those of one process with the same weights.
+- Process 0 alone writes, and shows one progress bar. A state holds every process's random generator: stopped and
+  resumed on as many processes, a run ends bit for bit as if it had not been. On another number of them it goes on, and
+  says that it is not bit for bit.
+- Early stopping, SIGINT, SIGTERM and a loss that is not finite stop all together. torchrun passes a signal on and kills
+  what is still there 30 seconds later (`--shutdown-timeout`): with a large model on a slow disk give it more.
+- A process that dies ends the run: the others say so and stop, torchrun names the signal, the last saved state is
+  whole.
+- Several machines work as torchrun has it (`--nnodes`, `--rdzv-endpoint`), if all see the run's folder under one path.
+
+How it is done, and why every process must take the same decisions, is told in `minipref/distributed.py`.
+"""
+
+MEMORY = """
+## What fits (computed, not measured on a GPU)
+
+GB (2^30 bytes) for rows of 512 tokens, dropout on. Weights, gradients and AdamW's two moments are float32 whatever the
+precision; each process of a group holds all of them. The peak is the most that is alive at once in a step: the real
+model's step was run on tensors without content, in the form that a GPU runs, and every allocation counted. 'Rows' is
+the largest pass on one GPU (`--batch-size` divided by the processes), with {usable} of the card used; more rows in a
+step than that need `--accumulate`. 0 means that it does not fit at all. 'Checkpointed' is `--checkpoint-activations`,
+which costs a second forward pass.
+
+{table}
+
+Half precision saves on activations only, and its copies of the weights cost half a gigabyte in v3-large. The word table
+is most of the smaller models: `--freeze-embeddings` takes its gradient and moments out (3 of its 4 parts).
+"""
+
+GROWTH = """
+## How a step's time grows (measured)
+
+{machine}; {cores} cores in all, which other programs used at the same time, so that a point may be off by a factor of
+1.5. A four-layer encoder, vocabulary 8,000, float32, forward pass to AdamW, the fastest of three steps.
+
+![time of a step by rows, length, width and processes](scaling.svg)
+
+{table}
+
+Expected from the operations: rows x 2; length between x 2 (projections) and x 4 (attention, from about L = 2 D on);
+width between x 2 (few, narrow products) and x 4 (wide ones); processes x 1/2 as long as each has a core of its own.
+"""
+
+READING = """
+## Reading and tokenising (measured)
+
+{machine}; other programs used the cores at the same time. A made-up file of the competition's shape
+(`benchmarks/reading.py`), the tokenizer in `{tokenizer}`, a budget of 512 tokens.
+
+{table}
+
+{longer} of the rows are longer than the budget; the mean row has {mean} tokens after it, and batches of similar lengths
+waste {padding} on padding. {imports} MB of the peak are Python and torch. Token ids are kept in the run's folder and
+used again for the same file, tokenizer and budget; of several processes the first makes them. `tests/test_scale.py`
+holds the peak under 2 GB.
+"""
+
+PAPER = """
+## A full run on paper (an estimate)
+
+The recipe `microsoft` on 57,477 rows: {rows} to train on, {epochs} epochs of batch {batch} are {steps} steps;
+evaluations and the end judge {evaluated} sequences. All sequences are counted as 512 tokens long, which is an upper
+bound. v3-small's forward pass takes {forward} G operations for one of them, a training step three times as many.
+Assumed: products reach {reached} of the vendor's figure for dense half precision (T4 fp16, others bf16); AdamW moves 28
+bytes a parameter at the memory's full speed; gradients of several GPUs are summed once a step and nothing of that
+overlaps. No GPU was at hand to check the assumptions; a small model on a large card will reach less.
+
+{table}
+
+GPU-hours are in the order of the columns. The arithmetic for v3-small:
+
+{lines}
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""Larger encoders, lower precisions, the whole file of rows: what must hold before one rents a machine for it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import NO_DROPOUT, large_model, padded_batch, reference_model, relative, resized
+from small import write_encoder, write_rows
+
+import train
+from minipref.checkpoint import load_classifier, save_classifier
+from minipref.config import EncoderConfig
+from minipref.encoder import initialise
+from minipref.judge import autocast
+from minipref.optim import AdamW, decay_groups
+
+ROOT = Path(train.__file__).parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import reading  # noqa: E402 - these need the path
+import scaling  # noqa: E402
+
+SHAPES = {  # the published ones: width, layers, heads, parameters with pooler and head
+    "v3-xsmall": (384, 12, 6, 70_831_107),
+    "v3-small": (768, 6, 12, 141_897_219),
+    "v3-base": (768, 12, 12, 184_424_451),
+    "v3-large": (1024, 24, 16, 435_064_835),
+}
+
+
+# --- larger encoders
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_shapes_are_the_published_ones(name):
+    config, (width, layers, heads, parameters) = scaling.SIZES[name], SHAPES[name]
+    assert (config.width, config.layers, config.heads) == (width, layers, heads)
+    assert config.feed_forward == 4 * width and config.head_width == 64 and config.vocab_size == 128_100
+    with torch.device("meta"):
+        assert sum(p.numel() for p in scaling.PreferenceModel(config).parameters()) == parameters
+
+
+def check_shape(config: EncoderConfig, folder: Path, lengths: list[int]) -> None:
+    """Build, save, load, match transformers, train a step."""
+    torch.manual_seed(0)
+    save_classifier(large_model(config), folder)
+    model = load_classifier(folder)
+    ids, is_token = padded_batch(config, lengths)
+    reference = reference_model(model)
+    with torch.no_grad():
+        wanted = reference(ids, attention_mask=is_token.long()).logits
+        assert relative(model(ids, is_token), wanted) < 1e-4
+    del reference
+
+    # A step in the wrong direction would not lower the loss; a fresh start has gentle gradients.
+    initialise(model, 0.02)
+    optimizer = AdamW(decay_groups(model.train(), 0.01), lr=1e-4)
+    labels = torch.tensor([0, 2])
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(model(ids, is_token), labels)
+        loss.backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["v3-xsmall", "v3-base", "v3-large"])
+def test_other_widths_load_match_transformers_and_train(name, tmp_path):
+    """Full width, heads and feed-forward; two layers and a small vocabulary, which are only more of the same."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    check_shape(resized(scaling.SIZES[name], layers=2, vocab_size=300, **NO_DROPOUT), tmp_path, [150, 131])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v3-xsmall", "v3-base", "v3-large"])
+def test_other_sizes_in_full_load_match_transformers_and_train(name, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    check_shape(resized(scaling.SIZES[name], **NO_DROPOUT), tmp_path, [40, 23])
+
+
+LOADING = """
+import sys
+from pathlib import Path
+from minipref.checkpoint import load_classifier
+
+def private():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous")) / 1024
+
+first = load_classifier(sys.argv[1])         # with what torch imports and sets up at its first use
+before = private()
+second = load_classifier(sys.argv[1])
+print(private() - before)
+second.encoder.word_table.weight.data.add_(1)
+print(private() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="only Linux tells private from shared memory")
+def test_a_loaded_model_lies_in_its_file_until_it_is_trained(tmp_path):
+    """Several processes that load one float32 file share its pages; none has a copy of its own at the start."""
+    config = EncoderConfig(vocab_size=30_000, width=384, heads=6, layers=2, feed_forward=1536)
+    save_classifier(large_model(config), tmp_path)
+    megabytes = (tmp_path / "model.safetensors").stat().st_size / 2**20
+    done = subprocess.run([sys.executable, "-c", LOADING, str(tmp_path)], capture_output=True, text=True, check=True,
+                          cwd=ROOT)
+    loaded, trained = map(float, done.stdout.split())
+    assert megabytes > 50 and loaded < 0.1 * megabytes, "MB of memory of its own"
+    assert trained > 0.8 * megabytes, "the word table, once it has been written to"
+
+
+# --- precisions
+
+def learn(precision: str, rows: int = 64, steps: int = 30, scaler=None) -> tuple[list[float], list[float], list[bool]]:
+    """Train a small encoder on one batch by hand: losses, loss scales, and whether each step changed the weights."""
+    torch.manual_seed(0)
+    config = EncoderConfig(vocab_size=60, width=32, heads=2, layers=2, feed_forward=64, span=16, max_distance=64,
+                           **NO_DROPOUT)
+    model = large_model(config).train()
+    initialise(model, 0.1)
+    ids, is_token = padded_batch(config, [12, 9] * (rows // 2))
+    labels = ids[:, 1] % 3
+    optimizer = AdamW(decay_groups(model, 0.01), lr=3e-3)
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=precision == "fp16")
+    losses, scales, moved = [], [], []
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(torch.device("cpu"), precision):
+            logits = model(ids, is_token)
+        loss = F.cross_entropy(logits.float(), labels)
+        scaler.scale(loss).backward()
+        before = model.head.weight.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+        scales.append(scaler.get_scale())
+        moved.append(not torch.equal(before, model.head.weight))
+    return losses, scales, moved
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_each_precision_learns(precision):
+    losses, _, moved = learn(precision)
+    assert losses[0] > 0.9 and losses[-1] < 0.5 * losses[0]
+    assert moved[-1] and all(math.isfinite(loss) for loss in losses)
+
+
+def test_each_precision_learns_in_a_run(tmp_path, monkeypatch):
+    """train.py itself, on rows with a rule: far below the 1.06 of a model that knows the classes' shares only."""
+    monkeypatch.chdir(tmp_path)
+    rows, encoder = write_rows(tmp_path / "t.csv", 120), write_encoder(tmp_path / "encoder", dropout=0.0)
+    for precision in ("fp32", "bf16"):                                    # fp16 in the test after the next
+        assert train.main(["--train", str(rows), "--encoder", str(encoder), "--run", precision, "--recipe", "tiny",
+                           "--epochs", "6", "--lr", "3e-3", "--batch-size", "8", "--head-dropout", "0", "--precision",
+                           precision, "--evals-per-epoch", "1", "--patience", "0"]) == 0
+        report = json.loads(Path(precision, "report.json").read_text())
+        assert report["results"]["model, both orders"]["log_loss"] < 0.6, precision
+    torch.use_deterministic_algorithms(False)
+
+
+def test_an_overflow_skips_the_step_halves_the_scale_and_the_scale_recovers():
+    """A scale of 2^40 overflows float16 in the backward pass; it is halved until the gradients fit, and grows again."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=5)
+    losses, scales, moved = learn("fp16", steps=45, scaler=scaler)
+    first = moved.index(True)
+    assert first > 3, "steps without an overflow were to be forced"
+    assert scales[:first] == [2.0 ** (40 - n) for n in range(1, first + 1)] and not any(moved[:first])
+    assert losses[:first + 1] == [losses[0]] * (first + 1), "a skipped step moves nothing"
+    lowest = min(scales)
+    assert max(scales[scales.index(lowest):]) >= 2 * lowest, "after five good steps it is doubled"
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_run_in_fp16_counts_skipped_steps_and_learns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows, encoder = write_rows(tmp_path / "t.csv", 120), write_encoder(tmp_path / "encoder", dropout=0.0)
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**32))
+    assert train.main(["--train", str(rows), "--encoder", str(encoder), "--run", "r", "--recipe", "tiny", "--epochs",
+                       "6", "--lr", "3e-3", "--batch-size", "8", "--head-dropout", "0", "--precision", "fp16",
+                       "--patience", "0"]) == 0
+    report = json.loads(Path("r/report.json").read_text())
+    assert 3 < report["skipped_steps"] < 25
+    assert report["results"]["model, both orders"]["log_loss"] < 0.6
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_run_whose_every_step_overflows_gives_up_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows, encoder = write_rows(tmp_path / "t.csv", 200), write_encoder(tmp_path / "encoder", dropout=0.0)
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**120))
+    assert train.main(["--train", str(rows), "--encoder", str(encoder), "--run", "r", "--recipe", "tiny", "--precision",
+                       "fp16", "--batch-size", "4"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"train.py: step {train.MOST_SKIPPED + 1}: ") and err.count("\n") == 1
+    torch.use_deterministic_algorithms(False)
+
+
+# --- memory on paper
+
+def test_bytes_are_counted_from_birth_to_death():
+    with scaling.FakeTensorMode(), scaling.LiveBytes() as live:
+        a = torch.zeros(1000)                                             # 4,000
+        b = a.view(10, 100) + 1                                           # 8,000: a view is nothing of its own
+        assert live.now == live.peak == 8000
+        del a
+        b.add_(1)                                                         # in place
+        assert (live.now, live.peak) == (4000, 8000)
+        c = b @ torch.ones(100, 500)                                      # 200,000 that die, and 20,000
+        assert (live.now, live.peak) == (24_000, 224_000) and c.shape == (10, 500)
+
+
+def test_a_steps_memory_is_what_it_must_be():
+    config = resized(scaling.SIZES["v3-small"], vocab_size=4000, layers=3)
+    with torch.device("meta"):
+        weights = sum(4 * p.numel() for p in scaling.PreferenceModel(config).parameters())
+    counted = {(precision, checkpoint): scaling.step_bytes(config, 8, 256, precision, checkpoint)
+               for precision in ("fp32", "bf16") for checkpoint in (False, True)}
+    for found in counted.values():
+        assert (found["weights"], found["gradients"], found["moments"]) == (weights, weights, 2 * weights)
+        assert found["peak"] > 4 * weights
+    plain, saving = (counted["fp32", checkpoint]["peak"] for checkpoint in (False, True))
+    B, L, D, H, F_ = 8, 256, 768, 12, 3072
+    # Of each full layer at least: its input, q, k, v, what attention and the norms gave, the hidden vectors, the bias.
+    kept = 4 * 2 * (B * L * (7 * D + F_) + B * H * L * L)
+    assert plain > 3 * weights + kept and saving < plain - kept / 3
+    assert counted["bf16", False]["peak"] < plain
+
+
+def test_rows_that_fit_are_on_the_safe_side():
+    peaks = [scaling.GB * n for n in (2, 3, 11, 100)]                     # at 1, 8, 64 and 512 rows
+    assert [scaling.fitting_rows(peaks, card) for card in (2, 8, 16, 200)] == ["0", "37", "81", "512+"]
+
+
+def test_counted_operations_are_those_of_the_model():
+    """The formula of the estimate against torch's own count of what the batched form multiplies."""
+    from torch.utils.flop_counter import FlopCounterMode
+    config = resized(scaling.SIZES["v3-small"], vocab_size=400)
+    counter = FlopCounterMode(display=False)
+    with scaling.as_on_a_gpu(config, 512):
+        model = scaling.PreferenceModel(config).eval()
+        ids, is_token = torch.ones(4, 512, dtype=torch.int64), torch.ones(4, 512, dtype=torch.bool)
+        with counter:
+            model(ids, is_token)
+    assert counter.get_total_flops() == pytest.approx(scaling.forward_operations(config, 512, 4), rel=0.01)
+
+
+# --- the whole file of rows
+
+@pytest.mark.slow
+def test_the_competitions_57477_rows_are_read_tokenised_and_batched_in_under_2_gb(tmp_path):
+    path = reading.write_full_size(tmp_path / "train.csv")
+    assert 175e6 < path.stat().st_size < 195e6
+    found = reading.in_a_process_of_its_own("minipref", path, reading.BUNDLED)
+    beside = reading.in_a_process_of_its_own("pandas", path, reading.BUNDLED)
+    assert found["rows"] == beside["rows"] == 57_477
+    assert found["longer_than_the_budget"] > 0.4, "the real file's rows are as long"
+    assert found["peak_mb"] < 2000
+    print(f"\nread {found['read_seconds']} s, pandas {beside['pandas_seconds']} s, tokenised "
+          f"{found['tokenise_seconds']} s, batched {found['batch_seconds']} s, peak {found['peak_mb']} MB")
+
+
+def test_a_file_of_that_shape_is_read_in_a_process_of_its_own(tmp_path):
+    path = reading.write_full_size(tmp_path / "train.csv", rows=300)
+    found = reading.in_a_process_of_its_own("minipref", path, reading.BUNDLED, max_length=128)
+    assert found["rows"] == 300 and 100 < found["mean_tokens"] <= 128 and found["peak_mb"] < 600
+
+
+# --- everything that only a GPU can show
+
+@pytest.mark.slow
+def test_the_gpu_check_runs_on_a_cpu_too(tmp_path):
+    """So that it has not rotted on the day when somebody has a GPU."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--device", "cpu", "--small",
+                           "--output", str(tmp_path / "report.md")], capture_output=True, text=True, timeout=300,
+                          cwd=tmp_path, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "report.md").read_text().count("| ok |") == 9
