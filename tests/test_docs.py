@@ -417,6 +417,52 @@ def test_every_other_command_of_a_page_runs(page, checkout):
             run_fence(fence, checkout)
 
 
+FOUR_STEPS = ("--width 32 --heads 2 --layers 2 --feed-forward 64 --heldout-share 0.1 --length 24 --long-length 48 "
+              "--batch-tokens 96 --steps 4 --evaluations 1 --precision fp32")
+PRETRAINING = [(page, line) for page in ("docs/pretraining.md", "weights/minipref-tiny/README.md")
+               for line in re.findall(r"^    python -m minipref\.pretrain (.*)$", text_of(page), re.M)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [line for _, line in PRETRAINING], ids=[line for _, line in PRETRAINING])
+def test_every_pretraining_command_makes_an_encoder(arguments, tmp_path, monkeypatch):
+    """As the pages have them, on a few hundred lines of text, with options after them that make it four small steps."""
+    from minipref import pretrain
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    (tmp_path / "CORPUS").mkdir()
+    pairs = sample.train_and_test(train_rows=300, test_rows=10)[0].frame
+    (tmp_path / "CORPUS" / "text.txt").write_text("\n\n".join(pairs["response_a"]), encoding="utf-8")
+    vocabulary = "" if "--tokenizer" in arguments else "--vocab-size 350"
+    threads = torch.get_num_threads()
+    try:
+        assert pretrain.main(f"{arguments} {FOUR_STEPS} {vocabulary}".split()) == 0
+    finally:
+        torch.set_num_threads(threads)
+    output = arguments.split("--output ")[1].split()[0]
+    assert minipref.load_encoder(tmp_path / output / "model").config.layers == 2
+
+
+def test_the_pretraining_pages_excerpts_are_what_the_code_does(tmp_path):
+    """Its two snippets are run with a small model's parts for their names, beside the model's own methods."""
+    from test_pretrain import DOES, WHO, small_model, some_ids
+
+    from minipref.pretrain import load_corpus
+    first, second = fences("docs/pretraining.md", "python")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{who} {does}." for who in WHO for does in DOES) + "\n")
+    corpus = load_corpus([tmp_path / "text.txt"], 0.1, None, 330)
+    model = small_model(corpus)
+    names = {"model": model, "ids": some_ids(corpus), "F": torch.nn.functional}
+    exec(compile(first.text, first.page, "exec"), names)
+    assert names["verdicts"].shape == names["ids"].shape and names["rtd_loss"].requires_grad
+    assert names["mlm_loss"].item() > 1 and names["guesses"].shape[0] == names["is_masked"].sum()
+    names = {"Tensor": torch.Tensor}
+    exec(compile(second.text, second.page, "exec"), names)
+    for sharing in ("gdes", "es", "nes"):
+        model = small_model(corpus, sharing=sharing)
+        assert torch.equal(names["discriminator_table"](model), model.discriminator_table())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fence", sh_fences("needs"), ids=lambda fence: f"{fence.page}:{fence.line}")
 def test_commands_that_need_fetched_files_run_where_the_files_are(fence, checkout):
