@@ -326,6 +326,7 @@ def torchrun(size: int, program: str, arguments: list[str], **options) -> subpro
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options)
 
 
+@pytest.mark.slow
 def test_torchrun_trains(still):
     arguments = [*TWENTY_STEPS, "--encoder", str(still)]
     process = torchrun(2, "train", [*arguments, "--run", "several"])
