@@ -19,6 +19,8 @@ and beside the path: fused.py (the attention again, fast), tokenizer.py, runs.py
 generated task), hub.py (fetching), files.py and errors.py.
 """
 
+__version__ = "0.1.0"      # a run goes on only with the version that began it
+
 from minipref.attention import attention_by_definition
 from minipref.checkpoint import load_classifier, load_encoder, save_classifier
 from minipref.judge import load_judge
