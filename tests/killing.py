@@ -66,7 +66,7 @@ LONG = [*BASE, "--epochs", "150", "--evals-per-epoch", "1", "--patience", "0", "
 
 
 # Functions of train.py, and what the time in which they run is called.
-PARTS = {"encode_cached": "the token cache", "take_step": "a step", "predict_logits": "an evaluation",
+PARTS = {"encode_cached": "the token cache", "fit": "the loop", "take_step": "a step", "predict_logits": "an evaluation",
          "note_evaluation": "an evaluation", "save_state": "saving a state", "keep_best": "writing model/, best so far",
          "load_state": "going on", "finish": "writing model/ and the report, at the end"}
 WRITING = HALF_WRITTEN, BEFORE_FLUSH, BEFORE_MOVE, AFTER_MOVE = ("tensors half written", "before a flush",
@@ -107,14 +107,14 @@ class Watch:
 
     def install(self) -> None:
         """Put an event at every place where a death could matter."""
-        for name, part in PARTS.items():
-            self.around(train, name, part)
-        self.around(predict, "predict_file", "the submission")
+        self._inside_a_step()
+        self._inside_a_write()
         self.around(train, "clip_gradients", before="after backward", after="gradients clipped, AdamW not begun")
         self.around(train, "note_evaluation", before="scored, not noted", after="noted, not saved")
         self.around(minipref.judge, "make_batch", before="before a batch")
-        self._inside_a_step()
-        self._inside_a_write()
+        for name, part in PARTS.items():
+            self.around(train, name, part)
+        self.around(predict, "predict_file", "the submission")
         for module in (runs, minipref.checkpoint, minipref.data):
             self._half_written(module)
 
