@@ -49,7 +49,7 @@ from minipref.data import (
 )
 from minipref.errors import ArgumentParser, InputError, print_anything
 from minipref.files import check_writable, read_json, sha256_of, write_json, write_text
-from minipref.judge import Judge, autocast, check_vocabulary, choose_device, choose_precision, predict_logits
+from minipref.judge import LONGEST, Judge, autocast, check_vocabulary, choose_device, choose_precision, predict_logits
 from minipref.optim import AdamW, clip_gradients, cosine_with_warmup, decay_groups
 from minipref.report import as_text, model_card, score_folds, score_logits
 from minipref.tokenizer import Tokenizer, load_tokenizer
@@ -75,22 +75,22 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     add("--run", metavar="DIR", help="where the run's files go (default: runs/ and the time)")
     add("--recipe", choices=sorted(RECIPES), help="the set of figures to start from")
     add("--resume", action="store_true", help="go on with the run in --run")
-    add("--folds", type=_number(int, 2), help="train this many models, each validated on rows that it never saw")
+    add("--folds", type=_number(int, 2, 1000), help="train this many models, each validated on rows that it never saw")
     add("--all-rows", action="store_true", help="train on every row; nothing is left to validate on")
-    add("--epochs", type=whole, help="passes over the training rows")
+    add("--epochs", type=_number(int, 1, 10**4), help="passes over the training rows")
     add("--batch-size", type=whole, help="rows in one pass forward and backward")
     add("--eval-batch-size", type=whole, help="the same, for evaluation")
     add("--accumulate", type=whole, help="passes per optimizer step")
-    add("--lr", type=real, help="learning rate at the peak")
+    add("--lr", type=_number(float, 0, 1e30), help="learning rate at the peak")
     add("--warmup", type=real, help="steps of warmup; below 1, a share of all steps")
-    add("--weight-decay", type=real, help="AdamW's, on matrices and tables")
+    add("--weight-decay", type=_number(float, 0, 1), help="AdamW's, on matrices and tables")
     add("--head-dropout", type=_number(float, 0, 0.999), help="dropout before the classifier")
     add("--patience", type=_number(int, 0), help="evaluations without a better score before stopping; 0 never stops")
-    add("--evals-per-epoch", type=whole, help="evaluations per epoch")
-    add("--max-length", type=_number(int, 8), help="tokens of prompt and answers together")
+    add("--evals-per-epoch", type=_number(int, 1, 10**4), help="evaluations per epoch")
+    add("--max-length", type=_number(int, 8, LONGEST), help="tokens of prompt and answers together")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the forward pass; weights stay float32")
     add("--device", choices=("auto", "cpu", "cuda", "mps"))
-    add("--seed", type=_number(int, 0), help="of the split, the order, the swaps, the fresh head and dropout")
+    add("--seed", type=_number(int, 0, 2**63 - 1), help="of the split, the order, the swaps, the head and dropout")
     add("--valid-fraction", type=_number(float, 0.001, 0.9), help="share of the rows that validate")
     add("--no-swap", action="store_true", help="do not exchange A and B at random in training")
     add("--freeze-embeddings", action="store_true", help="keep the word table as it is")
@@ -102,13 +102,13 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     return {name: value for name, value in given.items() if value is not None and value is not False}    # 0 is given
 
 
-def _number(kind: type, lowest: float, highest: float = math.inf):
+def _number(kind: type, lowest: float, highest: float = 10**9):
     def parse(text: str):
         value = kind(text)
-        if not lowest <= value <= highest or not math.isfinite(value):
+        if not lowest <= value <= highest:          # NaN is not, either
             raise ValueError
         return value
-    parse.__name__ = f"number of at least {lowest}" if highest == math.inf else f"number from {lowest} to {highest}"
+    parse.__name__ = f"number from {lowest} to {highest}"
     return parse
 
 
@@ -329,7 +329,7 @@ def check_identity(folder: Path, options: dict, config: TrainConfig, device: tor
     stored = read_run(path)
     before = stored["figures"] | {name: stored["identity"].get(name) for name in (*MUST_BE_SAME, *MAY_DIFFER)}
     now = dataclasses.asdict(config) | identity
-    for name in (*sorted(before.keys() | now.keys() - {*MAY_DIFFER}), *MAY_DIFFER):
+    for name in (*sorted((before.keys() | now.keys()) - {*MAY_DIFFER}), *MAY_DIFFER):
         if before.get(name) == now.get(name):
             continue
         change = f"{now.get(name)} and was {before.get(name)}" if not isinstance(now.get(name), list | dict) else ""

@@ -66,9 +66,9 @@ LONG = [*BASE, "--epochs", "150", "--evals-per-epoch", "1", "--patience", "0", "
 
 
 # Functions of train.py, and what the time in which they run is called.
-PARTS = {"encode_cached": "the token cache", "fit": "the loop", "take_step": "a step", "predict_logits": "an evaluation",
-         "note_evaluation": "an evaluation", "save_state": "saving a state", "keep_best": "writing model/, best so far",
-         "load_state": "going on", "finish": "writing model/ and the report, at the end"}
+PARTS = {"encode_cached": "the token cache", "load_state": "going on", "fit": "the loop", "take_step": "a step",
+         "predict_logits": "an evaluation", "note_evaluation": "an evaluation", "save_state": "saving a state",
+         "keep_best": "writing model/, best so far", "finish": "writing model/ and the report, at the end"}
 WRITING = HALF_WRITTEN, BEFORE_FLUSH, BEFORE_MOVE, AFTER_MOVE = ("tensors half written", "before a flush",
                                                                  "before a file is moved", "after a file is moved")
 
