@@ -38,6 +38,9 @@ bench: .venv/dev            ## speed and memory beside transformers; writes docs
 pretrain: .venv/runtime     ## make the small encoder again from a folder of text: CORPUS=folder
 	$(PY) -m minipref.pretrain --corpus $(CORPUS) $(ARGS)
 
+kill: .venv/dev             ## kill a training run hundreds of times and go on; writes docs/reliability.md
+	$(PY) tests/killing.py $(ARGS)
+
 setup: .venv/dev            ## the environment with the test packages, and nothing else
 
 clean:       ## remove runs, caches and the generated sample; weights and your data stay
@@ -55,4 +58,4 @@ clean:       ## remove runs, caches and the generated sample; weights and your d
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-.PHONY: help train predict test test-slow lint weights data parity bench pretrain setup clean
+.PHONY: help train predict test test-slow lint weights data parity bench pretrain kill setup clean

@@ -83,7 +83,8 @@ def newest_models() -> list[Path]:
     """The model of the newest run, or of each of its folds. Errors: `InputError` where there is none."""
     try:
         run = Path(LATEST.read_text(encoding="utf-8").strip())
-    except (OSError, ValueError):
+        run.stat()
+    except (OSError, ValueError):               # no such note, or one that names no folder
         raise InputError(file=LATEST, found="no run so far", expected="--model DIR, or train.py first") from None
     models = [run / "model"] if (run / "model").is_dir() else sorted(run.glob("fold-*/model"))
     if not models:
