@@ -41,6 +41,9 @@ docs: .venv/dev             ## make every figure, generated table and notebook o
 pretrain: .venv/runtime     ## make the small encoder again from a folder of text: CORPUS=folder
 	$(PY) -m minipref.pretrain --corpus $(CORPUS) $(ARGS)
 
+kill: .venv/dev             ## kill a training run hundreds of times and go on; writes docs/reliability.md
+	$(PY) tests/killing.py $(ARGS)
+
 setup: .venv/dev            ## the environment with the test packages, and nothing else
 
 clean:       ## remove runs, caches and the generated sample; weights and your data stay
@@ -58,4 +61,4 @@ clean:       ## remove runs, caches and the generated sample; weights and your d
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-.PHONY: help train predict test test-slow lint weights data parity bench docs pretrain setup clean
+.PHONY: help train predict test test-slow lint weights data parity bench docs pretrain kill setup clean

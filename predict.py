@@ -20,8 +20,8 @@ from tqdm import tqdm
 from minipref import distributed, metrics
 from minipref.config import LABELS
 from minipref.data import LABEL_COLUMNS, read_pairs
-from minipref.errors import ArgumentParser, InputError
-from minipref.files import replacing
+from minipref.errors import ArgumentParser, InputError, print_anything
+from minipref.files import check_writable, replacing
 from minipref.judge import Judge, choose_device, choose_precision, load_judge
 
 LATEST = Path("runs/latest")
@@ -53,11 +53,14 @@ def parse_arguments(arguments: list[str] | None):
 
 
 def main(arguments: list[str] | None = None) -> int:
+    print_anything()
     with distributed.joined():
         try:
             options = parse_arguments(arguments)
             device = distributed.own_device(choose_device(options.device))
             precision = choose_precision(options.precision, device)
+            if options.csv is not None:
+                check_writable(options.output)     # now, not after hours of judging
             folders = options.model or newest_models()
             judges = [load_judge(folder, device, precision) for folder in folders]
             if options.csv is None:
@@ -89,7 +92,8 @@ def newest_models() -> list[Path]:
     """The model of the newest run, or of each of its folds. Errors: `InputError` where there is none."""
     try:
         run = Path(LATEST.read_text(encoding="utf-8").strip())
-    except OSError:
+        run.stat()
+    except (OSError, ValueError):               # no such note, or one that names no folder
         raise InputError(file=LATEST, found="no run so far", expected="--model DIR, or train.py first") from None
     models = [run / "model"] if (run / "model").is_dir() else sorted(run.glob("fold-*/model"))
     if not models:

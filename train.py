@@ -15,6 +15,7 @@ What is unusual here:
 - The score at the end stands beside what one gets for nothing, and is said as it is.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -34,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minipref import distributed, metrics, plots, runs, sample
+from minipref import __version__, distributed, metrics, plots, runs, sample
 from minipref.checkpoint import load_classifier
 from minipref.classifier import PreferenceModel
 from minipref.config import LABELS, RECIPES, TrainConfig
@@ -50,9 +51,9 @@ from minipref.data import (
     read_pairs,
     split_by_prompt,
 )
-from minipref.errors import ArgumentParser, InputError
-from minipref.files import sha256_of, write_json, write_text
-from minipref.judge import Judge, autocast, check_vocabulary, choose_device, choose_precision, predict_logits
+from minipref.errors import ArgumentParser, InputError, print_anything
+from minipref.files import check_writable, read_json, sha256_of, write_json, write_text
+from minipref.judge import LONGEST, Judge, autocast, check_vocabulary, choose_device, choose_precision, predict_logits
 from minipref.lean import give_back_freed_memory
 from minipref.optim import AdamW, clip_gradients, cosine_with_warmup, decay_groups
 from minipref.report import as_text, model_card, score_folds, score_logits
@@ -79,22 +80,22 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     add("--run", metavar="DIR", help="where the run's files go (default: runs/ and the time)")
     add("--recipe", choices=sorted(RECIPES), help="the set of figures to start from")
     add("--resume", action="store_true", help="go on with the run in --run")
-    add("--folds", type=_number(int, 2), help="train this many models, each validated on rows that it never saw")
+    add("--folds", type=_number(int, 2, 1000), help="train this many models, each validated on rows that it never saw")
     add("--all-rows", action="store_true", help="train on every row; nothing is left to validate on")
-    add("--epochs", type=whole, help="passes over the training rows")
+    add("--epochs", type=_number(int, 1, 10**4), help="passes over the training rows")
     add("--batch-size", type=whole, help="rows in one pass forward and backward, over all processes")
     add("--eval-batch-size", type=whole, help="the same, for evaluation")
     add("--accumulate", type=whole, help="passes per optimizer step")
-    add("--lr", type=real, help="learning rate at the peak")
+    add("--lr", type=_number(float, 0, 1e30), help="learning rate at the peak")
     add("--warmup", type=real, help="steps of warmup; below 1, a share of all steps")
-    add("--weight-decay", type=real, help="AdamW's, on matrices and tables")
+    add("--weight-decay", type=_number(float, 0, 1), help="AdamW's, on matrices and tables")
     add("--head-dropout", type=_number(float, 0, 0.999), help="dropout before the classifier")
     add("--patience", type=_number(int, 0), help="evaluations without a better score before stopping; 0 never stops")
-    add("--evals-per-epoch", type=whole, help="evaluations per epoch")
-    add("--max-length", type=_number(int, 8), help="tokens of prompt and answers together")
+    add("--evals-per-epoch", type=_number(int, 1, 10**4), help="evaluations per epoch")
+    add("--max-length", type=_number(int, 8, LONGEST), help="tokens of prompt and answers together")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the forward pass; weights stay float32")
     add("--device", choices=("auto", "cpu", "cuda", "mps"))
-    add("--seed", type=_number(int, 0), help="of the split, the order, the swaps, the fresh head and dropout")
+    add("--seed", type=_number(int, 0, 2**63 - 1), help="of the split, the order, the swaps, the head and dropout")
     add("--valid-fraction", type=_number(float, 0.001, 0.9), help="share of the rows that validate")
     add("--no-swap", action="store_true", help="do not exchange A and B at random in training")
     add("--freeze-embeddings", action="store_true", help="keep the word table as it is")
@@ -106,13 +107,13 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     return {name: value for name, value in given.items() if value is not None and value is not False}    # 0 is given
 
 
-def _number(kind: type, lowest: float, highest: float = math.inf):
+def _number(kind: type, lowest: float, highest: float = 10**9):
     def parse(text: str):
         value = kind(text)
-        if not lowest <= value <= highest or not math.isfinite(value):
+        if not lowest <= value <= highest:          # NaN is not, either
             raise ValueError
         return value
-    parse.__name__ = f"number of at least {lowest}" if highest == math.inf else f"number from {lowest} to {highest}"
+    parse.__name__ = f"number from {lowest} to {highest}"
     return parse
 
 
@@ -153,15 +154,21 @@ def resumed(given: dict) -> dict:
     if "run" not in given:
         raise InputError(found="--resume without --run", expected="the folder of the run to go on with")
     path = Path(given["run"]) / "config.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["options"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(file=path, found="no run's configuration", expected="a folder that train.py made") from None
+    stored = read_run(path)["options"]
     for name in sorted(given.keys() - FREE_TO_CHANGE):
         if given[name] != stored.get(name):
             raise InputError(file=path, found=f"--{name.replace('_', '-')} {given[name]}, where the run has "
                              f"{stored.get(name, 'its default')}", expected="the same, or a run of its own")
     return stored | {name: given[name] for name in FREE_TO_CHANGE if name in given}
+
+
+def read_run(path: Path) -> dict:
+    """A run's config.json as `check_identity` wrote it. Errors: `InputError` where it is not, to the last character."""
+    stored = read_json(path, "the folder of a run that train.py began")
+    if stored.pop("sha256", None) != runs.digest_of_json(stored):
+        raise InputError(file=path, found="its content does not match its checksum", expected="the file as it was "
+                         "written: what a run is made of cannot be changed under it")
+    return stored
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------
@@ -206,6 +213,8 @@ class Failed(Exception):
 # --- the program ------------------------------------------------------------------------------------------------------
 
 def main(arguments: list[str] | None = None) -> int:
+    print_anything()
+    options = {}
     with distributed.joined():
         try:
             given = parse_arguments(arguments)
@@ -220,7 +229,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"train.py: {problem}", file=sys.stderr)
             return 2 if isinstance(problem, InputError) else 1
         except OSError as problem:
-            print(f"train.py{distributed.who()}: {' '.join(str(problem).split())}", file=sys.stderr)
+            saved = "run" in options and has_begun(Path(options["run"]))
+            hint = "; the state saved before is whole, and --resume goes on from it" if saved else ""
+            print(f"train.py{distributed.who()}: {' '.join(str(problem).split())}{hint}", file=sys.stderr)
             return 1
         except RuntimeError as problem:
             if not distributed.is_lost(problem):
@@ -228,7 +239,15 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"train.py{distributed.who()}: another process of the run is gone, and all stop with it; the last "
                   "saved state is whole. To go on: the same command with --resume and --run", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("train.py: interrupted before the run began", file=sys.stderr)
+            return 130
     return 0
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run's folder, or that of one of its folds, has a state to go on from."""
+    return any(runs.has_state(place / "state") for place in (folder, *folder.glob("fold-*")))
 
 
 @dataclass
@@ -248,15 +267,23 @@ class Setup:
 
 
 def run(options: dict, stop: StopSignal) -> None:
+    """Train in the run's folder, which is this run's alone until the end."""
+    folder = Path(options["run"])
+    check_writable(folder / "config.json")
+    with runs.alone_in(folder) if distributed.is_first() else contextlib.nullcontext():
+        train_in(folder, options, stop)
+
+
+def train_in(folder: Path, options: dict, stop: StopSignal) -> None:
     """Read, split, encode, train once or once per fold, report."""
-    config, folder = figures(options), Path(options["run"])
+    config = figures(options)
     device = distributed.own_device(choose_device(options["device"]))
     precision = choose_precision(options["precision"], device)
     if device.type == "cpu":              # the same sums in the same order: runs on a CPU can be repeated bit for bit
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")     # as use_deterministic_algorithms(True), which imports for 2 s
         torch.utils.deterministic.fill_uninitialized_memory = False
         give_back_freed_memory()
-    if "resume" not in options and any(runs.has_state(s) for s in folder.glob("**/state")):
+    if "resume" not in options and has_begun(folder):
         raise InputError(file=folder, found="a run that can go on", expected="--resume, or another name for --run")
 
     tokenizer = load_tokenizer(options["encoder"])
@@ -301,6 +328,10 @@ def split(pairs: list[Pair], held_out: list[Pair], config: TrainConfig, options:
     return splits
 
 
+MUST_BE_SAME = ("train", "valid", "encoder", "precision", "minipref")     # on --resume, by content, not by name
+MAY_DIFFER = ("device", "threads", "processes", "torch", "python", "system")     # the sums come out in another order
+
+
 def check_identity(folder: Path, options: dict, config: TrainConfig, device: torch.device, precision: str) -> dict:
     """Write down what the run is made of, or on --resume compare it. Files are known by content, not by name."""
     encoder = Path(options["encoder"])
@@ -308,25 +339,29 @@ def check_identity(folder: Path, options: dict, config: TrainConfig, device: tor
         "train": [sha256_of(path) for path in options["train"]],
         "valid": sha256_of(options["valid"]) if "valid" in options else None,
         "encoder": {file.name: sha256_of(file) for file in sorted(encoder.iterdir())
-                    if file.suffix in (".safetensors", ".json", ".model")},
-        "device": device.type, "precision": precision, "threads": torch.get_num_threads(),
+                    if file.suffix in (".safetensors", ".json", ".model") and file.is_file()},
+        "device": device.type, "precision": precision, "threads": torch.get_num_threads(), "minipref": __version__,
         "processes": distributed.size(), "torch": torch.__version__, "python": platform.python_version(),
         "system": platform.machine(),
     }
     path = folder / "config.json"
-    if "resume" in options:
-        stored = json.loads(path.read_text(encoding="utf-8"))["identity"]
-        for name in ("train", "valid", "encoder", "precision"):
-            if stored.get(name) != identity[name]:
-                raise InputError(file=path, found=f"{name} has changed since the run began",
-                                 expected="the same content, or a run of its own")
-        for name in ("device", "threads", "processes", "torch", "python", "system"):
-            if stored.get(name) != identity[name]:
-                print(f"note: {name} is {identity[name]} and was {stored.get(name)}: "
-                      "the run goes on, but not bit for bit")
-    elif distributed.is_first():
-        write_json(path, {"options": {k: v for k, v in options.items() if k not in ("run", "resume")},
-                          "figures": dataclasses.asdict(config), "identity": identity})
+    if "resume" not in options:
+        made_of = {"options": {k: v for k, v in options.items() if k not in ("run", "resume")},
+                   "figures": dataclasses.asdict(config), "identity": identity}
+        if distributed.is_first():
+            write_json(path, made_of | {"sha256": runs.digest_of_json(made_of)})
+        return identity
+    stored = read_run(path)
+    before = stored["figures"] | {name: stored["identity"].get(name) for name in (*MUST_BE_SAME, *MAY_DIFFER)}
+    now = dataclasses.asdict(config) | identity
+    for name in (*sorted((before.keys() | now.keys()) - {*MAY_DIFFER}), *MAY_DIFFER):
+        if before.get(name) == now.get(name):
+            continue
+        change = f"{now.get(name)} and was {before.get(name)}" if not isinstance(now.get(name), list | dict) else ""
+        if name not in MAY_DIFFER:
+            raise InputError(file=path, found=f"{name} has changed since the run began{change and f': it is {change}'}",
+                             expected="the same, or a run of its own")
+        print(f"note: {name} is {change}: the run goes on, but not bit for bit")
     return identity
 
 
@@ -382,6 +417,7 @@ class Progress:
     evaluated: int = 0             # the step of the last evaluation
     best: float = math.inf         # the least validation log loss so far
     best_step: int = 0
+    best_weights: str = ""         # a hash of the weights then, which model/ holds
     since_best: int = 0            # evaluations since then
     loss_sum: float = 0.0          # of the training rows since the last evaluation
     loss_rows: int = 0
@@ -423,8 +459,9 @@ def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Set
           f"{len(evaluate_at)} evaluations at most" if len(valid_rows) else f"steps      {total:,}")
 
     progress = Progress()
-    if "resume" in options and runs.has_state(folder / "state"):
-        progress = load_state(folder / "state", model, optimizer, scaler)
+    if "resume" in options:
+        progress = load_state(folder, model, optimizer, scaler)
+        keep_best(folder, judge, progress)
         print(f"resumed at step {progress.step:,} of {total:,}")
 
     model.train()
@@ -438,9 +475,10 @@ def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Set
                 logits = predict_logits(model, valid, setup.tokenizer, config.eval_batch_size * config.max_length,
                                         config.eval_batch_size, setup.precision, (False,), stop.check, together=True)
                 started = clock(progress, started)
+                check_finite(logits, valid_rows, progress, setup)
                 note_evaluation(progress, metrics.averaged(logits, 1.0), valid.labels, steps_per_epoch, optimizer, bar)
                 if progress.since_best == 0:
-                    save_best(judge, folder)
+                    progress.best_weights = runs.digest_of(model)
                 elif config.patience and progress.since_best >= config.patience:
                     progress.finished = f"no better log loss in {config.patience} evaluations"
             elif progress.step == total:
@@ -466,6 +504,7 @@ def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Set
                     continue
             saved = started = clock(progress, started)
             save_state(folder, progress, model, optimizer, scaler)
+            keep_best(folder, judge, progress)
             stop.check()
     except Stopped:
         clock(progress, started)
@@ -541,6 +580,15 @@ def note_evaluation(progress: Progress, probabilities: np.ndarray, labels: np.nd
               f"{'   best' if better else ''}")
 
 
+def check_finite(logits: np.ndarray, rows: np.ndarray, progress: Progress, setup: Setup) -> None:
+    """Errors: `Failed` with the ids of the rows of which the model says nothing that is a number."""
+    spoiled = rows[~np.isfinite(logits).all(axis=(1, 2))]
+    if len(spoiled):
+        ids = ", ".join(setup.pairs[row].id for row in spoiled[:20])
+        raise Failed(f"step {progress.step}: logits that are not finite for {len(spoiled):,} of {len(rows):,} rows to "
+                     f"validate on: {ids}{', ...' if len(spoiled) > 20 else ''}. A smaller --lr usually helps.")
+
+
 # --- state ------------------------------------------------------------------------------------------------------------
 
 def clock(progress: Progress, started: float) -> float:
@@ -548,12 +596,6 @@ def clock(progress: Progress, started: float) -> float:
     now = time.monotonic()
     progress.seconds += now - started
     return now
-
-
-def save_best(judge: Judge, folder: Path) -> None:
-    if distributed.is_first():
-        judge.save(folder / "model")
-        remember_latest(folder)
 
 
 def save_state(folder: Path, progress: Progress, model: PreferenceModel, optimizer: AdamW, scaler) -> None:
@@ -569,12 +611,20 @@ def save_state(folder: Path, progress: Progress, model: PreferenceModel, optimiz
     runs.save_state(folder / "state", tensors, {"progress": dataclasses.asdict(progress), "random": facts,
                                                 "scaler": scaler.state_dict(), "step": progress.step,
                                                 "lr": optimizer.param_groups[0]["lr"]})
-    runs.write_rows(folder / "metrics.csv", progress.rows)
-    runs.write_rows(folder / "timing.csv", progress.timing)
+    write_logs(folder, progress)
 
 
 def load_state(folder: Path, model: PreferenceModel, optimizer: AdamW, scaler) -> Progress:
-    tensors, facts = runs.load_state(folder)
+    """Put everything back to where `save_state` found it, the logs too; a run that never saved is at its beginning.
+
+    Errors: `InputError` naming what is damaged or missing.
+    """
+    if not runs.has_state(folder / "state"):
+        if (folder / "metrics.csv").exists():          # written after each state, so there was one
+            raise InputError(file=folder / "state", found="no state, though the run had got as far as an evaluation",
+                             expected="the folder as it was, or the run begun anew: without --resume")
+        return Progress()
+    tensors, facts = runs.load_state(folder / "state")
     model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items()
                            if name.startswith("model.")})
     runs.restore_optimizer(optimizer, tensors)
@@ -585,13 +635,35 @@ def load_state(folder: Path, model: PreferenceModel, optimizer: AdamW, scaler) -
     if f"{own}random.torch" in tensors:                    # not where there were fewer processes: a new one draws anew
         runs.restore_random_state({name.removeprefix(own): value for name, value in tensors.items()
                                    if name.startswith(f"{own}random.")}, facts["random"])
-    return Progress(**facts["progress"])
+    progress = Progress(**facts["progress"])
+    if distributed.is_first():
+        write_logs(folder, progress)
+    return progress
+
+
+def write_logs(folder: Path, progress: Progress) -> None:
+    runs.write_rows(folder / "metrics.csv", progress.rows)
+    runs.write_rows(folder / "timing.csv", progress.timing)
+
+
+def keep_best(folder: Path, judge: Judge, progress: Progress) -> None:
+    """Write model/ where the state just saved or loaded is that of the best evaluation.
+
+    Only after the state is safe: killed between the two, the run finds the best weights in the state and writes them
+    again. So model/ is never of an evaluation that the state does not know.
+    """
+    if distributed.is_first() and progress.best_step == progress.step == progress.evaluated > 0:
+        judge.save(folder / "model")
+        remember_latest(folder)
 
 
 def remember_latest(folder: Path) -> None:
-    """Name the newest run for predict.py; of a fold, the run that it belongs to."""
+    """Name the newest run for predict.py; of a fold, the run that it belongs to. No run ends for lack of this file."""
     run = folder.parent if folder.name.startswith("fold-") else folder
-    write_text(LATEST, f"{run.resolve()}\n")
+    try:
+        write_text(LATEST, f"{run.resolve()}\n")
+    except OSError as problem:
+        print(f"note: {LATEST} cannot be written ({problem.strerror}): name {run / 'model'} to predict.py yourself")
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -605,6 +677,10 @@ def finish(folder: Path, judge: Judge, progress: Progress, train_rows: np.ndarra
     logits = np.empty((0, 2, 3))
     if len(valid_rows):
         best = load_classifier(folder / "model", device=setup.device)
+        if runs.digest_of(best) != progress.best_weights:
+            raise InputError(file=folder / "model" / "model.safetensors",
+                             found="other weights than the best evaluation's",
+                             expected=f"those of step {progress.best_step:,}, as they were written")
         judge = Judge(best, setup.tokenizer, setup.config.max_length, precision=setup.precision)
         valid = setup.examples.take(valid_rows)
         logits = predict_logits(best, valid, setup.tokenizer, setup.config.eval_batch_size * setup.config.max_length,
@@ -621,6 +697,8 @@ def finish(folder: Path, judge: Judge, progress: Progress, train_rows: np.ndarra
         print(f"\non {len(valid):,} validation rows (log loss: lower is better; calibrated: temperature of other rows)")
         print(as_text(scored))
         write_predictions(folder / "valid_predictions.csv", logits, judge.temperature, valid_rows, setup)
+    elif not all(torch.isfinite(p).all() for p in judge.model.parameters()):
+        raise Failed(f"step {progress.step}: weights that are not finite. A smaller --lr usually helps.")
     judge.save(folder / "model")
     card = model_card(report, Path(setup.options["encoder"]).name, [Path(f).name for f in setup.options["train"]],
                       setup.options["recipe"], dataclasses.asdict(setup.config), setup.options["seed"])

@@ -4,7 +4,6 @@ Nothing is skipped silently. Every tensor of the body must be there with the rig
 pre-training heads is left out and counted; anything else is an error that names it.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from minipref.classifier import PreferenceModel
 from minipref.config import EncoderConfig
 from minipref.encoder import Encoder, initialise
 from minipref.errors import InputError, shown
-from minipref.files import replacing, write_json
+from minipref.files import read_json, replacing, write_json
 
 # minipref's name -> Hugging Face's name, `{}` for the layer's number. Each stands for a .weight and, but for the two
 # tables, a .bias: 3 + 3 tensors around the layers and 16 in each, 102 for v3-small's six.
@@ -160,6 +159,9 @@ def _sort_tensors(checkpoint: "_Checkpoint", config: EncoderConfig) -> tuple[Loa
     Errors: `InputError` naming the tensor for a missing, misshapen or unknown one.
     """
     report = LoadReport()
+    if 16 * config.layers > len(checkpoint.shapes):      # seen here, before a module of a million layers is built
+        raise InputError(file=checkpoint.path, found=f"{len(checkpoint.shapes)} tensors",
+                         expected=f"at least {16 * config.layers:,}, for the {config.layers:,} layers of config.json")
     prefix = BODY_PREFIX if any(name.startswith(BODY_PREFIX) for name in checkpoint.shapes) else ""
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in PreferenceModel(config).named_parameters()}
@@ -237,8 +239,8 @@ def _open_checkpoint(folder: Path) -> _Checkpoint:
     if single.is_file() or not index.is_file():
         return _Checkpoint(single, [single])
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        names = sorted(set(read_json(index, "the index of the weights")["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
         raise InputError(file=index, found="not an index of safetensors files",
                          expected='{"weight_map": {tensor: file}}') from None
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):

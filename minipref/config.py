@@ -6,12 +6,11 @@ pos_att_type ...`). minipref implements the one that was released as v3, so the 
 size (width, depth, heads, span) is just another `EncoderConfig`.
 """
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from minipref.errors import InputError, shown
+from minipref.files import read_json
 
 # Field of config.json -> the only value v3 has for it. A field that is absent counts as `ABSENT_MEANS`.
 V3_FACTS = {
@@ -31,6 +30,7 @@ ABSENT_MEANS = {  # transformers' own defaults, which is what the absence of a f
     "pos_att_type": set(), "position_biased_input": True, "type_vocab_size": 0, "conv_kernel_size": 0,
     "hidden_act": "gelu", "pooler_hidden_act": "gelu",
 }
+LARGEST = 1 << 22          # of any size: mDeBERTa's vocabulary has 250,101 ids, v2-xxlarge's feed-forward 6,144 numbers
 LABELS = ("A", "B", "tie")
 
 
@@ -67,7 +67,7 @@ class EncoderConfig:
         Errors: `InputError` naming the file and the field, for a file that is not a JSON object, a field of the
         wrong type or range, and anything that is not v3-shaped.
         """
-        fields = _read_object(Path(path))
+        fields = read_json(path, "a Hugging Face folder with config.json and model.safetensors")
         _check_v3(fields, path)
         number = _NumberReader(fields, path)
         length = number.whole("max_position_embeddings", 512)
@@ -89,14 +89,17 @@ class EncoderConfig:
             init_std=number.real("initializer_range", 0.02),
             pad_id=number.whole("pad_token_id", 0, lowest=0),
         )
-        config._check_sizes(path)
+        config._check_sizes(path, number.whole("attention_head_size", config.head_width))
         return config
 
-    def _check_sizes(self, path: str | Path) -> None:
+    def _check_sizes(self, path: str | Path, head_width: int) -> None:
         """The relations between sizes that no single field shows."""
         if self.width % self.heads:
             raise InputError(file=path, found=f"hidden_size {self.width} with num_attention_heads {self.heads}",
                              expected="a width that is a multiple of the heads")
+        if head_width != self.head_width:
+            raise InputError(file=path, found=f"attention_head_size is {head_width}",
+                             expected=f"hidden_size / num_attention_heads ({self.width} / {self.heads})")
         if self.max_distance - 1 <= self.span // 2:
             raise InputError(file=path, found=f"position_buckets {self.span} with max_distance {self.max_distance}",
                              expected="max_distance - 1 > position_buckets / 2, or there is no logarithmic region")
@@ -140,19 +143,6 @@ class EncoderConfig:
         }
 
 
-def _read_object(path: Path) -> dict:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(file=path, found="no such file",
-                         expected="a Hugging Face folder with config.json and model.safetensors") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as problem:
-        raise InputError(file=path, found=str(problem), expected="a JSON object") from None
-    if not isinstance(fields, dict):
-        raise InputError(file=path, found=f"a JSON {type(fields).__name__}", expected="a JSON object")
-    return fields
-
-
 def _check_v3(fields: dict, path: str | Path) -> None:
     """Refuse, by name, a configuration that is a different architecture from v3."""
     for name, wanted in V3_FACTS.items():
@@ -171,11 +161,6 @@ def _check_v3(fields: dict, path: str | Path) -> None:
         if name in fields and fields[name] != fields.get(wanted):
             raise InputError(file=path, found=f"{name} is {shown(fields[name])}",
                              expected=f"the same as {wanted} ({shown(fields.get(wanted))})")
-    width, heads, head_width = (fields.get(name) for name in
-                                ("hidden_size", "num_attention_heads", "attention_head_size"))
-    if head_width is not None and head_width * heads != width:
-        raise InputError(file=path, found=f"attention_head_size is {shown(head_width)}",
-                         expected=f"hidden_size / num_attention_heads ({width} / {heads})")
 
 
 class _NumberReader:
@@ -196,11 +181,11 @@ class _NumberReader:
         return value
 
     def whole(self, name: str, default: object = REQUIRED, lowest: int = 1) -> int:
-        return self._get(name, default, lambda v: isinstance(v, int) and lowest <= v < 2**31,
-                         f"a whole number of at least {lowest}")
+        return self._get(name, default, lambda v: isinstance(v, int) and lowest <= v <= LARGEST,
+                         f"a whole number from {lowest} to {LARGEST}")
 
     def real(self, name: str, default: object = REQUIRED) -> float:
-        return float(self._get(name, default, lambda v: math.isfinite(v) and 0 < v < 1, "a number between 0 and 1"))
+        return float(self._get(name, default, lambda v: 0 < v < 1, "a number between 0 and 1"))
 
     def rate(self, name: str, default: object = REQUIRED) -> float:
         return float(self._get(name, default, lambda v: 0 <= v < 1, "a dropout rate, from 0 to below 1"))

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minipref.errors import InputError, shown
-from minipref.files import replacing
+from minipref.files import check_ordinary, replacing
 from minipref.tokenizer import Tokenizer
 
 TEXT_COLUMNS = ("prompt", "response_a", "response_b")
@@ -38,6 +38,7 @@ LABEL_COLUMNS = ("winner_model_a", "winner_model_b", "winner_tie")       # the c
 SHARES = (1, 2, 2)                                                       # prompt : A : B
 SPECIALS = 4                                                             # [CLS] and three [SEP]
 NO_ANSWER = "(no answer)"                                                # what the model reads for a null turn
+LONGEST_CELL = 1 << 22       # characters; the competition's longest has some 50,000, and one of these tokenises in 12 s
 
 Turns = tuple[str | None, ...]
 
@@ -75,7 +76,7 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
     """The rows of a CSV in Kaggle's layout, one at a time. Columns other than those needed are left alone.
 
     `labels`: "required", or "if present" (all three label columns, or none of them).
-    `unique_ids`: refuse a blank or repeated id, as a submission would.
+    `unique_ids`: refuse an id that a submission could not hold: a blank one, a repeated one, one with a line's end.
     Errors: `InputError` naming file, row (the header is not counted) and column for whatever does not fit.
     """
     seen: dict[str, int] = {}
@@ -84,8 +85,10 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
         if LABEL_COLUMNS[0] in record:
             label = _one_hot([record[column] for column in LABEL_COLUMNS], path, row)
         if unique_ids:
-            if not record["id"].strip():
-                raise InputError(file=path, row=row, column="id", found="a blank id", expected="any non-empty text")
+            if not record["id"].strip() or "\r" in record["id"]:
+                found = shown(record["id"]) if record["id"].strip() else "a blank id"
+                raise InputError(file=path, row=row, column="id", found=found,
+                                 expected="any non-empty text without a carriage return")
             if record["id"] in seen:
                 raise InputError(file=path, row=row, column="id",
                                  found=f"{shown(record['id'])}, which row {seen[record['id']]} has already",
@@ -96,7 +99,8 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
 
 def _records(path: Path, labels: str) -> Iterator[tuple[int, dict[str, str]]]:
     """(row number, {column: cell}) of a CSV file, with only the columns that are needed."""
-    limit = csv.field_size_limit(2**31 - 1)         # a module-wide setting; answers longer than its 131,072 exist
+    check_ordinary(path, "a CSV file")
+    limit = csv.field_size_limit(LONGEST_CELL)      # a module-wide setting; answers longer than its 131,072 exist
     row = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -111,16 +115,16 @@ def _records(path: Path, labels: str) -> Iterator[tuple[int, dict[str, str]]]:
                     raise InputError(file=path, row=row, found=f"{len(cells)} cells",
                                      expected=f"{len(header)}, as in the header; is a quote missing?")
                 yield row, {column: cells[place] for column, place in places.items()}
-    except FileNotFoundError:
-        raise InputError(file=path, found="no such file", expected="a CSV file") from None
     except UnicodeDecodeError as problem:
         packed = problem.object[:2] == b"\x1f\x8b"
         found = "a gzip file" if packed else f"not UTF-8 text ({problem.reason} after row {row})"
         raise InputError(file=path, found=found, expected="an unpacked CSV file" if packed else
                          "a CSV file in UTF-8") from None
     except csv.Error as problem:
-        raise InputError(file=path, row=row + 1, found=f"not CSV ({problem})",
-                         expected="cells in double quotes, quotes inside them doubled") from None
+        expected = "cells in double quotes, quotes inside them doubled"
+        if "field limit" in str(problem):
+            expected = f"cells of at most {LONGEST_CELL:,} characters; is a quote missing?"
+        raise InputError(file=path, row=row + 1, found=f"not CSV ({problem})", expected=expected) from None
     except OSError as problem:
         raise InputError(file=path, found=problem.strerror or str(problem), expected="a readable CSV file") from None
     finally:
@@ -309,20 +313,33 @@ def encode_cached(pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int, 
     """`encode_pairs`, kept in the file `cache` for the next time that the same rows meet the same tokenizer and budget.
 
     `source` identifies the rows (a hash of their files and of which were taken). Returns the examples and whether they
-    came from the cache. A cache that is damaged or of something else is made anew.
+    came from the cache. A cache that is damaged or of something else is made anew: its key is a hash of what went in
+    and of what came out.
     """
-    key = hashlib.sha256(json.dumps([source, tokenizer.fingerprint, max_length, SHARES, NO_ANSWER]).encode())
+    made_of = json.dumps([source, tokenizer.fingerprint, max_length, SHARES, NO_ANSWER])
     try:
         stored = load_file(cache)
     except (SafetensorError, OSError):
         stored = {}
-    if "key" in stored and bytes(stored["key"]) == key.digest():
-        return Examples(*(stored[name] for name in ("tokens", "starts", "labels", "cut")), max_length), True
+    if stored.keys() == {*CACHED, "key"} and bytes(stored["key"]) == _cache_key(made_of, stored):
+        return Examples(*(stored[name] for name in CACHED), max_length), True
     examples = encode_pairs(pairs, tokenizer, max_length, progress)
+    arrays = {name: getattr(examples, name) for name in CACHED}
     with replacing(cache) as temporary:
-        save_file({"tokens": examples.tokens, "starts": examples.starts, "labels": examples.labels,
-                   "cut": examples.cut, "key": np.frombuffer(key.digest(), dtype=np.uint8).copy()}, temporary)
+        save_file(arrays | {"key": np.frombuffer(_cache_key(made_of, arrays), dtype=np.uint8).copy()}, temporary)
     return examples, False
+
+
+CACHED = ("tokens", "starts", "labels", "cut")
+
+
+def _cache_key(made_of: str, arrays: dict[str, np.ndarray]) -> bytes:
+    digest = hashlib.sha256(made_of.encode())
+    for name in CACHED:
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array)
+    return digest.digest()
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The one exception for everything a user can cause: the programs print it as one line and exit with code 2."""
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -28,8 +30,21 @@ def shown(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
 
 
+def print_anything() -> None:
+    """Let print() take any text: a terminal that lacks a character of a file's name gets its number instead."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):         # pytest and notebooks put streams of their own there
+            stream.reconfigure(errors="backslashreplace")
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, but for a wrong argument it raises `InputError`: one line, as for every other mistake."""
+
+    def parse_args(self, arguments: Sequence[str] | None = None, namespace=None):
+        for text in sys.argv[1:] if arguments is None else arguments:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                self.error(f"{shown(text)}, which is not UTF-8")
+        return super().parse_args(arguments, namespace)
 
     def error(self, message: str):
         raise InputError(found=message, expected=f"what {self.prog} --help describes")

@@ -5,8 +5,6 @@ two verdicts, turned so that they speak of the same answers, are averaged.
 """
 
 import contextlib
-import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from minipref.data import (
     swap_classes,
 )
 from minipref.errors import InputError, shown
-from minipref.files import write_json
+from minipref.files import read_json, write_json
 from minipref.metrics import averaged
 from minipref.tokenizer import Tokenizer, load_tokenizer
 
@@ -53,13 +51,19 @@ class Judge:
 
     def compare_many(self, rows: Iterable[tuple], batch_tokens: int = 16_384, swap_average: bool = True,
                      progress: Callable[[int], object] | None = None) -> np.ndarray:
-        """Probabilities of many pairs (prompt, response_a, response_b). Shapes: N rows -> (N, 3) float64."""
+        """Probabilities of many pairs (prompt, response_a, response_b). Shapes: N rows -> (N, 3) float64.
+
+        Errors: `InputError` where the model's arithmetic overflows.
+        """
         pairs = [row if isinstance(row, Pair) else Pair("", *map(_as_turns, row)) for row in rows]
         if not pairs:
             return np.empty((0, 3))
         examples = encode_pairs(pairs, self.tokenizer, self.max_length)
         logits = predict_logits(self.model, examples, self.tokenizer, batch_tokens, precision=self.precision,
                                 orders=(False, True) if swap_average else (False,), progress=progress)
+        if not np.isfinite(logits).all():
+            raise InputError(found=f"logits that are not finite, in precision {self.precision}",
+                             expected="--precision fp32 or bf16, or a model whose training did not diverge")
         return averaged(logits, self.temperature)
 
     def save(self, folder: str | Path) -> None:
@@ -97,21 +101,16 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: str | Path) 
 
 
 def _read_settings(path: Path) -> tuple[int, float]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(file=path, found="no such file", expected="a folder that train.py wrote") from None
-    except (OSError, ValueError, RecursionError) as problem:
-        raise InputError(file=path, found=str(problem), expected="a JSON object") from None
-    settings = settings if isinstance(settings, dict) else {}
+    settings = read_json(path, "a folder that train.py wrote")
     max_length, temperature = settings.get("max_length"), settings.get("temperature")
     if settings.get("format") != 1 or settings.get("shares") != list(SHARES):
         raise InputError(file=path, found=f"format {shown(settings.get('format'))}, shares "
                          f"{shown(settings.get('shares'))}", expected=f"format 1, shares {list(SHARES)}")
     if type(max_length) is not int or not 8 <= max_length <= LONGEST:
         raise InputError(file=path, found=f"max_length is {shown(max_length)}", expected=f"from 8 to {LONGEST} tokens")
-    if type(temperature) not in (int, float) or not (math.isfinite(temperature) and temperature > 0):
-        raise InputError(file=path, found=f"temperature is {shown(temperature)}", expected="a positive number")
+    if type(temperature) not in (int, float) or not 0 < temperature < 1e6:
+        raise InputError(file=path, found=f"temperature is {shown(temperature)}",
+                         expected="a positive number below a million")
     return max_length, float(temperature)
 
 

@@ -14,11 +14,14 @@ the old pointer or the new one, and both lead to a complete state. No pickle: te
 else into JSON.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +30,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minipref.errors import InputError
-from minipref.files import replacing, sha256_of, write_json, write_text
+from minipref.errors import InputError, shown
+from minipref.files import replacing, sha256_of, sweep, write_json, write_text
+
+try:
+    import fcntl
+except ModuleNotFoundError:        # Windows
+    fcntl = None
 
 CURRENT = "current.json"
 PREVIOUS = "previous.json"
+FORMAT = 1                         # of a state; another one is refused by this number
 
 
 def save_state(folder: str | Path, tensors: dict[str, Tensor], facts: dict) -> None:
@@ -41,6 +50,7 @@ def save_state(folder: str | Path, tensors: dict[str, Tensor], facts: dict) -> N
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)                                               # a save that was killed may have left gigabytes
     pointer, previous = _read_pointer(folder / CURRENT), _read_pointer(folder / PREVIOUS)
     in_use = {p["tensors"] for p in (pointer, previous) if p}
     name = next(n for n in ("tensors-0", "tensors-1", "tensors-2") if f"{n}.safetensors" not in in_use) + ".safetensors"
@@ -51,7 +61,7 @@ def save_state(folder: str | Path, tensors: dict[str, Tensor], facts: dict) -> N
     facts_text = json.dumps(facts)
     if pointer:
         write_json(folder / PREVIOUS, pointer)
-    write_json(folder / CURRENT, {"tensors": name, "sha256": digest, "facts": facts_text,
+    write_json(folder / CURRENT, {"format": FORMAT, "tensors": name, "sha256": digest, "facts": facts_text,
                                   "facts_sha256": _digest(facts_text)})
     for leftover in folder.glob("tensors-*.safetensors"):       # the generation that nothing points to any more
         if leftover.name not in {name, pointer["tensors"] if pointer else name}:
@@ -80,8 +90,39 @@ def load_state(folder: str | Path, which: str = CURRENT) -> tuple[dict[str, Tens
 
 
 def has_state(folder: str | Path) -> bool:
-    """Whether there is something to go on from, damaged or not."""
-    return (Path(folder) / CURRENT).exists()
+    """Whether there is something to go on from, damaged or not, or was: a lost pointer leaves the one before it."""
+    return any((Path(folder) / name).exists() for name in (CURRENT, PREVIOUS))
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Keep a run's folder for this process; what killed processes left half-written in it is removed.
+
+    The lock is on the folder itself and is the system's: it leaves no file behind and ends with the process, however
+    that dies. Where the file system has no locks (some network ones), nothing is kept.
+    Errors: `InputError` where another process has the folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        try:
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(file=folder, found="another process at work in it",
+                             expected="that one to end, or another name for --run") from None
+        except OSError as problem:
+            print(f"note: {folder} cannot be locked ({problem.strerror}): let no other run use it now")
+        for part in (folder, *folder.glob("fold-*")):
+            for place in (part, part / "model", part / "state"):
+                sweep(place)
+        yield
+    finally:
+        with contextlib.suppress(OSError):     # only an empty one goes: nothing came of this run
+            folder.rmdir()
+        if fcntl:
+            os.close(descriptor)
 
 
 def _load(folder: Path, which: str) -> tuple[dict[str, Tensor], dict]:
@@ -89,6 +130,9 @@ def _load(folder: Path, which: str) -> tuple[dict[str, Tensor], dict]:
     if pointer is None:
         found = "damaged" if (folder / which).exists() else "no such file"
         raise InputError(file=folder / which, found=found, expected="the pointer to a saved state")
+    if (found := pointer.get("format", FORMAT)) != FORMAT:
+        raise InputError(file=folder / which, found=f"a state of format {shown(found)}",
+                         expected=f"format {FORMAT}: go on with the version of minipref that wrote it")
     if _digest(pointer["facts"]) != pointer["facts_sha256"]:
         raise InputError(file=folder / which, found="the facts do not match their checksum",
                          expected="the file as it was written")
@@ -100,7 +144,7 @@ def _load(folder: Path, which: str) -> tuple[dict[str, Tensor], dict]:
                          expected="the file as it was written")
     try:
         return load_file(path), json.loads(pointer["facts"])
-    except (SafetensorError, ValueError) as problem:
+    except (SafetensorError, ValueError, RecursionError) as problem:
         raise InputError(file=path, found=str(problem), expected="the file as it was written") from None
 
 
@@ -108,7 +152,7 @@ def _read_pointer(path: Path) -> dict | None:
     """The pointer file's content, or None where there is none that can be used."""
     try:
         pointer = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     wanted = ("tensors", "sha256", "facts", "facts_sha256")
     whole = isinstance(pointer, dict) and all(isinstance(pointer.get(key), str) for key in wanted)
@@ -117,6 +161,11 @@ def _read_pointer(path: Path) -> dict | None:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of_json(value: object) -> str:
+    """A SHA-256 of what JSON can hold, the same however it is laid out."""
+    return _digest(json.dumps(value, sort_keys=True))
 
 
 def random_state() -> tuple[dict[str, Tensor], dict]:
@@ -135,8 +184,8 @@ def restore_random_state(tensors: dict[str, Tensor], facts: dict) -> None:
     """Put every generator back to where `random_state` found it."""
     torch.set_rng_state(tensors["random.torch"])
     cuda = sorted((name for name in tensors if name.startswith("random.cuda.")), key=lambda n: int(n.rsplit(".", 1)[1]))
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([tensors[name] for name in cuda])
+    for device, name in zip(range(torch.cuda.device_count()), cuda):    # a machine with fewer or more goes on inexactly
+        torch.cuda.set_rng_state(tensors[name], device)
     version, numbers, gauss = facts["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = facts["numpy"]
@@ -164,6 +213,15 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
             index, key = name[len(prefix):].split(".")
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def digest_of(module: torch.nn.Module) -> str:
+    """A SHA-256 over a module's parameters, by which to know them again; the same on every device."""
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def write_rows(path: str | Path, rows: list[dict]) -> None:

@@ -50,6 +50,7 @@ from tokenizers.models import Unigram
 from tokenizers.trainers import UnigramTrainer
 
 from minipref.errors import InputError, shown
+from minipref.files import replacing
 
 SPACE = "▁"   # U+2581, how sentencepiece writes a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)   # sentencepiece's numbers for the kinds of pieces
@@ -308,9 +309,9 @@ class Tokenizer:
             raise InputError(file=folder / "spm.model", found="another tokenizer, which would be read instead",
                              expected="a folder without spm.model")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_file(folder / self._name, self._data)
-            _write_file(folder / "tokenizer_config.json", self._config())
+            for name, data in ((self._name, self._data), ("tokenizer_config.json", self._config())):
+                with replacing(folder / name) as temporary:
+                    temporary.write_bytes(data)
         except OSError as problem:
             raise InputError(file=folder, found=f"cannot be written: {problem.strerror}") from None
 
@@ -346,19 +347,6 @@ def _as_the_library_may_see(vocabulary: Vocabulary) -> list[tuple[str, float]]:
     """
     return [(piece, score) if kind == NORMAL else (f" {id}", 0.0)
             for id, (piece, score, kind) in enumerate(zip(vocabulary.pieces, vocabulary.scores, vocabulary.kinds))]
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    """The file is there whole, or it is what it was before."""
-    partial_file = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial_file.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial_file, path)
-    finally:
-        partial_file.unlink(missing_ok=True)
 
 
 def _check(vocabulary: Vocabulary) -> None:

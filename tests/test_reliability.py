@@ -1,0 +1,631 @@
+"""A run survives anything, ends the same, and says what is wrong: the promises of docs/reliability.md.
+
+Hostile input has files of its own: test_hostile.py is the table, test_fuzz.py the dice.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import write_encoder, write_rows
+
+import predict
+import train
+from minipref import runs
+from minipref.data import read_pairs
+from minipref.errors import InputError
+from minipref.files import replacing
+
+ROOT = Path(train.__file__).resolve().parent
+FAST = ["--recipe", "tiny", "--epochs", "2", "--lr", "3e-3", "--precision", "fp32", "--batch-size", "8",
+        "--evals-per-epoch", "1", "--accumulate", "2", "--valid-fraction", "0.2", "--max-length", "32"]
+OUTCOME = ("metrics.csv", "valid_predictions.csv", "model/model.safetensors", "model/minipref.json")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Each test in a folder of its own with rows to train on, and torch's determinism put back afterwards."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "t.csv", 60)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def whole(encoder, tmp_path_factory):
+    """The run that nothing happened to, with a state after each step."""
+    folder = tmp_path_factory.mktemp("whole")
+    before = Path.cwd()
+    os.chdir(folder)
+    write_rows(Path("t.csv"), 60)
+    assert train.main(begin(encoder)) == 0
+    os.chdir(before)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def half(encoder, tmp_path_factory):
+    """The same run, stopped after its fourth of six steps, with the state before it still there."""
+    folder = tmp_path_factory.mktemp("half")
+    before = Path.cwd()
+    os.chdir(folder)
+    write_rows(Path("t.csv"), 60)
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, train, "take_step", 4)
+        assert train.main(begin(encoder)) == 143
+    os.chdir(before)
+    return folder / "run"
+
+
+def begin(encoder, *more) -> list[str]:
+    return ["--train", "t.csv", "--encoder", str(encoder), "--run", "run", *FAST, "--save-every", "0", *more]
+
+
+RESUME = ["--resume", "--run", "run"]
+
+
+def signal_at(patch, module, name, number, which=signal.SIGTERM):
+    """Let a signal arrive just before the `number`-th call of a function."""
+    real, calls = getattr(module, name), []
+
+    def called(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), which)
+        return real(*args, **kwargs)
+    patch.setattr(module, name, called)
+
+
+def same_ending(found: Path, wanted: Path) -> None:
+    for name in OUTCOME:
+        assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
+    tensors, others = (runs.load_state(folder / "state")[0] for folder in (found, wanted))
+    assert tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+def said(capsys, arguments, main=train.main) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refused(capsys, arguments, main=train.main) -> str:
+    """The one line of a refusal, with exit code 2."""
+    code, _, err = said(capsys, arguments, main)
+    assert code == 2 and err.count("\n") == 1, err
+    return err
+
+
+# --- exact resume
+
+@pytest.mark.parametrize(("module", "name", "number"), [
+    (train, "make_batch", 1), (train, "make_batch", 2), (train, "make_batch", 6),     # between the passes of a step
+    (train, "predict_logits", 1), (train.metrics, "evaluate", 2), (train, "score_logits", 1),
+    (train, "save_state", 3), (train, "keep_best", 1)])
+def test_a_signal_at_any_moment_costs_nothing(encoder, whole, monkeypatch, module, name, number):
+    with monkeypatch.context() as patch:
+        signal_at(patch, module, name, number)
+        code = train.main(begin(encoder))
+    assert code in (0, 143)                  # 0 where only the report was left to write
+    if code:
+        assert train.main(RESUME) == 0
+    same_ending(Path("run"), whole)
+
+
+def test_a_run_stopped_right_after_early_stopping_stays_stopped_and_ends_the_same(encoder, capsys, monkeypatch):
+    early = begin(encoder, "--patience", "1", "--epochs", "30", "--lr", "0.1")
+    assert train.main(early) == 0
+    Path("run").rename("once")
+    with monkeypatch.context() as patch:
+        signal_at(patch, train, "finish", 1)
+        patch.setattr(train, "finish", lambda *a, real=train.finish: a[-1].stop.check() or real(*a))
+        signal_at(patch, train, "finish", 1)
+        assert train.main(early) == 143
+    facts = runs.load_state("run/state")[1]
+    assert facts["progress"]["finished"] == "no better log loss in 1 evaluations"
+    code, out, _ = said(capsys, RESUME)
+    assert code == 0 and "no better log loss" in out
+    same_ending(Path("run"), Path("once"))
+
+
+def test_a_run_that_is_over_may_be_resumed_and_is_as_it_was(whole, capsys):
+    shutil.copytree(whole, "run")
+    shutil.copy(whole.parent / "t.csv", "t.csv")
+    assert train.main(RESUME) == 0
+    same_ending(Path("run"), whole)
+
+
+def test_two_runs_alike_are_alike_to_the_last_bit_and_deterministic_mode_is_on(encoder, whole):
+    assert train.main(begin(encoder)) == 0
+    assert torch.are_deterministic_algorithms_enabled()
+    same_ending(Path("run"), whole)
+
+
+@pytest.mark.slow
+def test_a_stopped_half_precision_run_keeps_its_loss_scale(encoder, monkeypatch):
+    half_precision = [x if x != "fp32" else "fp16" for x in begin(encoder, "--lr", "1e-3")]
+    assert train.main(half_precision) == 0
+    Path("run").rename("once")
+    with monkeypatch.context() as patch:
+        signal_at(patch, train, "take_step", 3)
+        assert train.main(half_precision) == 143
+    scaler = runs.load_state("run/state")[1]["scaler"]
+    assert scaler["scale"] > 1 and scaler["_growth_tracker"] == 3
+    assert train.main(RESUME) == 0
+    same_ending(Path("run"), Path("once"))
+
+
+def resumable(half: Path) -> None:
+    """A copy of the half-done run in the current folder."""
+    shutil.copytree(half, "run")
+    shutil.copy(half.parent / "t.csv", "t.csv")
+
+
+def change_identity(change) -> None:
+    """Write another truth into config.json, checksum and all, as another machine or version would have."""
+    path = Path("run/config.json")
+    stored = train.read_run(path)
+    change(stored)
+    path.write_text(json.dumps(stored | {"sha256": runs.digest_of_json(stored)}))
+
+
+@pytest.mark.parametrize(("change", "what"), [
+    (lambda c: c["figures"].update(lr=1e-5), "lr has changed since the run began: it is 0.003 and was 1e-05"),
+    (lambda c: c["figures"].pop("clip"), "clip has changed since the run began: it is 1.0 and was None"),
+    (lambda c: c["identity"].update(minipref="9.9"), "minipref has changed since the run began: it is"),
+    (lambda c: c["identity"].update(precision="bf16"), "precision has changed since the run began: it is fp32 and was"),
+    (lambda c: c["identity"].update(train=["0" * 64]), "train has changed since the run began;"),
+    (lambda c: c["identity"]["encoder"].update({"model.safetensors": "0" * 64}), "encoder has changed"),
+], ids=["a figure", "a figure gone", "version", "precision", "rows", "encoder"])
+def test_what_a_run_is_made_of_cannot_change_under_it(half, capsys, change, what):
+    resumable(half)
+    change_identity(change)
+    assert what in refused(capsys, RESUME)
+
+
+def test_another_number_of_threads_or_version_of_torch_is_accepted_and_said(half, capsys):
+    resumable(half)
+    change_identity(lambda c: c["identity"].update(threads=64, torch="1.0"))
+    code, out, _ = said(capsys, RESUME)
+    assert code == 0 and out.count("the run goes on, but not bit for bit") == 2
+    assert f"note: threads is {torch.get_num_threads()} and was 64" in out and "note: torch is" in out
+
+
+# --- the state is always loadable
+
+def test_a_damaged_configuration_is_noticed_whatever_is_damaged(half, capsys):
+    resumable(half)
+    path = Path("run/config.json")
+    content = path.read_bytes()
+    for place in range(0, len(content), 97):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+        try:
+            assert train.read_run(path) == {k: v for k, v in json.loads(content).items() if k != "sha256"}
+        except InputError as problem:
+            assert "config.json" in str(problem)
+    path.write_bytes(content.replace(b'"lr": 0.003', b'"lr": 0.007'))
+    assert "does not match its checksum" in refused(capsys, RESUME)
+    path.write_bytes(content[:len(content) // 2])
+    assert "config.json" in refused(capsys, RESUME)
+    path.unlink()
+    assert "config.json: no such file; expected the folder of a run" in refused(capsys, RESUME)
+
+
+def damaged_states(state: Path):
+    """(what, file, how) for every kind of damage to the current state."""
+    pointer, = state.glob("current.json")
+    tensors = state / json.loads(pointer.read_text())["tensors"]
+    for file in (pointer, tensors):
+        content = file.read_bytes()
+        yield f"{file.name} missing", file, None
+        for part in range(16):
+            yield f"{file.name} cut at {part}/16", file, content[:len(content) * part // 16]
+        for place in range(0, len(content), max(1, len(content) // 40)):
+            yield f"{file.name} flipped at {place}", file, flipped(content, place)
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1:]
+
+
+def test_damage_to_a_state_is_noticed_named_and_the_one_before_it_is_offered(half, tmp_path):
+    shutil.copytree(half / "state", "state")
+    state = Path("state")
+    wanted, facts = runs.load_state(state)
+    before = runs.load_state(state, runs.PREVIOUS)[1]["step"]
+    assert before <= facts["step"] == 4
+    for what, file, content in list(damaged_states(state)):
+        good = file.read_bytes()
+        file.unlink() if content is None else file.write_bytes(content)
+        try:
+            tensors, found = runs.load_state(state)          # a flip in the white space of JSON is no damage
+            assert found == facts and all(torch.equal(tensors[name], wanted[name]) for name in wanted), what
+        except InputError as problem:
+            assert "state/" in str(problem.file), what
+            assert f"the state before it (step {before}) is whole" in str(problem), what
+        file.write_bytes(good)
+
+
+def test_following_the_advice_after_damage_ends_the_same(half, whole, capsys):
+    resumable(half)
+    tensors = Path("run/state", json.loads(Path("run/state/current.json").read_text())["tensors"])
+    tensors.write_bytes(tensors.read_bytes()[:-1000])
+    advice = re.search(r"copy (\S+) over (\S+) to go on", refused(capsys, RESUME))
+    shutil.copy(*advice.groups())
+    assert train.main(RESUME) == 0
+    same_ending(Path("run"), whole)
+
+
+def test_a_lost_pointer_does_not_begin_the_run_anew(half, encoder, capsys):
+    resumable(half)
+    Path("run/state/current.json").unlink()
+    assert "current.json: no such file" in refused(capsys, RESUME)
+    assert "a run that can go on" in refused(capsys, begin(encoder))
+    shutil.rmtree("run/state")
+    assert "no state, though the run had got as far" in refused(capsys, RESUME)
+
+
+def test_a_state_of_another_format_is_refused_by_its_number(half):
+    shutil.copytree(half / "state", "state")
+    for pointer in (Path("state/current.json"), Path("state/previous.json")):
+        pointer.write_text(json.dumps(json.loads(pointer.read_text()) | {"format": 7}))
+    with pytest.raises(InputError, match="a state of format 7; expected format 1"):
+        runs.load_state("state")
+
+
+def test_other_weights_in_the_models_folder_are_noticed_at_the_end(encoder, capsys):
+    assert train.main(begin(encoder, "--patience", "1", "--epochs", "30", "--lr", "0.1")) == 0
+    path = Path("run/model/model.safetensors")
+    path.write_bytes(flipped(path.read_bytes(), path.stat().st_size - 1))
+    facts = runs.load_state("run/state")[1]["progress"]
+    assert facts["best_step"] < facts["step"], "were the last evaluation the best, the state would mend the file"
+    assert "other weights than the best evaluation's" in refused(capsys, RESUME)
+
+
+def test_a_damaged_token_cache_is_made_anew(whole):
+    shutil.copytree(whole, "run")
+    shutil.copy(whole.parent / "t.csv", "t.csv")
+    path = Path("run/tokens.safetensors")
+    good = path.read_bytes()
+    for place in range(len(good) - 400, len(good), 57):
+        path.write_bytes(flipped(good, place))
+        assert train.main(RESUME) == 0
+        assert path.read_bytes() == good
+
+
+def test_what_killed_processes_left_half_written_is_removed(half, whole):
+    resumable(half)
+    for name in ("state/.tensors-1.safetensors.77.tmp", "state/.tmpAbC123", "model/.tmpXyZ", ".metrics.csv.77.tmp"):
+        Path("run", name).parent.mkdir(exist_ok=True)
+        Path("run", name).write_bytes(b"half")
+    assert train.main(RESUME) == 0
+    assert not [p for p in Path("run").rglob(".*") if p.is_file()]
+    same_ending(Path("run"), whole)
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_and_more_change_nothing():
+    done = subprocess.run([sys.executable, ROOT / "tests" / "killing.py", "--small"], text=True, capture_output=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) >= 100 and "every one ended with the same bytes" in done.stdout
+
+
+# --- a full disk
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 12 MB; a run of these tests takes 8."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("a real full disk: a tmpfs cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("save", [1, 2, 4])
+def test_a_full_disk_ends_in_one_line_with_the_last_state_whole(encoder, whole, small_disk, capsys, monkeypatch, save):
+    monkeypatch.chdir(small_disk)
+    shutil.copy(whole.parent / "t.csv", "t.csv")
+    real, saves = runs.save_state, []
+
+    def save_on_a_full_disk(*args):
+        saves.append(1)
+        if len(saves) == save:
+            fill(Path("filler"))
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_state", save_on_a_full_disk)
+        code, _, err = said(capsys, begin(encoder))
+    assert code == 1 and err.count("\n") == 1 and "No space left on device" in err and "Traceback" not in err
+    assert runs.has_state("run/state") == (save > 1) == ("--resume goes on from it" in err)
+    Path("filler").unlink()
+    assert train.main(RESUME) == 0
+    same_ending(Path("run"), whole)
+    os.chdir("/")
+
+
+def fill(path: Path) -> None:
+    """Write until the disk is full."""
+    with open(path, "wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+
+
+LIMITED = """
+    import resource, signal, sys
+    sys.path.insert(0, {root!r})
+    import train
+    real, saves = train.runs.save_state, []
+    def save(*args):
+        saves.append(1)
+        if len(saves) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        real(*args)
+    train.runs.save_state = save
+    sys.exit(train.main({arguments!r}))
+"""
+
+
+@pytest.mark.slow
+def test_a_file_that_may_not_grow_ends_in_one_line_with_the_last_state_whole(encoder, whole):
+    code = textwrap.dedent(LIMITED.format(root=str(ROOT), arguments=begin(encoder)))
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "File too large" in done.stderr and "--resume goes on from it" in done.stderr
+    assert runs.load_state("run/state")[1]["step"] == 2
+    assert not list(Path("run/state").glob(".*"))
+
+
+# --- signals
+
+def test_a_second_signal_ends_the_process_at_once():
+    code = f"""if True:
+        import os, signal, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import train
+        with train.StopSignal():
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("still here", flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
+            print("and here", flush=True)"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "still here\n", "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_each_signal_has_its_exit_code_and_says_how_to_go_on(encoder, monkeypatch, capsys, number, code):
+    with monkeypatch.context() as patch:
+        signal_at(patch, train, "take_step", 2, number)
+        found, out, err = said(capsys, begin(encoder))
+    assert found == code and not err and "To go on: python train.py --resume --run 'run'" in out
+    assert runs.load_state("run/state")[1]["step"] == 2      # the step that was begun is finished
+
+
+def test_save_every_bounds_what_sudden_death_costs(encoder, monkeypatch):
+    clock, saved, minute = [0.0], [], train.take_step
+
+    def a_step_of_a_minute(*args):
+        clock[0] += 60
+        return minute(*args)
+
+    def save_state(folder, progress, *rest):
+        saved.append(progress.step)
+
+    monkeypatch.setattr(train, "take_step", a_step_of_a_minute)
+    monkeypatch.setattr(train, "save_state", save_state)
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    assert train.main(begin(encoder, "--epochs", "4", "--all-rows", "--save-every", "3")) == 0
+    assert saved == [3, 6, 9, 12, 15, 16, 16] or saved == [3, 6, 9, 12, 15, 16]
+
+
+# --- numbers
+
+def poison(monkeypatch, step: int, value: float, where: str) -> None:
+    """Let the loss or a gradient of one step not be finite."""
+    real, calls = train.clip_gradients, []
+
+    def clip(parameters, most):
+        calls.append(1)
+        parameters = list(parameters)
+        if len(calls) == step and where == "gradient":
+            parameters[3].grad.view(-1)[0] = value
+        return real(parameters, most)
+
+    losses, real_loss = [], train.F.cross_entropy
+
+    def cross_entropy(*args, **kwargs):
+        losses.append(1)
+        return real_loss(*args, **kwargs) * (value if len(losses) == 2 * step and where == "loss" else 1)
+
+    monkeypatch.setattr(train, "clip_gradients", clip)
+    monkeypatch.setattr(train.F, "cross_entropy", cross_entropy)
+
+
+@pytest.mark.parametrize(("where", "value"), [("gradient", np.inf), ("gradient", np.nan), ("loss", np.nan)])
+def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(encoder, monkeypatch, capsys, where,
+                                                                                value):
+    poison(monkeypatch, 3, value, where)
+    code, _, err = said(capsys, begin(encoder))
+    assert code == 1 and err.count("\n") == 1 and "step 3: loss" in err and "--lr" in err
+    named = re.search("rows ([0-9, ]+)", err)[1].split(", ")
+    assert len(named) in (15, 16) and set(named) <= {pair.id for pair in read_pairs("t.csv")}
+    tensors, facts = runs.load_state("run/state")
+    assert facts["step"] == 2 and all(torch.isfinite(t).all() for t in tensors.values())
+
+
+def test_half_precision_steps_that_overflow_are_left_out_and_counted(encoder, monkeypatch, capsys):
+    poison(monkeypatch, 3, np.inf, "loss")
+    half_precision = [x if x != "fp32" else "fp16" for x in begin(encoder)]
+    assert train.main(half_precision) == 0
+    report = json.loads(Path("run/report.json").read_text())
+    assert report["skipped_steps"] == 1 and report["steps"] == 6
+    assert Path("run/metrics.csv").read_text().splitlines()[-1].split(",")[-2] == "1"
+
+
+def test_a_row_of_overflows_ends_with_advice(encoder, monkeypatch, capsys):
+    monkeypatch.setattr(train, "MOST_SKIPPED", 2)
+    monkeypatch.setattr(train, "clip_gradients", lambda *_: float("inf"))
+    monkeypatch.setattr(torch.amp.GradScaler, "step", lambda *_: None)
+    code, _, err = said(capsys, [x if x != "fp32" else "fp16" for x in begin(encoder)])
+    assert code == 1 and "step 3: loss" in err and "--precision bf16 or fp32 usually helps" in err
+
+
+def test_weights_that_overflow_just_before_an_evaluation_are_named_and_not_a_traceback(encoder, capsys, monkeypatch):
+    code, _, err = said(capsys, begin(encoder, "--lr", "1e30", "--evals-per-epoch", "3", "--warmup", "0"))
+    assert code == 1 and err.count("\n") == 1 and "logits that are not finite for" in err and "--lr" in err
+    # With no rows to validate on, nothing but a look at the weights stands between the last step and model/.
+    monkeypatch.setattr(train.AdamW, "_update", lambda self, p, group: p.fill_(np.inf))
+    code, _, err = said(capsys, ["--train", "t.csv", "--encoder", str(encoder), "--run", "all", *FAST, "--epochs", "1",
+                                 "--all-rows", "--batch-size", "60"])
+    assert code == 1 and "weights that are not finite" in err and not Path("all/model").exists()
+
+
+def test_a_run_that_collapsed_to_the_prior_says_so(encoder, capsys):
+    code, out, _ = said(capsys, begin(encoder, "--lr", "1e-9"))
+    assert code == 0 and "COLLAPSED" in out
+
+
+# --- where it runs
+
+NO_NETWORK = """
+import socket
+def refused(*args, **kwargs):
+    with open({marker!r}, "a") as file:
+        file.write("tried\\n")
+    raise OSError("there is no network")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refused
+"""
+
+
+def without_network(folder: Path) -> dict[str, str]:
+    """An environment in which every attempt at a connection fails and is written down."""
+    (folder / "sitecustomize.py").write_text(NO_NETWORK.format(marker=str(folder / "tried")))
+    return {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"PYTHONPATH": str(folder)}
+
+
+def test_prediction_needs_no_network_and_writes_nothing_but_its_output(encoder, whole, tmp_path):
+    project, model, here = tmp_path / "project", tmp_path / "model", tmp_path / "here"
+    shutil.copytree(ROOT / "minipref", project / "minipref", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "predict.py", project)
+    shutil.copytree(whole / "model", model)
+    here.mkdir()
+    test = write_rows(tmp_path / "test.csv", 5, labels=False)
+    for path in (*project.rglob("*"), *model.rglob("*"), test, project, model):
+        path.chmod(path.stat().st_mode & ~0o222)
+    prefix = []
+    if os.geteuid() == 0:                        # root may write anywhere, unless that power is given up
+        if not shutil.which("setpriv"):
+            pytest.skip("read-only folders: root, and no setpriv to give up its power with")
+        prefix = ["setpriv", "--bounding-set", "-dac_override", "--inh-caps", "-dac_override", "--"]
+    command = [*prefix, sys.executable, str(project / "predict.py"), str(test), "--model", str(model)]
+    done = subprocess.run(command, cwd=here, env=without_network(tmp_path), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in here.iterdir()] == ["submission.csv"] and not (tmp_path / "tried").exists()
+    assert not list(project.rglob("__pycache__"))
+    done = subprocess.run([*command, "--output", str(model / "out.csv")], cwd=here, env=without_network(tmp_path),
+                          text=True, capture_output=True)
+    assert done.returncode == 2 and "cannot be written: Permission denied" in done.stderr, "the folders were read-only"
+    assert "rows" not in done.stdout             # refused before the first row was judged
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_do_not_disturb_each_other(encoder, whole, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *begin(encoder)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    processes = [subprocess.Popen([*command, "--run", name], env=environment, stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.PIPE, text=True) for name in ("one", "two")]
+    for process in processes:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    for name in ("one", "two"):
+        same_ending(Path(name), whole)
+    assert Path("runs/latest").read_text().strip() in {str(Path(name).resolve()) for name in ("one", "two")}
+
+
+def test_a_second_process_in_the_same_runs_folder_is_refused(half, whole, capsys):
+    resumable(half)
+    with runs.alone_in("run"):
+        assert "run: another process at work in it" in refused(capsys, RESUME)
+    assert train.main(RESUME) == 0
+    same_ending(Path("run"), whole)
+
+
+def test_a_run_that_comes_to_nothing_leaves_no_folder(encoder, capsys):
+    refused(capsys, ["--train", "none.csv", "--encoder", str(encoder), "--run", "run"])
+    assert {p.name for p in Path.cwd().iterdir()} == {"t.csv"}
+
+
+def test_paths_with_spaces_and_other_scripts_work_on_a_terminal_without_them(encoder, whole, tmp_path):
+    folder = tmp_path / "mit Leerzeichen, 模型 é"
+    shutil.copytree(encoder, folder / "der Encoder ß")
+    write_rows(folder / "die Zeilen 行.csv", 60)
+    arguments = begin(folder / "der Encoder ß")
+    arguments[1], arguments[5] = "die Zeilen 行.csv", "ein Lauf 走"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    judging = ["die Zeilen 行.csv", "--output", "Ergebnis 結果.csv"]
+    for program, more in (("train.py", arguments), ("predict.py", judging)):
+        done = subprocess.run([sys.executable, ROOT / program, *more], cwd=folder, env=environment, text=True,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
+    same_ending(folder / "ein Lauf 走", whole)
+    assert (folder / "Ergebnis 結果.csv").read_text().count("\n") == 61
+
+
+def test_a_run_does_not_end_because_the_newest_cannot_be_noted(encoder, whole, capsys):
+    Path("runs").write_text("a file where the folder should be")
+    code, out, _ = said(capsys, begin(encoder))
+    assert code == 0 and "note: runs/latest cannot be written" in out
+    same_ending(Path("run"), whole)
+
+
+def test_a_submission_that_could_not_be_written_is_refused_before_the_first_row_is_judged(whole, capsys):
+    Path("folder").mkdir()
+    for output in ("folder", "t.csv/below-a-file.csv"):
+        code, out, err = said(capsys, ["t.csv", "--model", str(whole / "model"), "--output", output], predict.main)
+        assert code == 2 and "cannot be written" in err and err.count("\n") == 1 and not out
+
+
+# --- files
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_text("new")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and set(tmp_path.iterdir()) == before
+
+
+# --- the page
+
+def test_every_test_that_the_page_names_exists():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", page))
+    there = {name for file in (ROOT / "tests").glob("test_*.py")
+             for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)}
+    assert len(named) > 40 and not named - there
