@@ -94,7 +94,8 @@ def test_only_the_first_process_speaks_and_writes(still):
     run, = (path for path in Path("runs").iterdir() if path.is_dir())           # one name, though each has its clock
     assert Path("runs/latest").read_text() == f"{run.resolve()}\n"
     assert {path.name for path in run.iterdir()} == {"config.json", "metrics.csv", "timing.csv", "report.json", "model",
-                                                     "state", "valid_predictions.csv", "tokens.safetensors"}
+                                                     "state", "valid_predictions.csv", "tokens.safetensors",
+                                                     "report.html"}
 
 
 def test_accumulated_passes_of_several_processes_are_one_large_batch(still):
