@@ -25,7 +25,6 @@ from minipref.files import check_writable, replacing
 from minipref.judge import Judge, choose_device, choose_precision, load_judge
 
 LATEST = Path("runs/latest")
-ROWS_AT_ONCE = 4096            # rows that are tokenised and sorted by length together
 
 
 def parse_arguments(arguments: list[str] | None):
@@ -105,7 +104,7 @@ def predict_file(judges: list[Judge], options) -> None:
     """Judge every row of the CSV and write the submission; print the metrics if the rows are labelled.
 
     All rows are read before the first is judged: that costs their text's memory, and spares the hours that a bad last
-    row would have wasted. Tokens and logits are made block by block. Several processes judge every N-th row each.
+    row would have wasted. Several processes judge every N-th row each.
     """
     pairs = list(read_pairs(options.csv, labels="if present", unique_ids=True))
     print(f"rows       {options.csv}: {len(pairs):,}")
@@ -113,9 +112,7 @@ def predict_file(judges: list[Judge], options) -> None:
     probabilities = np.zeros((len(pairs), len(LABELS)))
     with tqdm(total=len(mine) * len(judges), unit="pairs", disable=None if distributed.is_first() else True,
               dynamic_ncols=True) as bar:
-        for begin in range(0, len(mine), ROWS_AT_ONCE):
-            block = mine[begin:begin + ROWS_AT_ONCE]
-            probabilities[block] = judge_rows(judges, [pairs[row] for row in block], options, bar.update)
+        probabilities[mine] = judge_rows(judges, [pairs[row] for row in mine], options, bar.update)
     probabilities = distributed.summed(probabilities)            # what is another's is 0 here
     broken = int(distributed.summed(judges[0].tokenizer.replaced_surrogates))
     if not distributed.is_first():

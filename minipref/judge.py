@@ -6,6 +6,7 @@ two verdicts, turned so that they speak of the same answers, are averaged.
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from minipref.metrics import averaged
 from minipref.tokenizer import Tokenizer, load_tokenizer
 
 SETTINGS = "minipref.json"        # in a model's folder, beside config.json: what its training chose
+ROWS_AT_ONCE = 4096               # that are tokenised, and sorted by length, together
 LONGEST = 1 << 16                 # tokens; far beyond any use, and still a size that a machine can refuse politely
 
 
@@ -58,9 +60,18 @@ class Judge:
         pairs = [row if isinstance(row, Pair) else Pair("", *map(_as_turns, row)) for row in rows]
         if not pairs:
             return np.empty((0, 3))
-        examples = encode_pairs(pairs, self.tokenizer, self.max_length)
-        logits = predict_logits(self.model, examples, self.tokenizer, batch_tokens, precision=self.precision,
-                                orders=(False, True) if swap_average else (False,), progress=progress)
+        blocks = [pairs[begin:begin + ROWS_AT_ONCE] for begin in range(0, len(pairs), ROWS_AT_ONCE)]
+        orders = (False, True) if swap_average else (False,)
+        logits = []
+        with ThreadPoolExecutor(1) as beside:               # tokenises the next block while this one is judged
+            coming = beside.submit(encode_pairs, blocks[0], self.tokenizer, self.max_length)
+            for following in (*blocks[1:], None):
+                examples = coming.result()
+                if following is not None:
+                    coming = beside.submit(encode_pairs, following, self.tokenizer, self.max_length)
+                logits.append(predict_logits(self.model, examples, self.tokenizer, batch_tokens,
+                                             precision=self.precision, orders=orders, progress=progress))
+        logits = np.concatenate(logits)
         if not np.isfinite(logits).all():
             raise InputError(found=f"logits that are not finite, in precision {self.precision}",
                              expected="--precision fp32 or bf16, or a model whose training did not diverge")

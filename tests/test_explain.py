@@ -368,14 +368,14 @@ def test_a_browser_shows_the_head_that_was_chosen_and_fetches_nothing(seen, tmp_
     assert found["canvases"] == 5 and found["fetched"] == found["images"] == found["errors"] == 0
     assert f"{explain.label(seen.tokens[3])} (token 4)" in found["caption"] and "layer 2, head 2" in found["caption"]
 
-    panels = seen.panels(1, 1)
+    panels = rounded.panels(1, 1)
     best = np.argsort(-panels["probs"][3])[:10]
     assert {int(row[1]) - 1 for row in found["keys"][:3]} <= set(best.tolist()) and len(found["keys"]) == 10
     for row in found["keys"]:
         j = int(row[1]) - 1
         assert row[0] == explain.label(seen.tokens[j])
         numbers = [panels[name][3, j] for name in ("c2c", "c2p", "p2c", "sum", "probs")]
-        assert np.allclose([float(text) for text in row[2:]], numbers, atol=0.05)
+        assert np.allclose([float(text) for text in row[2:]], numbers, atol=0.006)
 
     limit = max(abs(panels[name]).max() for name in ("c2c", "c2p", "p2c", "sum"))
     share = panels["c2c"][3, 5] / limit

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from minipref.checkpoint import load_classifier
 from minipref.data import read_pairs
 
 ROOT = Path(train.__file__).parent
-FAST = ["--recipe", "tiny", "--epochs", "4", "--lr", "3e-3", "--precision", "fp32", "--batch-size", "8",
+FAST = ["--recipe", "tiny", "--epochs", "4", "--lr", "5e-3", "--precision", "fp32", "--batch-size", "8",
         "--evals-per-epoch", "1"]
 
 
@@ -72,7 +73,7 @@ def test_a_run_learns_and_writes_what_the_design_promises(finished):
                                       "model, calibrated"}
     assert (finished / "runs" / "latest").read_text() == f"{run.resolve()}\n"
     card = (run / "model" / "README.md").read_text()
-    assert "train.csv" in card and str(finished) not in card and "| lr | 0.003 |" in card
+    assert "train.csv" in card and str(finished) not in card and "| lr | 0.005 |" in card
 
 
 def test_metrics_hold_no_times_and_no_paths(finished):
@@ -111,6 +112,31 @@ def test_averaging_both_orders_makes_the_verdict_independent_of_the_order(finish
     judge = minipref.load_judge(finished / "run" / "model")
     p, q = judge.compare("old", "yes", "no red"), judge.compare("old", "no red", "yes")
     assert np.allclose(p, (q[1], q[0], q[2]), atol=1e-6)
+
+
+def test_many_rows_are_judged_in_blocks_the_next_tokenised_beside_the_one_in_hand(finished, monkeypatch):
+    rows = [("old", "yes", "no " * number) for number in range(8)]
+    wanted = minipref.load_judge(finished / "run" / "model").compare_many(rows)
+    begun = [threading.Event() for _ in range(3)]                        # when each block's tokenising begins
+    encode, predict_block = minipref.judge.encode_pairs, minipref.judge.predict_logits
+    blocks = iter(begun)
+
+    def noted_encoding(*arguments):
+        assert threading.current_thread() is not threading.main_thread()
+        next(blocks).set()
+        return encode(*arguments)
+
+    def judged_while_the_next_is_tokenised(*arguments, **more):
+        judged.append(len(arguments[1]))
+        assert begun[min(len(judged), 2)].wait(30)
+        return predict_block(*arguments, **more)
+
+    judged = []
+    monkeypatch.setattr(minipref.judge, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(minipref.judge, "encode_pairs", noted_encoding)
+    monkeypatch.setattr(minipref.judge, "predict_logits", judged_while_the_next_is_tokenised)
+    found = minipref.load_judge(finished / "run" / "model").compare_many(rows)
+    assert judged == [3, 3, 2] and np.allclose(found, wanted, atol=1e-6)
 
 
 def test_several_models_are_averaged(finished, encoder, monkeypatch, capsys):
@@ -255,7 +281,7 @@ def test_a_run_that_could_go_on_is_not_overwritten(finished, encoder, monkeypatc
     assert code == 2 and "--resume" in err and Path("run/report.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(("arguments", "what"), [(["--lr", "1e-4"], "--lr 0.0001, where the run has 0.003"),
+@pytest.mark.parametrize(("arguments", "what"), [(["--lr", "1e-4"], "--lr 0.0001, where the run has 0.005"),
                                                  (["--no-swap"], "--no-swap True, where the run has its default")])
 def test_resuming_with_other_figures_is_refused_by_name(finished, monkeypatch, capsys, arguments, what):
     monkeypatch.chdir(finished)
