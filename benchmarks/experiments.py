@@ -209,9 +209,9 @@ def machine() -> str:
 
 
 def without_paths(arguments: list[str]) -> list[str]:
-    """The command as a reader would type it: files by their names."""
-    return [f"{a.partition('=')[0]}={Path(a.partition('=')[2]).name}" if "=" in a and "/" in a
-            else Path(a).name if a.startswith("/") else a for a in arguments]
+    """The command as a reader would type it: files and folders by their last name."""
+    return [f"{name}={Path(path).name}" if path else Path(name).name if "/" in name else name
+            for name, _, path in (argument.partition("=") for argument in arguments)]
 
 
 def parse_arguments() -> argparse.Namespace:
