@@ -116,11 +116,13 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 # --- times ------------------------------------------------------------------------------------------------------------
 
-def alternated(contenders: dict[str, Callable[[], object]], runs: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each contender's runs, taken in turns, after one run of each that does not count."""
+def alternated(contenders: dict[str, Callable[[], object]], runs: int, device: str, first: int = 0
+               ) -> dict[str, list[float]]:
+    """Seconds of each contender's runs, taken in turns, after one run of each that does not count (none if `first` is
+    1)."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds = {name: [] for name in contenders}
-    for run in range(runs + 1):
+    for run in range(first, runs + 1):
         for name, function in contenders.items():
             wait()
             begin = time.perf_counter()
@@ -156,7 +158,7 @@ def forward_times(options) -> list[dict]:
     rows, models = [], both_models(options)
     for threads in options.threads:
         torch.set_num_threads(threads)
-        for length in options.lengths if threads == options.threads[0] else (128, 512):
+        for length in options.lengths if threads == options.threads[0] else (MAX_LENGTH,):
             batch = random_batch(options.tokens // length, length, options)
             for precision in ("fp32", "bf16"):
                 compiled = options.compile and (threads, length, precision) == (options.threads[0], MAX_LENGTH, "fp32")
@@ -242,7 +244,7 @@ def prediction_times(options) -> list[dict]:
         judge = {kind: partial(judges[kind].compare_many, pairs, swap_average=False) for kind in judges}
         contenders = {US: partial(keep, US, judge["fp32"]), f"{US}, bf16": partial(keep, f"{US}, bf16", judge["bf16"]),
                       THEM: partial(keep, THEM, partial(usual, pairs))}
-        seconds = alternated(contenders, max(1, options.runs // 2), options.device)
+        seconds = alternated(contenders, max(1, options.runs // 3), options.device, first=1)      # minutes each
         differences = {name: float(abs(found - outputs[THEM]).max()) for name, found in outputs.items() if name != THEM}
         rows.append({"file": Path(path).name, "rows": len(pairs), "mean_tokens": round(float(lengths.mean())),
                      "longest_tokens": int(lengths.max()), "threads": options.threads[0], "seconds": seconds,
