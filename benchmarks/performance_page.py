@@ -47,7 +47,7 @@ WHY = """\
 - All 2L - 1 distances in one product a head: in float32 slower than strips of 128 queries, which waste fewer.
 - One product for q, k and v: within the noise in float32; the conversion that bfloat16 saves is now done once.
 - `OMP_WAIT_POLICY=PASSIVE`, with which waiting threads leave their core to others: a training step of 8 x 512 then took
-  7.4 s in float32 and 3.6 s in bfloat16, and the ratios were 1.70 and 1.68. minipref has more and shorter parallel parts.
+  7.4 s in float32 and 3.6 s in bfloat16, and the ratios were 1.70 and 1.68. minipref has more, shorter parallel parts.
 - Random bits by integer hashing, which threads could share: no faster than the generator on two cores.
 """
 
