@@ -11,29 +11,30 @@ place, so a file of that name is always a whole and valid one.
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from minipref import distributed, metrics
+from minipref import distributed, metrics, runs
 from minipref.config import LABELS
 from minipref.data import LABEL_COLUMNS, read_pairs
 from minipref.errors import ArgumentParser, InputError, print_anything
 from minipref.files import check_writable, replacing
-from minipref.judge import Judge, choose_device, choose_precision, load_judge
-
-LATEST = Path("runs/latest")
+from minipref.judge import (
+    Judge,
+    add_rows_or_pair,
+    check_rows_or_pair,
+    choose_device,
+    choose_precision,
+    load_judge,
+)
 
 
 def parse_arguments(arguments: list[str] | None):
     parser = ArgumentParser(prog="predict.py", description="Three probabilities for each pair of answers.")
     add = parser.add_argument
-    add("csv", nargs="?", metavar="CSV", help="rows with id, prompt, response_a, response_b")
-    add("--prompt", metavar="TEXT", help="one pair instead of a CSV")
-    add("--a", metavar="TEXT")
-    add("--b", metavar="TEXT")
+    add_rows_or_pair(parser)
     add("--model", nargs="+", metavar="DIR", help="trained models, averaged (default: the newest run's)")
     add("--output", default="submission.csv", metavar="CSV")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -41,11 +42,7 @@ def parse_arguments(arguments: list[str] | None):
     add("--batch-tokens", type=int, default=16_384, help="tokens of a batch, padding included")
     add("--no-swap-average", action="store_true", help="judge each pair in one order only: half the time")
     options = parser.parse_args(arguments)
-    pair = [options.prompt, options.a, options.b]
-    if options.csv is None and None in pair:
-        parser.error("neither a CSV nor all of --prompt, --a and --b")
-    if options.csv is not None and any(text is not None for text in pair):
-        parser.error("both a CSV and --prompt, --a or --b")
+    check_rows_or_pair(parser, options)
     if options.batch_tokens < 1:
         parser.error(f"--batch-tokens {options.batch_tokens}")
     return options
@@ -60,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             precision = choose_precision(options.precision, device)
             if options.csv is not None:
                 check_writable(options.output)     # now, not after hours of judging
-            folders = options.model or newest_models()
+            folders = options.model or runs.newest_models()
             judges = [load_judge(folder, device, precision) for folder in folders]
             if options.csv is None:
                 for label, p in zip(LABELS, judge_rows(judges, [(options.prompt, options.a, options.b)], options)[0]):
@@ -85,19 +82,6 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"predict.py{distributed.who()}: interrupted, nothing was written", file=sys.stderr)
             return 130
     return 0
-
-
-def newest_models() -> list[Path]:
-    """The model of the newest run, or of each of its folds. Errors: `InputError` where there is none."""
-    try:
-        run = Path(LATEST.read_text(encoding="utf-8").strip())
-        run.stat()
-    except (OSError, ValueError):               # no such note, or one that names no folder
-        raise InputError(file=LATEST, found="no run so far", expected="--model DIR, or train.py first") from None
-    models = [run / "model"] if (run / "model").is_dir() else sorted(run.glob("fold-*/model"))
-    if not models:
-        raise InputError(file=run, found="no model in the newest run", expected="--model DIR")
-    return models
 
 
 def predict_file(judges: list[Judge], options) -> None:

@@ -62,7 +62,6 @@ from minipref.tokenizer import Tokenizer, load_tokenizer
 HERE = Path(__file__).resolve().parent
 REAL_WEIGHTS, BUNDLED_WEIGHTS = Path("weights/deberta-v3-small"), Path("weights/minipref-tiny")
 REAL_ROWS, SAMPLE_ROWS = Path("data/train.csv"), Path("data/sample/train.csv")
-LATEST = Path("runs/latest")
 MOST_SKIPPED = 25                  # fp16 steps in a row that overflow before the run gives up
 
 
@@ -282,7 +281,7 @@ def train_in(folder: Path, options: dict, stop: StopSignal) -> None:
     if device.type == "cpu":              # the same sums in the same order: runs on a CPU can be repeated bit for bit
         torch.set_deterministic_debug_mode("error")     # as use_deterministic_algorithms(True), which imports for 2 s
         torch.utils.deterministic.fill_uninitialized_memory = False
-        give_back_freed_memory()
+        give_back_freed_memory()                        # a quarter of a step's peak would be holes
     if "resume" not in options and has_begun(folder):
         raise InputError(file=folder, found="a run that can go on", expected="--resume, or another name for --run")
 
@@ -449,8 +448,7 @@ def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Set
     judge = Judge(model, setup.tokenizer, config.max_length, precision=setup.precision)
 
     # An epoch is a list of windows, a window is the batches of one optimizer step.
-    per_pass = math.ceil(len(train_rows) / config.batch_size)
-    steps_per_epoch = math.ceil(per_pass / config.accumulate)
+    steps_per_epoch = config.steps_per_epoch(len(train_rows))
     total = config.epochs * steps_per_epoch
     warmup = config.warmup_steps(total)
     evaluate_at = {(epoch * steps_per_epoch + round(part * steps_per_epoch / config.evals_per_epoch))
@@ -661,9 +659,10 @@ def remember_latest(folder: Path) -> None:
     """Name the newest run for predict.py; of a fold, the run that it belongs to. No run ends for lack of this file."""
     run = folder.parent if folder.name.startswith("fold-") else folder
     try:
-        write_text(LATEST, f"{run.resolve()}\n")
+        write_text(runs.LATEST, f"{run.resolve()}\n")
     except OSError as problem:
-        print(f"note: {LATEST} cannot be written ({problem.strerror}): name {run / 'model'} to predict.py yourself")
+        print(f"note: {runs.LATEST} cannot be written ({problem.strerror}): name {run / 'model'} to predict.py "
+              "yourself")
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------

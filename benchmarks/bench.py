@@ -116,13 +116,12 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 # --- times ------------------------------------------------------------------------------------------------------------
 
-def alternated(contenders: dict[str, Callable[[], object]], runs: int, device: str, first: int = 0
+def alternated(contenders: dict[str, Callable[[], object]], runs: int, device: str, warm_up: bool = True
                ) -> dict[str, list[float]]:
-    """Seconds of each contender's runs, taken in turns, after one run of each that does not count (none if `first` is
-    1)."""
+    """Seconds of each contender's runs, taken in turns, with `warm_up` after one run of each that does not count."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds = {name: [] for name in contenders}
-    for run in range(first, runs + 1):
+    for run in range(0 if warm_up else 1, runs + 1):
         for name, function in contenders.items():
             wait()
             begin = time.perf_counter()
@@ -244,7 +243,7 @@ def prediction_times(options) -> list[dict]:
         judge = {kind: partial(judges[kind].compare_many, pairs, swap_average=False) for kind in judges}
         contenders = {US: partial(keep, US, judge["fp32"]), f"{US}, bf16": partial(keep, f"{US}, bf16", judge["bf16"]),
                       THEM: partial(keep, THEM, partial(usual, pairs))}
-        seconds = alternated(contenders, max(1, options.runs // 3), options.device, first=1)      # minutes each
+        seconds = alternated(contenders, max(1, options.runs // 3), options.device, warm_up=False)
         differences = {name: float(abs(found - outputs[THEM]).max()) for name, found in outputs.items() if name != THEM}
         rows.append({"file": Path(path).name, "rows": len(pairs), "mean_tokens": round(float(lengths.mean())),
                      "longest_tokens": int(lengths.max()), "threads": options.threads[0], "seconds": seconds,

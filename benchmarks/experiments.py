@@ -37,7 +37,7 @@ import torch  # noqa: E402
 import train as training  # noqa: E402
 from minipref import metrics  # noqa: E402
 from minipref.checkpoint import encoder_tensors, write_checkpoint  # noqa: E402
-from minipref.config import EncoderConfig  # noqa: E402
+from minipref.config import EncoderConfig, recipe  # noqa: E402
 from minipref.data import Pair, character_counts, field_texts, read_pairs, split_by_prompt  # noqa: E402
 from minipref.encoder import Encoder, initialise  # noqa: E402
 from minipref.files import write_json, write_text  # noqa: E402
@@ -45,7 +45,7 @@ from minipref.tokenizer import load_tokenizer  # noqa: E402
 
 FIGURES, PAGE = ROOT / "benchmarks" / "experiments.json", ROOT / "docs" / "experiments.md"
 BUNDLED = ROOT / "weights" / "minipref-tiny"
-VALID_FRACTION = 0.1                            # train.py's
+SHARES = [1 - recipe("tiny").valid_fraction, recipe("tiny").valid_fraction]      # train.py's split
 MARKS = "<!-- tables -->\n", "<!-- /tables -->"
 
 
@@ -87,9 +87,8 @@ def baselines(options: argparse.Namespace, seed: int) -> dict[str, dict]:
     if options.valid:
         valid = list(read_pairs(options.valid))
     else:
-        part = split_by_prompt([p.prompt for p in train], [p.label for p in train],
-                               [1 - VALID_FRACTION, VALID_FRACTION], seed)
-        train, valid = ([pair for pair, k in zip(train, part) if k == wanted] for wanted in (0, 1))
+        part = split_by_prompt([p.prompt for p in train], [p.label for p in train], SHARES, seed)
+        train, valid = ([pair for pair, k in zip(train, part) if k == which] for which in (0, 1))
     labels, valid_labels = (np.array([pair.label for pair in pairs]) for pairs in (train, valid))
     found = metrics.baselines(character_counts(train), labels, character_counts(valid), valid_labels)
     found["TF-IDF of A minus B"] = metrics.evaluate(by_words(train, labels, valid, seed), valid_labels)
@@ -109,7 +108,7 @@ def by_words(train: list[Pair], labels: np.ndarray, valid: list[Pair], seed: int
     words.fit(text for pair in train for text in (answer(pair.response_a), answer(pair.response_b)))
     x, x_valid = (words.transform([answer(p.response_a) for p in pairs]) -
                   words.transform([answer(p.response_b) for p in pairs]) for pairs in (train, valid))
-    inner = split_by_prompt([p.prompt for p in train], labels, [1 - VALID_FRACTION, VALID_FRACTION], seed)
+    inner = split_by_prompt([p.prompt for p in train], labels, SHARES, seed)
 
     def fitted(penalty: float, rows: np.ndarray) -> LogisticRegression:
         return LogisticRegression(C=1 / penalty, max_iter=2000).fit(x[rows], labels[rows])

@@ -17,8 +17,8 @@ In the order in which it is best read:
     pretrain.py      how such an encoder is made: replaced-token detection
 
 and beside the path: fused.py (the attention again, fast), lean.py (the other steps, lean), tokenizer.py, runs.py (state
-that survives), sample.py (the generated task), hub.py (fetching), distributed.py
-(several processes), files.py and errors.py.
+that survives), sample.py (the generated task), hub.py (fetching), distributed.py (several processes), files.py and
+errors.py.
 """
 
 __version__ = "0.1.0"      # a run goes on only with the version that began it

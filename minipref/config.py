@@ -6,6 +6,7 @@ pos_att_type ...`). minipref implements the one that was released as v3, so the 
 size (width, depth, heads, span) is just another `EncoderConfig`.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,6 +213,10 @@ class TrainConfig:
     accumulate: int = 1        # passes per optimizer step
     valid_fraction: float = 0.1
     swap: bool = True          # show half of the rows, drawn anew each epoch, with A and B exchanged
+
+    def steps_per_epoch(self, rows: int) -> int:
+        """Optimizer steps in a pass over `rows` training rows; the last pass and the last step may be smaller."""
+        return math.ceil(math.ceil(rows / self.batch_size) / self.accumulate)
 
     def warmup_steps(self, total_steps: int) -> int:
         """Whole steps of warmup; never more than a tenth of the run, or the peak would not be reached in time."""

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minipref import runs
 from minipref.attention import disentangled_scores, masked_softmax
 from minipref.checkpoint import load_classifier
 from minipref.classifier import PreferenceModel
@@ -37,11 +38,18 @@ from minipref.config import LABELS
 from minipref.data import Pair, encode_pairs, make_batch, read_pairs
 from minipref.errors import ArgumentParser, InputError
 from minipref.files import write_text
-from minipref.judge import LONGEST, SETTINGS, Judge, check_vocabulary, load_judge
+from minipref.judge import (
+    LONGEST,
+    SETTINGS,
+    Judge,
+    add_rows_or_pair,
+    check_rows_or_pair,
+    check_vocabulary,
+    load_judge,
+)
 from minipref.positions import relative_index
 from minipref.tokenizer import BYTE_PIECES, SPACE, Tokenizer, load_tokenizer
 
-LATEST = Path("runs/latest")
 BUNDLED = Path(__file__).resolve().parents[1] / "weights" / "minipref-tiny"
 TEMPLATE = Path(__file__).with_name("explain.html")
 TERMS = ("c2c", "c2p", "p2c")
@@ -348,11 +356,8 @@ def parse_arguments(arguments: list[str] | None):
     parser = ArgumentParser(prog="python -m minipref.explain", description="What one head attends to, and what moved "
                             "the decision: a page and a figure.")
     add = parser.add_argument
-    add("csv", nargs="?", metavar="CSV", help="rows with id, prompt, response_a, response_b")
+    add_rows_or_pair(parser)
     add("--row", type=int, default=1, metavar="N", help="which row of the CSV, counted from 1")
-    add("--prompt", metavar="TEXT", help="one pair instead of a CSV")
-    add("--a", metavar="TEXT")
-    add("--b", metavar="TEXT")
     add("--model", metavar="DIR", help="a trained model or an encoder (default: the newest run's, else what ships)")
     add("--layer", type=int, default=1, metavar="N", help="the layer to open with, counted from 1")
     add("--head", type=int, default=1, metavar="N", help="the head to open with, counted from 1")
@@ -360,11 +365,7 @@ def parse_arguments(arguments: list[str] | None):
         "their square")
     add("--output", default="explain.html", metavar="HTML", help="the page; the figure goes beside it")
     options = parser.parse_args(arguments)
-    texts = [options.prompt, options.a, options.b]
-    if options.csv is None and None in texts:
-        parser.error("neither a CSV nor all of --prompt, --a and --b")
-    if options.csv is not None and any(text is not None for text in texts):
-        parser.error("both a CSV and --prompt, --a or --b")
+    check_rows_or_pair(parser, options)
     if options.row < 1:
         parser.error(f"--row {options.row}")
     if not options.output.endswith(".html"):
@@ -408,10 +409,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def newest_model() -> Path:
     """The newest run's model (its first fold's), or the bundled encoder where nothing was trained yet."""
-    if not LATEST.is_file():
+    try:
+        return runs.newest_models()[0]
+    except InputError:
         return BUNDLED
-    run = Path(LATEST.read_text(encoding="utf-8").strip())
-    return next((folder for folder in (run / "model", run / "fold-1" / "model") if folder.is_dir()), BUNDLED)
 
 
 def load(folder: Path) -> tuple[Judge, str]:

@@ -4,6 +4,7 @@ Unusual here: people and models alike favour an answer for where it stands. Each
 two verdicts, turned so that they speak of the same answers, are averaged.
 """
 
+import argparse
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from minipref.data import (
     make_batch,
     swap_classes,
 )
-from minipref.errors import InputError, shown
+from minipref.errors import ArgumentParser, InputError, shown
 from minipref.files import read_json, write_json
 from minipref.metrics import averaged
 from minipref.tokenizer import Tokenizer, load_tokenizer
@@ -102,6 +103,23 @@ def load_judge(folder: str | Path, device: torch.device | str = "cpu", precision
                          expected="a trained classifier: this is an encoder, train.py --encoder makes one of it")
     check_vocabulary(tokenizer, model.config.vocab_size, folder)
     return Judge(model, tokenizer, max_length, temperature, precision)
+
+
+def add_rows_or_pair(parser: ArgumentParser) -> None:
+    """The arguments by which a program is told what to judge: a CSV, or one pair."""
+    parser.add_argument("csv", nargs="?", metavar="CSV", help="rows with id, prompt, response_a, response_b")
+    parser.add_argument("--prompt", metavar="TEXT", help="one pair instead of a CSV")
+    parser.add_argument("--a", metavar="TEXT")
+    parser.add_argument("--b", metavar="TEXT")
+
+
+def check_rows_or_pair(parser: ArgumentParser, options: argparse.Namespace) -> None:
+    """Errors: `InputError` for neither or both."""
+    pair = [options.prompt, options.a, options.b]
+    if options.csv is None and None in pair:
+        parser.error("neither a CSV nor all of --prompt, --a and --b")
+    if options.csv is not None and any(text is not None for text in pair):
+        parser.error("both a CSV and --prompt, --a or --b")
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: str | Path) -> None:

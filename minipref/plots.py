@@ -115,7 +115,7 @@ def draw_curves(axes, rows: list[dict], which: dict[str, str]) -> None:
 
 def draw_lr(axes, report: dict, rows: list[dict], config: TrainConfig) -> None:
     """The whole schedule, and how far the run went along it."""
-    total = total_steps(report["train_rows"], config)
+    total = config.epochs * config.steps_per_epoch(report["train_rows"])
     steps = np.unique(np.linspace(1, total, 400).astype(int))
     rates = [learning_rate(int(step), total, config) for step in steps]
     axes.plot(steps, rates, color=COLOURS[1])
@@ -124,11 +124,6 @@ def draw_lr(axes, report: dict, rows: list[dict], config: TrainConfig) -> None:
     axes.set_xlabel("step (filled: taken; dots: evaluations)")
     axes.set_ylim(0)
     axes.ticklabel_format(axis="y", scilimits=(0, 0))
-
-
-def total_steps(train_rows: int, config: TrainConfig) -> int:
-    """The steps of all epochs, as the loop in train.py counts them."""
-    return config.epochs * math.ceil(math.ceil(train_rows / config.batch_size) / config.accumulate)
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:

@@ -168,8 +168,8 @@ def is_held_out(document: str, share: float) -> bool:
 def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndarray]:
     """Each document's ids, with [SEP] after every paragraph. Shapes: one int32 array a document.
 
-    Why not after the document alone: where [SEP] only ever parts texts that have nothing to do with each other, an
-    encoder learns not to look past it, and a prompt and its answers are parted by nothing else.
+    Why not after the document alone: where [SEP] only ever parted texts that have nothing to do with each other, an
+    encoder would have no reason to look past it, and a prompt and its answers are parted by nothing else.
     """
     paragraphs = [[part for part in BLANK_LINES.split(document) if part.strip()] for document in documents]
     flat, at_once = list(itertools.chain.from_iterable(paragraphs)), 4096

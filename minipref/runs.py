@@ -38,9 +38,23 @@ try:
 except ModuleNotFoundError:        # Windows
     fcntl = None
 
+LATEST = Path("runs/latest")       # a text file that names the newest run's folder, wherever it lies
 CURRENT = "current.json"
 PREVIOUS = "previous.json"
 FORMAT = 1                         # of a state; another one is refused by this number
+
+
+def newest_models() -> list[Path]:
+    """The model of the newest run, or of each of its folds. Errors: `InputError` where there is none."""
+    try:
+        run = Path(LATEST.read_text(encoding="utf-8").strip())
+        run.stat()
+    except (OSError, ValueError):               # no such note, or one that names no folder
+        raise InputError(file=LATEST, found="no run so far", expected="--model DIR, or train.py first") from None
+    models = [run / "model"] if (run / "model").is_dir() else sorted(run.glob("fold-*/model"))
+    if not models:
+        raise InputError(file=run, found="no model in the newest run", expected="--model DIR")
+    return models
 
 
 def save_state(folder: str | Path, tensors: dict[str, Tensor], facts: dict) -> None:

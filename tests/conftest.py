@@ -6,6 +6,8 @@ published `spm.model`, rows of the competition); the summary at the end lists wh
 """
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,6 +45,30 @@ def reference_dir() -> Path:
     if not Path(folder).is_dir():
         pytest.fail(f"{REFERENCE} is {folder}, which is no folder")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory) -> Path:
+    """A folder with a very small encoder that train.py can start from. Tests read it only."""
+    from small import write_encoder
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a real file system of a size, "128k" say, and gives its folder; it is gone afterwards."""
+    folder = tmp_path / "disk"
+
+    def mounted(size: str) -> Path:
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("a real full disk: a tmpfs cannot be mounted here")
+        return folder
+
+    yield mounted
+    if folder.is_mount():
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.fixture(params=["plain", "blocks", "batched"])

@@ -1,5 +1,6 @@
 """Several processes train and predict what one does: the same rows, the same steps, the same score, the same end."""
 
+import contextlib
 import json
 import os
 import signal
@@ -35,11 +36,6 @@ SHORT = ["--train", "t.csv", "--valid", "v.csv", "--recipe", "tiny", "--precisio
 def still(tmp_path_factory):
     """An encoder without dropout."""
     return write_encoder(tmp_path_factory.mktemp("still"), dropout=0.0)
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return write_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(autouse=True)
@@ -113,12 +109,8 @@ def whole(encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     write_rows(folder / "t.csv", 33)
     write_rows(folder / "v.csv", 150, seed=9)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         assert_all_ended_well(run_ranks(3, "train", [*SHORT, "--encoder", str(encoder), "--run", "whole"]))
-    finally:
-        os.chdir(before)
     return folder / "whole"
 
 
@@ -296,13 +288,9 @@ def judge_folder(tmp_path_factory, encoder):
     """A trained model."""
     folder = tmp_path_factory.mktemp("judge")
     write_rows(folder / "t.csv", 100)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         assert train.main(["--train", "t.csv", "--encoder", str(encoder), "--run", "r", "--recipe", "tiny", "--epochs",
                            "2", "--lr", "3e-3", "--precision", "fp32"]) == 0
-    finally:
-        os.chdir(before)
     return folder / "r" / "model"
 
 
@@ -346,13 +334,17 @@ def test_torchrun_predicts(judge_folder):
     assert len(pd.read_csv("submission.csv")) == 57
 
 
-@pytest.mark.slow
-def test_a_signal_to_torchrun_saves_the_state(encoder):
+def torchrun_after_an_epoch(encoder) -> subprocess.Popen:
+    """Two processes that train on and on, in `r`, once they have been evaluated."""
     write_rows(Path("t.csv"), 2000)
     process = torchrun(2, "train", [*SHORT, "--encoder", str(encoder), "--run", "r", "--epochs", "200"])
-    for line in process.stdout:
-        if line.startswith("epoch"):
-            break
+    assert any(line.startswith("epoch") for line in process.stdout)
+    return process
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_the_state(encoder):
+    process = torchrun_after_an_epoch(encoder)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "stopped; the state is saved" in out and runs.has_state("r/state")
@@ -360,11 +352,7 @@ def test_a_signal_to_torchrun_saves_the_state(encoder):
 
 @pytest.mark.slow
 def test_torchrun_ends_when_a_process_is_killed(encoder):
-    write_rows(Path("t.csv"), 2000)
-    process = torchrun(2, "train", [*SHORT, "--encoder", str(encoder), "--run", "r", "--epochs", "200"])
-    for line in process.stdout:
-        if line.startswith("epoch"):
-            break
+    process = torchrun_after_an_epoch(encoder)
     children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True,
                               check=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)

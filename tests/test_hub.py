@@ -518,30 +518,19 @@ def test_a_disk_that_fills_up_ends_in_one_line(server, tmp_path):
     assert not (tmp_path / "train.csv").exists() and server.naps == []
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 128 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", folder], capture_output=True).returncode == 0
-    if not mounted:
-        pytest.skip("a real full disk: a tmpfs cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 def test_a_real_full_disk_leaves_what_was_there(server, small_disk, monkeypatch):
+    disk = small_disk("128k")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
-    (small_disk / "notes").write_text("mine")
-    assert "No space left on device" in refusal(hub.fetch_data, DATA, small_disk)
-    assert names(small_disk) == {".fetching", "notes"} and (small_disk / "notes").read_text() == "mine"
+    (disk / "notes").write_text("mine")
+    assert "No space left on device" in refusal(hub.fetch_data, DATA, disk)
+    assert names(disk) == {".fetching", "notes"} and (disk / "notes").read_text() == "mine"
 
 
 def test_a_conversion_without_room_leaves_nothing_half_done(small_disk, tmp_path):
+    disk = small_disk("128k")
     torch.save({"w": torch.zeros(100_000)}, tmp_path / "model.bin")
-    assert "could not be written" in refusal(hub.convert_bin, tmp_path / "model.bin", small_disk / "model.safetensors")
-    assert names(small_disk) == set()
+    assert "could not be written" in refusal(hub.convert_bin, tmp_path / "model.bin", disk / "model.safetensors")
+    assert names(disk) == set()
 
 
 # The converter -------------------------------------------------------------------------------------------------------

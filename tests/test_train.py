@@ -1,7 +1,7 @@
 """train.py and predict.py as people run them: what they write, what they refuse, and that a stopped run goes on."""
 
+import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -25,11 +25,6 @@ FAST = ["--recipe", "tiny", "--epochs", "4", "--lr", "5e-3", "--precision", "fp3
         "--evals-per-epoch", "1"]
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return write_encoder(tmp_path_factory.mktemp("encoder"))
-
-
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """Each test in a folder of its own, without a second of drawing, and with torch's determinism put back after it."""
@@ -44,12 +39,8 @@ def finished(encoder, tmp_path_factory):
     """A run that went to its end, in `folder`, with its rows beside it."""
     folder = tmp_path_factory.mktemp("finished")
     rows = write_rows(folder / "train.csv", 400)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         assert train.main(["--train", str(rows), "--encoder", str(encoder), "--run", "run", *FAST]) == 0
-    finally:
-        os.chdir(before)
     return folder
 
 
