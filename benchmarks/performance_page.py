@@ -128,7 +128,8 @@ def memory_section(figures: dict) -> str:
         rows.append([row["task"], f"{row['batch']} x {row['length']}", row["precision"], f"**{ours / theirs:.2f}**",
                      f"{ours:.2f} GB", f"{theirs:.2f} GB"])
     return ("## Memory\n\nThe most that a process of its own ever held, interpreter and weights included, and the "
-            f"part of transformers'.\n\n{table(['task', 'rows x tokens', 'precision', 'part', US, THEM], rows)}")
+            "part of transformers'. Here\nminipref gives freed memory back at once, as train.py does; the times above "
+            f"are without that.\n\n{table(['task', 'rows x tokens', 'precision', 'part', US, THEM], rows)}")
 
 
 def start_section(figures: dict) -> str:
