@@ -417,37 +417,32 @@ def resident() -> int:
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
 
 
-def held_after_freeing(prepare) -> int:
-    """Bytes that a forked process still holds of 20 tensors of 12 MB, each freed below one that lives on."""
+def freed_at_once(prepare) -> int:
+    """Bytes that leave a forked process when of 20 tensors of 12 MB every other one is freed, but not the last."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             prepare()
-            torch.ones(7 << 20)                                  # 28 MB, freed: glibc now keeps freed blocks so large
+            tensors = [torch.zeros(3 << 20) + 1 for _ in range(20)]
             before = resident()
-            freed, kept = [], []
-            for _ in range(20):
-                freed.append(torch.zeros(3 << 20) + 1)
-                kept.append(torch.ones(1000))
-            kept.append(torch.zeros(3 << 20))
-            del freed
-            os.write(writing, str(resident() - before).encode())
+            del tensors[::2]
+            os.write(writing, str(before - resident()).encode())
         finally:
             os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as answer:
-        held = answer.read()
+        freed = answer.read()
     os.waitpid(child, 0)
-    return int(held)
+    return int(freed)
 
 
 @pytest.mark.skipif(not (sys.platform == "linux" and platform.libc_ver()[0] == "glibc"), reason="glibc's malloc alone")
 def test_freed_memory_goes_back_to_the_system_at_once():
     torch.set_num_threads(1)                                     # a forked process has lost the others
     try:
-        kept = held_after_freeing(lambda: give_back_freed_memory(31 << 20))      # as glibc would by itself
-        given_back = held_after_freeing(give_back_freed_memory)
+        kept = freed_at_once(lambda: give_back_freed_memory(31 << 20))                   # as glibc would by itself
+        given_back = freed_at_once(give_back_freed_memory)
     finally:
         torch.set_num_threads(2)
-    assert given_back < 40 << 20 and kept > given_back + (100 << 20)
+    assert kept < 30 << 20 and given_back > 110 << 20
