@@ -41,6 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from minipref.files import write_json  # noqa: E402
 
+BUNDLED = ROOT / "weights" / "minipref-tiny"
 FIGURES = ROOT / "benchmarks" / "performance.json"
 US, THEM = "minipref", "transformers"
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -324,11 +325,11 @@ def start_up(options) -> list[dict]:
 
 @contextlib.contextmanager
 def saved_model(options) -> Iterator[str]:
-    """A folder with a fresh model and the tokenizer, in the layout that both programs load."""
+    """A folder with a fresh model and the bundled tokenizer: of an spm.model transformers would want another package."""
     from minipref.judge import Judge
     from minipref.tokenizer import load_tokenizer
     with tempfile.TemporaryDirectory() as folder:
-        Judge(both_models(options)[US], load_tokenizer(options.tokenizer), MAX_LENGTH).save(folder)
+        Judge(both_models(options)[US], load_tokenizer(BUNDLED), MAX_LENGTH).save(folder)
         yield folder
 
 
@@ -426,7 +427,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--rows", nargs="*", default=[], metavar="CSV", help="files of pairs to judge end to end")
     add("--limit", type=int, metavar="N", help="only the first N rows of each")
-    add("--tokenizer", default=str(ROOT / "weights" / "minipref-tiny"), metavar="DIR")
+    add("--tokenizer", default=str(BUNDLED), metavar="DIR")
     add("--figures", type=Path, default=FIGURES, metavar="JSON")
     add("--page", action="store_true", help="measure nothing, write the page from the figures")
     add("--tiny", action="store_true", help="a toy model: whether this script works, and no figure worth having")

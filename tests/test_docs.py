@@ -482,6 +482,16 @@ def test_commands_that_need_fetched_files_run_where_the_files_are(fence, checkou
             (checkout / name).unlink()
 
 
+def test_the_readme_counts_the_tests_that_make_test_runs(request):
+    """What it prints at its end; when only some of the tests run, how many there are cannot be known."""
+    line = re.search(r"^(\d+) passed, (\d+) skipped, (\d+) deselected in .*$", text_of("README.md"), re.M)
+    passed, skipped, slow = map(int, line.groups())
+    assert f"The {slow} are the slow ones" in text_of("README.md") and f"the {skipped} want files" in text_of("README.md")
+    options = request.config.option
+    if options.markexpr == "not slow" and not options.keyword and request.config.args == ["tests"]:
+        assert request.session.testscollected == passed + skipped
+
+
 @pytest.mark.slow
 def test_the_readmes_figures_of_the_sample_are_the_samples(tmp_path):
     """All that `make train` prints and no training decides: rows, split, baselines and the best reachable score."""
