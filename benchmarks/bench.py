@@ -325,7 +325,7 @@ def start_up(options) -> list[dict]:
 
 @contextlib.contextmanager
 def saved_model(options) -> Iterator[str]:
-    """A folder with a fresh model and the bundled tokenizer: of an spm.model transformers would want another package."""
+    """A folder with a fresh model and the bundled tokenizer: an spm.model would cost transformers another package."""
     from minipref.judge import Judge
     from minipref.tokenizer import load_tokenizer
     with tempfile.TemporaryDirectory() as folder:
