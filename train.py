@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from minipref import __version__, distributed, metrics, plots, runs, sample
 from minipref.checkpoint import load_classifier
-from minipref.classifier import PreferenceModel
+from minipref.classifier import PreferenceModel, WithFieldHead
 from minipref.config import LABELS, RECIPES, TrainConfig
 from minipref.data import (
     Examples,
@@ -91,6 +91,7 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     add("--head-dropout", type=_number(float, 0, 0.999), help="dropout before the classifier")
     add("--patience", type=_number(int, 0), help="evaluations without a better score before stopping; 0 never stops")
     add("--evals-per-epoch", type=_number(int, 1, 10**4), help="evaluations per epoch")
+    add("--field-loss", type=_number(float, 0, 1000), help="weight of a second head, which training alone has")
     add("--max-length", type=_number(int, 8, LONGEST), help="tokens of prompt and answers together")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the forward pass; weights stay float32")
     add("--device", choices=("auto", "cpu", "cuda", "mps"))
@@ -440,10 +441,12 @@ def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Set
     model.head_dropout.p = config.head_dropout
     model.encoder.word_table.weight.requires_grad_("freeze_embeddings" not in options)
     model.encoder.checkpoint_activations = "checkpoint_activations" in options
-    forward = torch.compile(model, dynamic=True) if "compile" in options else model
+    trained = WithFieldHead(model, setup.tokenizer.sep_id).to(device) if config.field_loss else model
+    forward = torch.compile(trained, dynamic=True) if "compile" in options else trained
     forward = distributed.parallel(forward, device)
     distributed.own_randomness(seed)
-    optimizer = AdamW(decay_groups(model, config.weight_decay), lr=config.lr, eps=config.adam_eps)
+    optimizer = AdamW(decay_groups(trained, config.weight_decay), lr=config.lr, betas=(0.9, config.adam_beta2),
+                      eps=config.adam_eps)
     scaler = torch.amp.GradScaler(device.type, enabled=setup.precision == "fp16")
     judge = Judge(model, setup.tokenizer, config.max_length, precision=setup.precision)
 
@@ -458,11 +461,11 @@ def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Set
 
     progress = Progress()
     if "resume" in options:
-        progress = load_state(folder, model, optimizer, scaler)
+        progress = load_state(folder, trained, optimizer, scaler)
         keep_best(folder, judge, progress)
         print(f"resumed at step {progress.step:,} of {total:,}")
 
-    model.train()
+    trained.train()
     bar = tqdm(total=config.epochs * len(train_rows), initial=progress.step * config.batch_size * config.accumulate,
                unit="pairs", disable=None if distributed.is_first() else True, dynamic_ncols=True, smoothing=0.05)
     started = saved = time.monotonic()
@@ -501,12 +504,12 @@ def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Set
                     stop.check()
                     continue
             saved = started = clock(progress, started)
-            save_state(folder, progress, model, optimizer, scaler)
+            save_state(folder, progress, trained, optimizer, scaler)
             keep_best(folder, judge, progress)
             stop.check()
     except Stopped:
         clock(progress, started)
-        save_state(folder, progress, model, optimizer, scaler)
+        save_state(folder, progress, trained, optimizer, scaler)
         raise
     finally:
         bar.close()
@@ -519,7 +522,7 @@ def take_step(model: torch.nn.Module, optimizer: AdamW, scaler: torch.amp.GradSc
     """One optimizer step on the batches of a window: forward, backward, clip, AdamW. Returns mean loss and rows.
 
     The loss is the mean over the window's rows, so accumulating equals one large batch even where the last is smaller,
-    and so do several processes, each with its share of the rows.
+    and so do several processes, each with its share of the rows. A field head's loss is learnt from and not reported.
     """
     rows_in_window = sum(len(rows) for rows, _ in window)
     total = 0.0
@@ -529,9 +532,10 @@ def take_step(model: torch.nn.Module, optimizer: AdamW, scaler: torch.amp.GradSc
         ids, is_token, labels = (t.to(setup.device) for t in make_batch(setup.examples, rows, swapped, setup.tokenizer))
         with distributed.averaging(model, now=number == len(window)):
             with autocast(setup.device, setup.precision):
-                logits = model(ids, is_token)                                   # (B, 3)
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum") / rows_in_window
-            scaler.scale(weight * loss).backward()
+                logits = model(ids, is_token)                                   # (B, 3); with a field head, two
+            both = logits if setup.config.field_loss else [logits]
+            loss, *of_fields = (F.cross_entropy(z.float(), labels, reduction="sum") / rows_in_window for z in both)
+            scaler.scale(weight * (loss + setup.config.field_loss * sum(of_fields))).backward()
         total += loss.item() if weight else 0.0
 
     total = float(distributed.summed(total))
@@ -596,7 +600,7 @@ def clock(progress: Progress, started: float) -> float:
     return now
 
 
-def save_state(folder: Path, progress: Progress, model: PreferenceModel, optimizer: AdamW, scaler) -> None:
+def save_state(folder: Path, progress: Progress, model: torch.nn.Module, optimizer: AdamW, scaler) -> None:
     """Everything that `load_state` needs, in one atomic step; then the logs, which are part of it."""
     generators, facts = runs.random_state()
     everyones = distributed.gathered(generators)           # all else is the same in every process
@@ -612,7 +616,7 @@ def save_state(folder: Path, progress: Progress, model: PreferenceModel, optimiz
     write_logs(folder, progress)
 
 
-def load_state(folder: Path, model: PreferenceModel, optimizer: AdamW, scaler) -> Progress:
+def load_state(folder: Path, model: torch.nn.Module, optimizer: AdamW, scaler) -> Progress:
     """Put everything back to where `save_state` found it, the logs too; a run that never saved is at its beginning.
 
     Errors: `InputError` naming what is damaged or missing.

@@ -1,6 +1,6 @@
 """Fine-tuning with and without each of its parts: one training run a line, on the bundled task.
 
-    python benchmarks/ablations.py                          every line, one seed; about as long as seven `make train`
+    python benchmarks/ablations.py                          every line, one seed; about as long as eight `make train`
     python benchmarks/ablations.py --seeds 1 2 3            means of three seeds
     python benchmarks/ablations.py --only base no-swap -- --limit 2000      some lines, with further options of train.py
 
@@ -23,6 +23,7 @@ import train  # noqa: E402
 FOLDER = Path("runs/ablations")
 VARIANTS = {  # name: (what is different, options of train.py)
     "base": ("nothing: `make train` as it is", []),
+    "no-field-head": ("[CLS] learns from its own verdict alone", ["--field-loss", "0"]),
     "no-swap": ("A and B are never exchanged in training", ["--no-swap"]),
     "no-warmup": ("the learning rate starts at its peak", ["--warmup", "0"]),
     "no-decay": ("no weight decay", ["--weight-decay", "0"]),

@@ -3,6 +3,10 @@
 The pair is one sequence, `[CLS] prompt [SEP] A [SEP] B [SEP]`, so that every layer compares the answers with each other
 and with the prompt. [CLS]'s last vector stands for the whole; the published checkpoint has no pooler and no classifier,
 both start fresh.
+
+For the small encoder that ships with the project [CLS] alone is too narrow a door: one label a row has to teach it
+which tokens belong to which answer, and where to look, before it can see anything. `FieldHead` is a second door, open
+during training and closed after it.
 """
 
 import torch
@@ -10,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipref.config import LABELS, EncoderConfig
-from minipref.encoder import Encoder
+from minipref.encoder import Encoder, initialise
 
 
 class PreferenceModel(nn.Module):
@@ -30,7 +34,10 @@ class PreferenceModel(nn.Module):
         return self.encoder.config
 
     def forward(self, ids: Tensor, is_token: Tensor) -> Tensor:
-        cls = self.encoder.cls_vector(ids, is_token)                     # (B, D)
+        return self.verdict(self.encoder.cls_vector(ids, is_token))
+
+    def verdict(self, cls: Tensor) -> Tensor:
+        """The logits for [CLS]'s last vector. Shapes: (B, D) -> (B, 3)."""
         pooled = F.gelu(self.pooler(self.pooler_dropout(cls)))           # (B, D)
         return self.head(self.head_dropout(pooled))                      # (B, C)
 
@@ -38,3 +45,49 @@ class PreferenceModel(nn.Module):
         """softmax(logits / temperature), in float32 at least. Shapes: as forward -> (B, 3)."""
         logits = self(ids, is_token)
         return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
+
+
+class FieldHead(nn.Module):
+    """A verdict from what the last layer is given: the mean vectors of the prompt, of A and of B, and a linear map.
+
+    A mean hands its gradient to every token of its field, so the layers learn from the first step to mark what is wrong
+    with an answer in all its tokens; after that [CLS] finds it. Source: deep supervision (Lee et al. 2015, arXiv
+    1409.5185). What it is worth is in docs/experiments.md.
+
+    Shapes: x (B, L, D), field (B, L) int64 as `field_of_tokens` gives it -> logits (B, 3).
+    """
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.linear = nn.Linear(3 * config.width, len(LABELS))
+        initialise(self, config.init_std)
+
+    def forward(self, x: Tensor, field: Tensor) -> Tensor:
+        is_in = F.one_hot(field, 4)[..., :3].to(x.dtype)                 # (B, L, 3), the fourth is everything else
+        means = is_in.mT @ x / is_in.sum(dim=1).clamp(min=1)[..., None]  # (B, 3, D); an empty field's is 0
+        return self.linear(means.flatten(1))
+
+
+def field_of_tokens(ids: Tensor, is_token: Tensor, sep_id: int) -> Tensor:
+    """For each token of `[CLS] prompt [SEP] A [SEP] B [SEP]` 0 for the prompt, 1 for A, 2 for B, 3 for all else.
+
+    Shapes: ids (B, L), is_token (B, L) -> (B, L) int64.
+    """
+    is_sep = ids == sep_id
+    field = is_sep.cumsum(dim=1)                                         # how many [SEP] there are up to each token
+    outside = is_sep | ~is_token
+    outside[:, 0] = True                                                 # [CLS]
+    return field.masked_fill(outside, 3)
+
+
+class WithFieldHead(nn.Module):
+    """The model in training, with the second head beside the first. Shapes: as the model's, twice."""
+
+    def __init__(self, model: PreferenceModel, sep_id: int):
+        super().__init__()
+        self.model, self.sep_id = model, sep_id
+        self.field_head = FieldHead(model.config)
+
+    def forward(self, ids: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor]:
+        *_, x, last = self.model.encoder.layer_outputs(ids, is_token, cls_only=True)     # (B, L, D), (B, 1, D)
+        return self.model.verdict(last[:, 0]), self.field_head(x, field_of_tokens(ids, is_token, self.sep_id))

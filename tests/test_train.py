@@ -214,6 +214,19 @@ def test_accumulated_passes_equal_one_large_batch(tmp_path):
     assert max((large[name] - small[name]).abs().max() for name in large) < 1e-6
 
 
+def test_the_field_head_is_trained_and_saved_with_the_state_and_is_not_in_the_model(encoder, tmp_path):
+    rows = write_rows(tmp_path / "t.csv", 60)
+    base = ["--train", str(rows), "--encoder", str(encoder), *FAST, "--epochs", "1"]
+    assert train.main([*base, "--run", "with"]) == 0
+    assert train.main([*base, "--run", "without", "--field-loss", "0"]) == 0
+    states = {name: train.runs.load_state(f"{name}/state")[0] for name in ("with", "without")}
+    assert [name for name in states["with"] if "field_head" in name and name.startswith("model.")]
+    assert not any("field_head" in name for name in states["without"])
+    models = [load_classifier(f"{name}/model").state_dict() for name in states]
+    assert models[0].keys() == models[1].keys()
+    assert not torch.equal(models[0]["encoder.word_table.weight"], models[1]["encoder.word_table.weight"])
+
+
 # --- stopping and going on
 
 def stop_at_check(monkeypatch, number):
