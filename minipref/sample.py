@@ -42,7 +42,7 @@ from minipref.errors import InputError
 from minipref.files import write_text
 from minipref.metrics import baselines
 
-TRAIN_ROWS, TEST_ROWS, TRAIN_SEED, TEST_SEED = 15_000, 1500, 1, 2
+TRAIN_ROWS, TEST_ROWS, TRAIN_SEED, TEST_SEED = 45_000, 1500, 1, 2
 
 # --- The rule ---
 

@@ -1,0 +1,82 @@
+"""What an encoder knows of the sample's flaws before it is fine-tuned: a table for docs/experiments.md.
+
+    python benchmarks/probe.py                                    weights/minipref-tiny, 1,500 rows
+    python benchmarks/probe.py --encoder runs/pretrain/model --rows 500
+
+For each flaw and layer: a logistic regression on the mean vector of answer A, none of the encoder's weights trained,
+says how likely A has the flaw; the figure is the area under the ROC curve on the last third of the rows (0.5: nothing).
+A flaw is asked for among the kinds of prompt whose answers can have it. scikit-learn is a development package.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402 - these need the path
+import torch  # noqa: E402
+from sklearn.linear_model import LogisticRegression  # noqa: E402
+from sklearn.metrics import roc_auc_score  # noqa: E402
+from sklearn.pipeline import make_pipeline  # noqa: E402
+from sklearn.preprocessing import StandardScaler  # noqa: E402
+
+from minipref import load_encoder, load_tokenizer, sample  # noqa: E402
+from minipref.classifier import field_of_tokens  # noqa: E402
+from minipref.data import encode_pairs, make_batch, read_pairs  # noqa: E402
+from minipref.encoder import Encoder  # noqa: E402
+from minipref.files import write_text  # noqa: E402
+from minipref.tokenizer import Tokenizer  # noqa: E402
+
+
+@torch.no_grad()
+def means_of_a(encoder: Encoder, tokenizer: Tokenizer, rows: sample.SampleRows, path: Path) -> np.ndarray:
+    """The mean vector of answer A in the embeddings and after each layer. Shapes: -> (rows, N + 1, D)."""
+    write_text(path, rows.frame.to_csv(index=False))
+    examples = encode_pairs(list(read_pairs(path)), tokenizer, 512)
+    means = []
+    for row in range(len(examples)):
+        ids, is_token, _ = make_batch(examples, [row], [False], tokenizer)
+        is_of_a = field_of_tokens(ids, is_token, tokenizer.sep_id)[0] == 1
+        means.append(torch.stack([x[0, is_of_a].mean(0) for x in encoder.layer_outputs(ids, is_token)]).numpy())
+    return np.array(means)
+
+
+def area(vectors: np.ndarray, flawed: np.ndarray) -> float:
+    """Area under the ROC curve on the last third, of a regression on the others. Shapes: (rows, D), (rows,) -> one."""
+    fitted = 2 * len(flawed) // 3
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
+    model.fit(vectors[:fitted], flawed[:fitted])
+    return roc_auc_score(flawed[fitted:], model.decision_function(vectors[fitted:]))
+
+
+def table(means: np.ndarray, flaws) -> str:
+    """A line a flaw. `flaws` is `SampleRows.flaws`."""
+    lines = ["| flaw of A | words alone | " + " | ".join(f"layer {n}" for n in range(1, means.shape[1])) + " |",
+             "|---|" + "---:|" * means.shape[1]]
+    for flaw in sample.FLAWS:
+        possible = flaws["kind"].isin([name for name, kind in sample.KINDS.items() if flaw in kind.flaws]).to_numpy()
+        flawed = flaws[f"a_{flaw}"][possible].to_numpy()
+        areas = [area(means[possible, layer], flawed) for layer in range(means.shape[1])]
+        lines.append(f"| {flaw} | " + " | ".join(f"{x:.2f}" for x in areas) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--encoder", default=str(ROOT / "weights" / "minipref-tiny"), metavar="DIR")
+    parser.add_argument("--rows", type=int, default=1500, metavar="N")
+    parser.add_argument("--seed", type=int, default=99, help="of the rows")
+    options = parser.parse_args(arguments)
+    rows = sample.generate(options.rows, options.seed)
+    encoder, tokenizer = load_encoder(options.encoder).eval(), load_tokenizer(options.encoder)
+    with tempfile.TemporaryDirectory() as folder:
+        means = means_of_a(encoder, tokenizer, rows, Path(folder) / "rows.csv")
+    print(table(means, rows.flaws))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
