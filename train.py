@@ -87,6 +87,7 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     add("--accumulate", type=whole, help="passes per optimizer step")
     add("--lr", type=_number(float, 0, 1e30), help="learning rate at the peak")
     add("--warmup", type=real, help="steps of warmup; below 1, a share of all steps")
+    add("--adam-beta2", type=_number(float, 0, 0.999999), help="AdamW's memory of squared gradients")
     add("--weight-decay", type=_number(float, 0, 1), help="AdamW's, on matrices and tables")
     add("--head-dropout", type=_number(float, 0, 0.999), help="dropout before the classifier")
     add("--patience", type=_number(int, 0), help="evaluations without a better score before stopping; 0 never stops")
