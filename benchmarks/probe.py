@@ -39,7 +39,7 @@ def means_of_a(encoder: Encoder, tokenizer: Tokenizer, rows: sample.SampleRows, 
     means = []
     for row in range(len(examples)):
         ids, is_token, _ = make_batch(examples, [row], [False], tokenizer)
-        is_of_a = field_of_tokens(ids, is_token, tokenizer.sep_id)[0] == 1
+        is_of_a = field_of_tokens(ids, tokenizer.sep_id)[0] == 1
         means.append(torch.stack([x[0, is_of_a].mean(0) for x in encoder.layer_outputs(ids, is_token)]).numpy())
     return np.array(means)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipref.config import LABELS, EncoderConfig
-from minipref.encoder import Encoder, initialise
+from minipref.encoder import Encoder
 
 
 class PreferenceModel(nn.Module):
@@ -60,24 +60,23 @@ class FieldHead(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.linear = nn.Linear(3 * config.width, len(LABELS))
-        initialise(self, config.init_std)
+        nn.init.zeros_(self.linear.weight)                               # no push before there is an opinion
+        nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor, field: Tensor) -> Tensor:
-        is_in = F.one_hot(field, 4)[..., :3].to(x.dtype)                 # (B, L, 3), the fourth is everything else
-        means = is_in.mT @ x / is_in.sum(dim=1).clamp(min=1)[..., None]  # (B, 3, D); an empty field's is 0
+        is_in = F.one_hot(field, 4)[..., :3].to(x.dtype)                 # (B, L, 3), the fourth is padding
+        means = is_in.mT @ x / is_in.sum(dim=1)[..., None]               # (B, 3, D)
         return self.linear(means.flatten(1))
 
 
-def field_of_tokens(ids: Tensor, is_token: Tensor, sep_id: int) -> Tensor:
-    """For each token of `[CLS] prompt [SEP] A [SEP] B [SEP]` 0 for the prompt, 1 for A, 2 for B, 3 for all else.
+def field_of_tokens(ids: Tensor, sep_id: int) -> Tensor:
+    """For each token of `[CLS] prompt [SEP] A [SEP] B [SEP]` 0 for the prompt, 1 for A, 2 for B, 3 for padding.
 
-    Shapes: ids (B, L), is_token (B, L) -> (B, L) int64.
+    It is the number of [SEP] before it: each one ends its field and is of it, and [CLS] is of the prompt's.
+    Shapes: (B, L) -> (B, L) int64.
     """
-    is_sep = ids == sep_id
-    field = is_sep.cumsum(dim=1)                                         # how many [SEP] there are up to each token
-    outside = is_sep | ~is_token
-    outside[:, 0] = True                                                 # [CLS]
-    return field.masked_fill(outside, 3)
+    is_sep = (ids == sep_id).long()
+    return is_sep.cumsum(dim=1) - is_sep
 
 
 class WithFieldHead(nn.Module):
@@ -90,4 +89,4 @@ class WithFieldHead(nn.Module):
 
     def forward(self, ids: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor]:
         *_, x, last = self.model.encoder.layer_outputs(ids, is_token, cls_only=True)     # (B, L, D), (B, 1, D)
-        return self.model.verdict(last[:, 0]), self.field_head(x, field_of_tokens(ids, is_token, self.sep_id))
+        return self.model.verdict(last[:, 0]), self.field_head(x, field_of_tokens(ids, self.sep_id))

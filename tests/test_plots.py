@@ -157,7 +157,7 @@ def test_the_drawn_learning_rate_is_the_one_that_training_used(tmp_path, monkeyp
     (curve, _), (dots, _) = ((arguments[:2], options) for arguments, options in axes.of("plot"))
     with open("r/metrics.csv", encoding="utf-8") as file:
         noted = [(int(row["step"]), float(row["lr"])) for row in csv.DictReader(file)]
-    assert len(noted) == 6 and list(zip(*dots)) == noted
+    assert len(noted) == 12 and list(zip(*dots)) == noted
     schedule = dict(zip(curve[0].tolist(), curve[1]))
     assert all(np.isclose(schedule[step], rate, rtol=1e-12) for step, rate in noted)
     assert (tmp_path / "r" / "report.html").is_file()

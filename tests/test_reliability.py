@@ -435,7 +435,8 @@ def poison(monkeypatch, step: int, value: float, where: str) -> None:
 
     def cross_entropy(*args, **kwargs):
         losses.append(1)
-        return real_loss(*args, **kwargs) * (value if len(losses) == 2 * step and where == "loss" else 1)
+        of_the_step = 4 * step - 1                            # a step has two passes, a pass the losses of two heads
+        return real_loss(*args, **kwargs) * (value if len(losses) == of_the_step and where == "loss" else 1)
 
     monkeypatch.setattr(train, "clip_gradients", clip)
     monkeypatch.setattr(train.F, "cross_entropy", cross_entropy)
