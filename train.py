@@ -534,8 +534,8 @@ def take_step(model: torch.nn.Module, optimizer: AdamW, scaler: torch.amp.GradSc
         with distributed.averaging(model, now=number == len(window)):
             with autocast(setup.device, setup.precision):
                 logits = model(ids, is_token)                                   # (B, 3); with a field head, two
-            both = logits if setup.config.field_loss else [logits]
-            loss, *of_fields = (F.cross_entropy(z.float(), labels, reduction="sum") / rows_in_window for z in both)
+            of_heads = logits if setup.config.field_loss else (logits,)
+            loss, *of_fields = (F.cross_entropy(z.float(), labels, reduction="sum") / rows_in_window for z in of_heads)
             scaler.scale(weight * (loss + setup.config.field_loss * sum(of_fields))).backward()
         total += loss.item() if weight else 0.0
 

@@ -9,14 +9,15 @@ A flaw is asked for among the kinds of prompt whose answers can have it. scikit-
 """
 
 import argparse
+import json
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402 - these need the path
+import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.metrics import roc_auc_score  # noqa: E402
@@ -25,17 +26,16 @@ from sklearn.preprocessing import StandardScaler  # noqa: E402
 
 from minipref import load_encoder, load_tokenizer, sample  # noqa: E402
 from minipref.classifier import field_of_tokens  # noqa: E402
-from minipref.data import encode_pairs, make_batch, read_pairs  # noqa: E402
+from minipref.data import Pair, encode_pairs, make_batch  # noqa: E402
 from minipref.encoder import Encoder  # noqa: E402
-from minipref.files import write_text  # noqa: E402
 from minipref.tokenizer import Tokenizer  # noqa: E402
 
 
 @torch.no_grad()
-def means_of_a(encoder: Encoder, tokenizer: Tokenizer, rows: sample.SampleRows, path: Path) -> np.ndarray:
+def means_of_a(encoder: Encoder, tokenizer: Tokenizer, rows: sample.SampleRows) -> np.ndarray:
     """The mean vector of answer A in the embeddings and after each layer. Shapes: -> (rows, N + 1, D)."""
-    write_text(path, rows.frame.to_csv(index=False))
-    examples = encode_pairs(list(read_pairs(path)), tokenizer, 512)
+    texts = rows.frame[["prompt", "response_a", "response_b"]].map(json.loads)
+    examples = encode_pairs([Pair("", *turns) for turns in texts.itertuples(index=False)], tokenizer, 512)
     means = []
     for row in range(len(examples)):
         ids, is_token, _ = make_batch(examples, [row], [False], tokenizer)
@@ -52,7 +52,7 @@ def area(vectors: np.ndarray, flawed: np.ndarray) -> float:
     return roc_auc_score(flawed[fitted:], model.decision_function(vectors[fitted:]))
 
 
-def table(means: np.ndarray, flaws) -> str:
+def table(means: np.ndarray, flaws: pd.DataFrame) -> str:
     """A line a flaw. `flaws` is `SampleRows.flaws`."""
     lines = ["| flaw of A | words alone | " + " | ".join(f"layer {n}" for n in range(1, means.shape[1])) + " |",
              "|---|" + "---:|" * means.shape[1]]
@@ -72,9 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = sample.generate(options.rows, options.seed)
     encoder, tokenizer = load_encoder(options.encoder).eval(), load_tokenizer(options.encoder)
-    with tempfile.TemporaryDirectory() as folder:
-        means = means_of_a(encoder, tokenizer, rows, Path(folder) / "rows.csv")
-    print(table(means, rows.flaws))
+    print(table(means_of_a(encoder, tokenizer, rows), rows.flaws))
     return 0
 
 

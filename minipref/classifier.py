@@ -80,7 +80,10 @@ def field_of_tokens(ids: Tensor, sep_id: int) -> Tensor:
 
 
 class WithFieldHead(nn.Module):
-    """The model in training, with the second head beside the first. Shapes: as the model's, twice."""
+    """The model in training, with the second head beside the first.
+
+    Shapes: ids, is_token (B, L) -> the model's own logits (B, 3), the field head's (B, 3).
+    """
 
     def __init__(self, model: PreferenceModel, sep_id: int):
         super().__init__()

@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from scipy.sparse import hstack
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -378,3 +379,17 @@ def test_the_command_line_writes_the_files_and_says_what_is_reachable(tmp_path, 
 def test_the_summary_holds_for_a_handful_of_rows(tmp_path, capsys):
     assert sample.main(["--folder", str(tmp_path), "--rows", "1", "--test-rows", "1"]) == 0
     assert "nan" not in capsys.readouterr().out
+
+
+# --- What the bundled encoder knows of it before it is fine-tuned ---
+
+@pytest.mark.slow
+def test_the_probe_finds_in_the_layers_what_words_alone_do_not_say(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import probe
+    assert probe.main(["--rows", "600"]) == 0
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head == "| flaw of A | words alone | layer 1 | layer 2 | layer 3 | layer 4 |"
+    found = {cells[0]: [float(x) for x in cells[1:]] for cells in (line.strip("| ").split(" | ") for line in lines)}
+    assert list(found) == list(sample.FLAWS)
+    assert found["off"][3] > 0.75 and found["off"][0] < 0.65            # chance is 0.5; 100 to 150 rows are judged

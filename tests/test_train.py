@@ -96,7 +96,7 @@ def test_one_pair_is_judged_the_same_from_the_command_line_and_from_python(finis
     code, out, _ = said(capsys, ["--prompt", prompt, "--a", a, "--b", b, "--precision", "fp32"], predict.main)
     p = minipref.load_judge("run/model").compare(prompt, a, [b])
     assert code == 0 and [float(line.split()[1]) for line in out.splitlines()] == [round(x, 4) for x in p]
-    assert p[0] == max(p) and abs(sum(p) - 1) < 1e-12
+    assert p[0] > 0.6 and abs(sum(p) - 1) < 1e-12
 
 
 def test_averaging_both_orders_makes_the_verdict_independent_of_the_order(finished):
