@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from minipref import __version__, distributed, metrics, plots, runs, sample
 from minipref.checkpoint import load_classifier
-from minipref.classifier import PreferenceModel, WithFieldHead
+from minipref.classifier import PreferenceModel, WithFieldHead, field_loss
 from minipref.config import LABELS, RECIPES, TrainConfig
 from minipref.data import (
     Examples,
@@ -534,10 +534,11 @@ def take_step(model: torch.nn.Module, optimizer: AdamW, scaler: torch.amp.GradSc
         with distributed.averaging(model, now=number == len(window)):
             with autocast(setup.device, setup.precision):
                 logits = model(ids, is_token)                                   # (B, 3); with a field head, two
-            of_heads = logits if setup.config.field_loss else (logits,)
-            loss, *of_fields = (F.cross_entropy(z.float(), labels, reduction="sum") / rows_in_window for z in of_heads)
-            scaler.scale(weight * (loss + setup.config.field_loss * sum(of_fields))).backward()
-        total += loss.item() if weight else 0.0
+            own, *of_fields = logits if setup.config.field_loss else (logits,)
+            loss = F.cross_entropy(own.float(), labels, reduction="sum")
+            more = sum(setup.config.field_loss * field_loss(own, z, labels) for z in of_fields)
+            scaler.scale(weight * (loss + more) / rows_in_window).backward()
+        total += loss.item() / rows_in_window if weight else 0.0
 
     total = float(distributed.summed(total))
     scaler.unscale_(optimizer)

@@ -1,8 +1,8 @@
 """Fine-tuning with and without each of its parts: one training run a line, on the bundled task.
 
-    python benchmarks/ablations.py                          every line, one seed; about as long as eight `make train`
+    python benchmarks/ablations.py                          every line, one seed; as long as eight `make train`
     python benchmarks/ablations.py --seeds 1 2 3            means of three seeds
-    python benchmarks/ablations.py --only base no-swap -- --limit 2000      some lines, with further options of train.py
+    python benchmarks/ablations.py --only base no-swap -- --limit 12000     some lines, with further options of train.py
 
 Runs that are finished already are not run again: their folders, runs/ablations/NAME-SEED, hold their reports. The
 table goes to the terminal, in Markdown.
@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402 - these need the path
+import pandas as pd  # noqa: E402
 
 import train  # noqa: E402
 
@@ -27,9 +28,10 @@ VARIANTS = {  # name: (what is different, options of train.py)
     "no-swap": ("A and B are never exchanged in training", ["--no-swap"]),
     "no-warmup": ("the learning rate starts at its peak", ["--warmup", "0"]),
     "no-decay": ("no weight decay", ["--weight-decay", "0"]),
-    "no-stopping": ("all epochs are run; the best model is still the one kept", ["--patience", "0"]),
     "frozen-words": ("the word table stays as pretrained", ["--freeze-embeddings"]),
-    "fp32": ("no mixed precision", ["--precision", "fp32"]),
+    "fp32": ("no mixed precision; the same as base where `auto` is fp32", ["--precision", "fp32"]),
+    "few-rows": ("2,000 rows, ten times", ["--limit", "2000", "--epochs", "10"]),
+    "few-rows-no-stopping": ("the same, to the end", ["--limit", "2000", "--epochs", "10", "--patience", "0"]),
 }
 WAYS = {"model, one order": "one order", "model, both orders": "both orders", "model, calibrated": "and a temperature"}
 
@@ -38,20 +40,23 @@ def report_of(name: str, seed: int, more: list[str]) -> dict:
     """The report of a variant's run, trained first where there is none. Errors: SystemExit if training fails."""
     run = FOLDER / f"{name}-{seed}"
     if not (run / "report.json").is_file():
-        resume = ["--resume"] if (run / "state").is_dir() else [*VARIANTS[name][1], *more, "--seed", str(seed)]
+        resume = ["--resume"] if (run / "state").is_dir() else [*more, *VARIANTS[name][1], "--seed", str(seed)]
         code = train.main(["--run", str(run), *resume])
         if code:
             raise SystemExit(code)
-    return json.loads((run / "report.json").read_text(encoding="utf-8"))
+    evaluations = pd.read_csv(run / "metrics.csv")
+    return json.loads((run / "report.json").read_text(encoding="utf-8")) | {"last": evaluations["log_loss"].iloc[-1]}
 
 
 def table(reports: dict[str, list[dict]]) -> str:
-    """A line a variant: log loss in each way of predicting and accuracy, means over the seeds."""
+    """A line a variant: log loss of the last model in one order, of the one that was kept in each way of predicting,
+    its accuracy, and minutes; means over the seeds."""
     seeds = max(map(len, reports.values()))
-    lines = [f"| run | what is different | {' | '.join(WAYS.values())} | accuracy | minutes |",
-             "|---|---|" + "---:|" * (len(WAYS) + 2)]
+    lines = [f"| run | what is different | last model | {' | '.join(WAYS.values())} | accuracy | minutes |",
+             "|---|---|" + "---:|" * (len(WAYS) + 3)]
     for name, found in reports.items():
-        figures = [f"{np.mean([r['results'][way]['log_loss'] for r in found]):.4f}" for way in WAYS]
+        figures = [f"{np.mean([r['last'] for r in found]):.4f}"]
+        figures += [f"{np.mean([r['results'][way]['log_loss'] for r in found]):.4f}" for way in WAYS]
         figures.append(f"{np.mean([r['results']['model, calibrated']['accuracy'] for r in found]):.3f}")
         figures.append(f"{np.mean([r['minutes'] for r in found]):.0f}")
         lines.append(f"| {name} | {VARIANTS[name][0]} | {' | '.join(figures)} |")

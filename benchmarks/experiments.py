@@ -2,14 +2,16 @@
 
     python benchmarks/experiments.py sample --train data/sample/train.csv
     python benchmarks/experiments.py autoj --train autoj.csv --options "--max-length 512" --encoders bundled random
+    python benchmarks/experiments.py autoj --train autoj.csv --options "--max-length 1024" --called "1024 tokens"
     python benchmarks/experiments.py sample --train a.csv --encoders nes=runs/nes/model mlm=runs/mlm/model --seeds 1 2 3
     python benchmarks/experiments.py --page                    the tables again, measuring nothing
 
 The first argument names the table. An encoder is `bundled` (weights/minipref-tiny), `random` (the same architecture and
-tokenizer, fresh weights), or NAME=FOLDER. A seed decides the split by prompt, the order, the fresh head and, for
-`random`, the encoder, so equal seeds of two encoders have equal rows. Every figure is train.py's own, from report.json:
-both orders averaged, the temperature fitted on other rows than those it is applied to. What was measured is kept in
-benchmarks/experiments.json; a pair of encoder and seed that is there already is not run again, unless --again says so.
+tokenizer, fresh weights), or NAME=FOLDER; `--called` adds to the names what the options change. A seed decides the
+split by prompt, the order, the fresh head and, for `random`, the encoder, so equal seeds of two encoders have equal
+rows. Every figure is train.py's own, from report.json: both orders averaged, the temperature fitted on other rows than
+those it is applied to. What was measured is kept in benchmarks/experiments.json; a pair of encoder and seed that is
+there already is not run again, unless --again says so.
 
 TF-IDF of A minus B with a logistic regression needs scikit-learn (a development package).
 """
@@ -45,7 +47,6 @@ from minipref.tokenizer import load_tokenizer  # noqa: E402
 
 FIGURES, PAGE = ROOT / "benchmarks" / "experiments.json", ROOT / "docs" / "experiments.md"
 BUNDLED = ROOT / "weights" / "minipref-tiny"
-SHARES = [1 - recipe("tiny").valid_fraction, recipe("tiny").valid_fraction]      # train.py's split
 MARKS = "<!-- tables -->\n", "<!-- /tables -->"
 
 
@@ -53,12 +54,13 @@ def main() -> None:
     options = parse_arguments()
     figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
     if not options.page:
-        table = figures.setdefault(options.table, {"rows": {}})
-        table |= {"command": "python benchmarks/" + shlex.join([Path(sys.argv[0]).name, *without_paths(sys.argv[1:])]),
-                  "machine": machine()}
+        table = figures.setdefault(options.table, {"rows": {}, "how": {}})
+        how = {"command": "python benchmarks/" + shlex.join([Path(sys.argv[0]).name, *without_paths(sys.argv[1:])]),
+               "machine": machine()}
         for seed in options.seeds:
             for name, scores in wanted(options, seed, table["rows"]):
                 table["rows"].setdefault(name, {})[str(seed)] = scores()
+                table["how"][name] = how
                 write_json(FIGURES, figures)
                 print(f"{options.table}, {name}, seed {seed}: {table['rows'][name][str(seed)]}", flush=True)
     write_page(figures)
@@ -75,8 +77,9 @@ def wanted(options: argparse.Namespace, seed: int, done: dict) -> Iterator[tuple
         yield from ((name, lambda name=name: scores[name]) for name in simple)
     for encoder in options.encoders:
         name, _, folder = encoder.partition("=")
-        if missing(name):
-            yield name, lambda name=name, folder=folder: fine_tuned(name, folder, options, seed)
+        called = f"{name}, {options.called}" if options.called else name
+        if missing(called):
+            yield called, lambda name=name, folder=folder: fine_tuned(name, folder, options, seed)
 
 
 # --- baselines --------------------------------------------------------------------------------------------------------
@@ -87,7 +90,8 @@ def baselines(options: argparse.Namespace, seed: int) -> dict[str, dict]:
     if options.valid:
         valid = list(read_pairs(options.valid))
     else:
-        part = split_by_prompt([p.prompt for p in train], [p.label for p in train], SHARES, seed)
+        shares = [1 - options.valid_fraction, options.valid_fraction]                              # train.py's split
+        part = split_by_prompt([p.prompt for p in train], [p.label for p in train], shares, seed)
         train, valid = ([pair for pair, k in zip(train, part) if k == which] for which in (0, 1))
     labels, valid_labels = (np.array([pair.label for pair in pairs]) for pairs in (train, valid))
     found = metrics.baselines(character_counts(train), labels, character_counts(valid), valid_labels)
@@ -108,7 +112,7 @@ def by_words(train: list[Pair], labels: np.ndarray, valid: list[Pair], seed: int
     words.fit(text for pair in train for text in (answer(pair.response_a), answer(pair.response_b)))
     x, x_valid = (words.transform([answer(p.response_a) for p in pairs]) -
                   words.transform([answer(p.response_b) for p in pairs]) for pairs in (train, valid))
-    inner = split_by_prompt([p.prompt for p in train], labels, SHARES, seed)
+    inner = split_by_prompt([p.prompt for p in train], labels, (0.9, 0.1), seed)
 
     def fitted(penalty: float, rows: np.ndarray) -> LogisticRegression:
         return LogisticRegression(C=1 / penalty, max_iter=2000).fit(x[rows], labels[rows])
@@ -143,8 +147,8 @@ def fine_tuned(name: str, folder: str, options: argparse.Namespace, seed: int) -
     with tempfile.TemporaryDirectory() as scratch:
         if name == "random":
             folder = fresh_encoder(BUNDLED, Path(scratch) / "minipref-tiny", seed)
-        valid = ["--valid", options.valid] if options.valid else []
-        command = [sys.executable, str(ROOT / "train.py"), "--train", *options.train, *valid, "--recipe", "tiny",
+        valid = ["--valid", options.valid] if options.valid else ["--valid-fraction", str(options.valid_fraction)]
+        command = [sys.executable, str(ROOT / options.program), "--train", *options.train, *valid, "--recipe", "tiny",
                    "--encoder", str(folder or BUNDLED), "--seed", str(seed), "--run", f"{scratch}/run",
                    *shlex.split(options.options)]
         begin = time.perf_counter()
@@ -192,7 +196,7 @@ def write_page(figures: dict) -> None:
 
 
 def as_table(name: str, table: dict) -> str:
-    lines = [f"### {name}\n", f"`{table['command']}` ({table['machine']})\n",
+    lines = [f"### {name}\n",
              "| what | log loss, mean | per seed | accuracy, mean | minutes, median |", "|---|---:|---|---:|---:|"]
     for what, by_seed in table["rows"].items():
         losses = [scores["log_loss"] for scores in by_seed.values()]
@@ -200,11 +204,16 @@ def as_table(name: str, table: dict) -> str:
         minutes = [scores["minutes"] for scores in by_seed.values() if "minutes" in scores]
         lines.append(f"| {what} | {statistics.mean(losses):.4f} | {', '.join(f'{x:.4f}' for x in losses)} | "
                      f"{accuracy:.3f} | {f'{statistics.median(minutes):.1f}' if minutes else ''} |")
+    rows_of = {}
+    for what, how in table["how"].items():
+        rows_of.setdefault(f"`{how['command']}` ({how['machine']})", []).append(what)
+    lines += ["", *(f"- {', '.join(rows)}: {how}" for how, rows in rows_of.items())]
     return "\n".join(lines) + "\n"
 
 
 def machine() -> str:
-    return f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{os.cpu_count()} cores, {platform.machine()}, {vectors}, torch {torch.__version__}"
 
 
 def without_paths(arguments: list[str]) -> list[str]:
@@ -219,9 +228,12 @@ def parse_arguments() -> argparse.Namespace:
     add("table", nargs="?", help="the table's name")
     add("--train", nargs="+", metavar="CSV")
     add("--valid", metavar="CSV", help="rows to validate on, instead of a tenth of the others")
+    add("--valid-fraction", type=float, default=recipe("tiny").valid_fraction, help="share of the rows that validate")
     add("--encoders", nargs="*", default=["bundled", "random"], metavar="NAME[=DIR]")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
     add("--options", default="", help="more options for train.py, as one argument")
+    add("--called", default="", metavar="WORDS", help="what the options change, for the table")
+    add("--program", default="train.py", metavar="FILE", help="what trains, for example benchmarks/cut_marker.py")
     add("--again", action="store_true", help="measure what is there already once more")
     add("--page", action="store_true", help="measure nothing, write the tables again")
     options = parser.parse_args()

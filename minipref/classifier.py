@@ -93,3 +93,16 @@ class WithFieldHead(nn.Module):
     def forward(self, ids: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor]:
         *_, x, last = self.model.encoder.layer_outputs(ids, is_token, cls_only=True)     # (B, L, D), (B, 1, D)
         return self.model.verdict(last[:, 0]), self.field_head(x, field_of_tokens(ids, self.sep_id))
+
+
+def field_loss(own: Tensor, of_fields: Tensor, labels: Tensor) -> Tensor:
+    """What the field head adds to the loss, summed over the rows: its own cross-entropy, and the divergence of the
+    model's verdict from the field head's, KL(field head || model), which reaches the model alone.
+
+    People differ, so a label is a noisy thing to learn from. The field head, which learns sooner, says of a row how
+    often each label would come: the better lesson. Source: self-distillation (Zhang et al. 2019, arXiv 1905.08094),
+    here from a lower layer to the last. Shapes: (B, 3), (B, 3), (B,) int64 -> one number.
+    """
+    its_own = F.cross_entropy(of_fields.float(), labels, reduction="sum")
+    lesson = F.log_softmax(of_fields.detach().float(), dim=-1)
+    return its_own + F.kl_div(F.log_softmax(own.float(), dim=-1), lesson, reduction="sum", log_target=True)

@@ -20,7 +20,7 @@ from helpers import (
 )
 from torch import nn
 
-from minipref.classifier import FieldHead, PreferenceModel, WithFieldHead, field_of_tokens
+from minipref.classifier import FieldHead, PreferenceModel, WithFieldHead, field_loss, field_of_tokens
 from minipref.config import EncoderConfig
 from minipref.encoder import Encoder, initialise
 
@@ -137,6 +137,20 @@ def test_a_model_with_a_field_head_gives_its_own_logits_and_the_heads_of_what_th
     of_fields.sum().backward()
     assert all(p.grad is None for p in model.encoder.layers[-1].parameters()) and model.head.weight.grad is None
     assert model.encoder.layers[-2].ff_out.weight.grad.abs().sum() > 0
+
+
+def test_the_model_learns_from_the_field_head_and_the_field_head_from_the_labels():
+    generator = torch.Generator().manual_seed(4)
+    own, of_fields = torch.randn(2, 2, 3, dtype=torch.float64, generator=generator)
+    own.requires_grad_(), of_fields.requires_grad_()
+    labels = torch.tensor([2, 0])
+    loss = field_loss(own, of_fields, labels)
+    said, lesson = (torch.softmax(z, dim=-1).detach() for z in (own, of_fields))
+    by_hand = sum((q * (q / p).log()).sum() - q[label].log() for p, q, label in zip(said, lesson, labels))
+    assert abs(loss.item() - by_hand.item()) < 1e-6                            # the loss is a float32
+    loss.backward()
+    assert torch.allclose(own.grad, said - lesson, atol=1e-6)                  # towards the field head, not the label
+    assert torch.allclose(of_fields.grad, lesson - F.one_hot(labels, 3), atol=1e-6)     # the label alone
 
 
 def test_every_gradient_of_the_classifiers_loss_is_the_definitions(tiny, path):
