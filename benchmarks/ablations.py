@@ -30,8 +30,9 @@ VARIANTS = {  # name: (what is different, options of train.py)
     "no-decay": ("no weight decay", ["--weight-decay", "0"]),
     "frozen-words": ("the word table stays as pretrained", ["--freeze-embeddings"]),
     "fp32": ("no mixed precision; the same as base where `auto` is fp32", ["--precision", "fp32"]),
-    "few-rows": ("2,000 rows, ten times", ["--limit", "2000", "--epochs", "10"]),
-    "few-rows-no-stopping": ("the same, to the end", ["--limit", "2000", "--epochs", "10", "--patience", "0"]),
+    "few-rows": ("2,000 rows, six times", ["--limit", "2000", "--epochs", "6"]),
+    "few-rows-no-stopping": ("2,000 rows, six times, all of it",
+                             ["--limit", "2000", "--epochs", "6", "--patience", "0"]),
 }
 WAYS = {"model, one order": "one order", "model, both orders": "both orders", "model, calibrated": "and a temperature"}
 

@@ -1,7 +1,8 @@
-"""What an encoder knows of the sample's flaws before it is fine-tuned: a table for docs/experiments.md.
+"""What an encoder knows of the sample's flaws before it is fine-tuned, or after: tables for docs/experiments.md.
 
     python benchmarks/probe.py                                    weights/minipref-tiny, 1,500 rows
     python benchmarks/probe.py --encoder runs/pretrain/model --rows 500
+    python benchmarks/probe.py --model runs/NAME/model            a fine-tuned model instead: what its verdicts turn on
 
 For each flaw and layer: a logistic regression on the mean vector of answer A, none of the encoder's weights trained,
 says how likely A has the flaw; the figure is the area under the ROC curve on the last third of the rows (0.5: nothing).
@@ -24,10 +25,11 @@ from sklearn.metrics import roc_auc_score  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.preprocessing import StandardScaler  # noqa: E402
 
-from minipref import load_encoder, load_tokenizer, sample  # noqa: E402
+from minipref import load_encoder, load_judge, load_tokenizer, sample  # noqa: E402
 from minipref.classifier import field_of_tokens  # noqa: E402
 from minipref.data import Pair, encode_pairs, make_batch  # noqa: E402
 from minipref.encoder import Encoder  # noqa: E402
+from minipref.judge import Judge  # noqa: E402
 from minipref.tokenizer import Tokenizer  # noqa: E402
 
 
@@ -64,13 +66,37 @@ def table(means: np.ndarray, flaws: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def learnt(judge: Judge, rows: sample.SampleRows) -> str:
+    """A line a kind of prompt: what each flaw of an answer takes from its log odds against the other, by least squares.
+
+    The rule's own are `sample.WEIGHTS`; a model that knows some flaws only says less of those as well, since the
+    others are noise to it. So a figure says 'seen' or 'not seen' and no more.
+    """
+    texts = rows.frame[["prompt", "response_a", "response_b"]].map(json.loads)
+    p = judge.compare_many([Pair("", *turns) for turns in texts.itertuples(index=False)])           # (rows, 3)
+    log_odds = np.log(p[:, 0]) - np.log(p[:, 1])
+    cells = [(kind, flaw) for kind, of in sample.KINDS.items() for flaw in of.flaws]
+    more_in_b = np.column_stack([(rows.flaws["kind"] == kind) * (rows.flaws[f"b_{flaw}"] - rows.flaws[f"a_{flaw}"])
+                                 for kind, flaw in cells])
+    weights = dict(zip(cells, np.linalg.lstsq(more_in_b.astype(float), log_odds, rcond=None)[0]))
+    lines = [f"| kind of prompt | {' | '.join(sample.FLAWS)} |", "|---|" + "---:|" * len(sample.FLAWS)]
+    for kind in sample.KINDS:
+        found = [f"{weights[kind, flaw]:.1f}" if (kind, flaw) in weights else "" for flaw in sample.FLAWS]
+        lines.append(f"| {kind} | {' | '.join(found)} |")
+    return "\n".join([*lines, f"| the rule | {' | '.join(f'{weight:.1f}' for weight in sample.WEIGHTS.values())} |"])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--encoder", default=str(ROOT / "weights" / "minipref-tiny"), metavar="DIR")
+    parser.add_argument("--model", metavar="DIR", help="a fine-tuned model: what it holds against an answer")
     parser.add_argument("--rows", type=int, default=1500, metavar="N")
     parser.add_argument("--seed", type=int, default=99, help="of the rows")
     options = parser.parse_args(arguments)
     rows = sample.generate(options.rows, options.seed)
+    if options.model:
+        print(learnt(load_judge(options.model), rows))
+        return 0
     encoder, tokenizer = load_encoder(options.encoder).eval(), load_tokenizer(options.encoder)
     print(table(means_of_a(encoder, tokenizer, rows), rows.flaws))
     return 0

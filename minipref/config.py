@@ -261,7 +261,7 @@ RECIPES: dict[str, dict[str, tuple[int | float, str]]] = {   # recipe -> figure 
         "field_loss": (0.0, MNLI),
     },
     "tiny": {
-        "epochs": (2, "a few minutes; trials in docs/experiments.md"),
+        "epochs": (2, "trials in docs/experiments.md"),
         "batch_size": (16, "trials in docs/experiments.md"),
         "eval_batch_size": (128, "has no influence on the result beyond rounding"),
         "lr": (4e-4, "trials in docs/experiments.md"),
@@ -274,7 +274,7 @@ RECIPES: dict[str, dict[str, tuple[int | float, str]]] = {   # recipe -> figure 
         "patience": (4, "an epoch's evaluations"),
         "evals_per_epoch": (4, "to see it learn"),
         "max_length": (256, "longer than all but a few pairs of the sample"),
-        "field_loss": (1.0, "trials in docs/experiments.md: without it, a fifth of what can be learnt"),
+        "field_loss": (1.0, "trials in docs/experiments.md"),
     },
 }
 

@@ -369,7 +369,7 @@ def hurried(command: str) -> str:
     if command == "make train":
         return f'make train ARGS="{HURRY}"'
     if "ablations.py" in command:
-        return f"{command} --only no-swap -- {HURRY}"
+        return f"{command.split(' --only')[0]} --only no-swap -- {HURRY}"
     return f"{command} {HURRY}" if "python train.py" in command and "--resume" not in command else command
 
 
@@ -443,6 +443,41 @@ def test_every_pretraining_command_makes_an_encoder(arguments, tmp_path, monkeyp
         torch.set_num_threads(threads)
     output = arguments.split("--output ")[1].split()[0]
     assert minipref.load_encoder(tmp_path / output / "model").config.layers == 2
+
+
+def few(command: str) -> str:
+    """A command of docs/experiments.md with options after its own that make it a matter of seconds."""
+    if "experiments.py" in command:
+        own = re.search(r"--options '(.*?)'", command)
+        return f"{command} --seeds 1 --options '{own[1] if own else ''} {HURRY}'"
+    if "minipref.sample" in command:
+        return f"{command} --rows 50 --test-rows 20"
+    if "--model runs/NAME" in command:
+        return f"{command.replace('NAME', 'few')} --rows 60"
+    if "probe.py" in command:
+        return f"{command} --rows 200"
+    return f"{command} {HURRY}"
+
+
+@pytest.mark.slow
+def test_every_command_of_the_experiments_runs(checkout):
+    """With rows of the sample in the files that a reader has to fetch, and one seed."""
+    commands = re.findall(r"`python ((?:train\.py|predict\.py|benchmarks/|-m )[^`]*)`", text_of("docs/experiments.md"))
+    assert len(commands) > 4
+    for seed, name in (1, "autoj"), (3, "llmeval2"), (5, "train"):
+        paths = sample.write_sample(checkout / "s", train_rows=160, test_rows=40, train_seed=seed)
+        shutil.copy(paths["train"], checkout / f"{name}.csv")
+    shutil.copy(paths["test_labelled"], checkout)
+    for command in ["train.py --train s/train.csv --recipe tiny --run runs/few", *sorted(set(commands))]:
+        run(["bash", "-ec", f".venv/bin/python {few(command)}"], checkout)
+
+
+@pytest.mark.slow
+def test_make_parity_writes_the_page(checkout):
+    run(["make", "parity", "ARGS=--lengths 17 --output found.md"], checkout)
+    headings = [re.findall(r"^#.*$", path.read_text(encoding="utf-8"), re.M)
+                for path in (checkout / "found.md", ROOT / "docs" / "parity.md")]
+    assert headings[0] and set(headings[0]) <= set(headings[1])
 
 
 def test_the_pretraining_pages_excerpts_are_what_the_code_does(tmp_path):
