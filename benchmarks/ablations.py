@@ -1,6 +1,6 @@
 """Fine-tuning with and without each of its parts: one training run a line, on the bundled task.
 
-    python benchmarks/ablations.py                          every line, one seed; as long as eight `make train`
+    python benchmarks/ablations.py                          every line, one seed; as long as seven `make train`
     python benchmarks/ablations.py --seeds 1 2 3            means of three seeds
     python benchmarks/ablations.py --only base no-swap -- --limit 12000     some lines, with further options of train.py
 
@@ -41,7 +41,7 @@ def report_of(name: str, seed: int, more: list[str]) -> dict:
     """The report of a variant's run, trained first where there is none. Errors: SystemExit if training fails."""
     run = FOLDER / f"{name}-{seed}"
     if not (run / "report.json").is_file():
-        resume = ["--resume"] if (run / "state").is_dir() else [*more, *VARIANTS[name][1], "--seed", str(seed)]
+        resume = ["--resume"] if (run / "state").is_dir() else [*VARIANTS[name][1], *more, "--seed", str(seed)]
         code = train.main(["--run", str(run), *resume])
         if code:
             raise SystemExit(code)

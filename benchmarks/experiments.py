@@ -2,16 +2,14 @@
 
     python benchmarks/experiments.py sample --train data/sample/train.csv
     python benchmarks/experiments.py autoj --train autoj.csv --options "--max-length 512" --encoders bundled random
-    python benchmarks/experiments.py autoj --train autoj.csv --options "--max-length 1024" --called "1024 tokens"
     python benchmarks/experiments.py sample --train a.csv --encoders nes=runs/nes/model mlm=runs/mlm/model --seeds 1 2 3
     python benchmarks/experiments.py --page                    the tables again, measuring nothing
 
 The first argument names the table. An encoder is `bundled` (weights/minipref-tiny), `random` (the same architecture and
-tokenizer, fresh weights), or NAME=FOLDER; `--called` adds to the names what the options change. A seed decides the
-split by prompt, the order, the fresh head and, for `random`, the encoder, so equal seeds of two encoders have equal
-rows. Every figure is train.py's own, from report.json: both orders averaged, the temperature fitted on other rows than
-those it is applied to. What was measured is kept in benchmarks/experiments.json; a pair of encoder and seed that is
-there already is not run again, unless --again says so.
+tokenizer, fresh weights), or NAME=FOLDER. A seed decides the split by prompt, the order, the fresh head and, for
+`random`, the encoder, so equal seeds of two encoders have equal rows. Every figure is train.py's own, from report.json:
+both orders averaged, the temperature fitted on other rows than those it is applied to. What was measured is kept in
+benchmarks/experiments.json; a pair of encoder and seed that is there already is not run again, unless --again says so.
 
 TF-IDF of A minus B with a logistic regression needs scikit-learn (a development package).
 """
@@ -77,9 +75,8 @@ def wanted(options: argparse.Namespace, seed: int, done: dict) -> Iterator[tuple
         yield from ((name, lambda name=name: scores[name]) for name in simple)
     for encoder in options.encoders:
         name, _, folder = encoder.partition("=")
-        called = f"{name}, {options.called}" if options.called else name
-        if missing(called):
-            yield called, lambda name=name, folder=folder: fine_tuned(name, folder, options, seed)
+        if missing(name):
+            yield name, lambda name=name, folder=folder: fine_tuned(name, folder, options, seed)
 
 
 # --- baselines --------------------------------------------------------------------------------------------------------
@@ -148,7 +145,7 @@ def fine_tuned(name: str, folder: str, options: argparse.Namespace, seed: int) -
         if name == "random":
             folder = fresh_encoder(BUNDLED, Path(scratch) / "minipref-tiny", seed)
         valid = ["--valid", options.valid] if options.valid else ["--valid-fraction", str(options.valid_fraction)]
-        command = [sys.executable, str(ROOT / options.program), "--train", *options.train, *valid, "--recipe", "tiny",
+        command = [sys.executable, str(ROOT / "train.py"), "--train", *options.train, *valid, "--recipe", "tiny",
                    "--encoder", str(folder or BUNDLED), "--seed", str(seed), "--run", f"{scratch}/run",
                    *shlex.split(options.options)]
         begin = time.perf_counter()
@@ -204,7 +201,7 @@ def as_table(name: str, table: dict) -> str:
         minutes = [scores["minutes"] for scores in by_seed.values() if "minutes" in scores]
         lines.append(f"| {what} | {statistics.mean(losses):.4f} | {', '.join(f'{x:.4f}' for x in losses)} | "
                      f"{accuracy:.3f} | {f'{statistics.median(minutes):.1f}' if minutes else ''} |")
-    rows_of = {}
+    rows_of = {}                                                                    # how they were made -> rows
     for what, how in table["how"].items():
         rows_of.setdefault(f"`{how['command']}` ({how['machine']})", []).append(what)
     lines += ["", *(f"- {', '.join(rows)}: {how}" for how, rows in rows_of.items())]
@@ -232,8 +229,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--encoders", nargs="*", default=["bundled", "random"], metavar="NAME[=DIR]")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
     add("--options", default="", help="more options for train.py, as one argument")
-    add("--called", default="", metavar="WORDS", help="what the options change, for the table")
-    add("--program", default="train.py", metavar="FILE", help="what trains, for example benchmarks/cut_marker.py")
     add("--again", action="store_true", help="measure what is there already once more")
     add("--page", action="store_true", help="measure nothing, write the tables again")
     options = parser.parse_args()

@@ -33,11 +33,15 @@ from minipref.judge import Judge  # noqa: E402
 from minipref.tokenizer import Tokenizer  # noqa: E402
 
 
+def pairs_of(rows: sample.SampleRows) -> list[Pair]:
+    texts = rows.frame[["prompt", "response_a", "response_b"]].map(json.loads)
+    return [Pair("", *turns) for turns in texts.itertuples(index=False)]
+
+
 @torch.no_grad()
 def means_of_a(encoder: Encoder, tokenizer: Tokenizer, rows: sample.SampleRows) -> np.ndarray:
     """The mean vector of answer A in the embeddings and after each layer. Shapes: -> (rows, N + 1, D)."""
-    texts = rows.frame[["prompt", "response_a", "response_b"]].map(json.loads)
-    examples = encode_pairs([Pair("", *turns) for turns in texts.itertuples(index=False)], tokenizer, 512)
+    examples = encode_pairs(pairs_of(rows), tokenizer, 512)
     means = []
     for row in range(len(examples)):
         ids, is_token, _ = make_batch(examples, [row], [False], tokenizer)
@@ -72,8 +76,7 @@ def learnt(judge: Judge, rows: sample.SampleRows) -> str:
     The rule's own are `sample.WEIGHTS`; a model that knows some flaws only says less of those as well, since the
     others are noise to it. So a figure says 'seen' or 'not seen' and no more.
     """
-    texts = rows.frame[["prompt", "response_a", "response_b"]].map(json.loads)
-    p = judge.compare_many([Pair("", *turns) for turns in texts.itertuples(index=False)])           # (rows, 3)
+    p = judge.compare_many(pairs_of(rows))                                                          # (rows, 3)
     log_odds = np.log(p[:, 0]) - np.log(p[:, 1])
     cells = [(kind, flaw) for kind, of in sample.KINDS.items() for flaw in of.flaws]
     more_in_b = np.column_stack([(rows.flaws["kind"] == kind) * (rows.flaws[f"b_{flaw}"] - rows.flaws[f"a_{flaw}"])

@@ -369,7 +369,7 @@ def hurried(command: str) -> str:
     if command == "make train":
         return f'make train ARGS="{HURRY}"'
     if "ablations.py" in command:
-        return f"{command.split(' --only')[0]} --only no-swap -- {HURRY}"
+        return f"{command}{'' if ' -- ' in command else ' --'} {HURRY}"
     return f"{command} {HURRY}" if "python train.py" in command and "--resume" not in command else command
 
 
@@ -445,6 +445,15 @@ def test_every_pretraining_command_makes_an_encoder(arguments, tmp_path, monkeyp
     assert minipref.load_encoder(tmp_path / output / "model").config.layers == 2
 
 
+@pytest.mark.slow
+def test_make_pretrain_makes_an_encoder(checkout):
+    rows = sample.train_and_test(train_rows=300, test_rows=10)[0].frame
+    (checkout / "texts").mkdir()
+    (checkout / "texts" / "text.txt").write_text("\n\n".join(rows["response_a"]), encoding="utf-8")
+    run(["make", "pretrain", "CORPUS=texts", f"ARGS=--output made {FOUR_STEPS} --vocab-size 350"], checkout)
+    assert minipref.load_encoder(checkout / "made" / "model").config.layers == 2
+
+
 def few(command: str) -> str:
     """A command of docs/experiments.md with options after its own that make it a matter of seconds."""
     if "experiments.py" in command:
@@ -456,14 +465,15 @@ def few(command: str) -> str:
         return f"{command.replace('NAME', 'few')} --rows 60"
     if "probe.py" in command:
         return f"{command} --rows 200"
-    return f"{command} {HURRY}"
+    return command if "predict.py" in command else f"{command} {HURRY}"
 
 
 @pytest.mark.slow
 def test_every_command_of_the_experiments_runs(checkout):
     """With rows of the sample in the files that a reader has to fetch, and one seed."""
-    commands = re.findall(r"`python ((?:train\.py|predict\.py|benchmarks/|-m )[^`]*)`", text_of("docs/experiments.md"))
-    assert len(commands) > 4
+    text = " ".join(text_of("docs/experiments.md").split())                      # a command may run over a line's end
+    commands = re.findall(r"`python ((?:train\.py|predict\.py|benchmarks/|-m )[^`]*)`", text)
+    assert len(commands) > 4 and {"train.py", "predict.py"} < {command.split()[0] for command in commands}
     for seed, name in (1, "autoj"), (3, "llmeval2"), (5, "train"):
         paths = sample.write_sample(checkout / "s", train_rows=160, test_rows=40, train_seed=seed)
         shutil.copy(paths["train"], checkout / f"{name}.csv")
@@ -526,6 +536,18 @@ def test_the_readme_counts_the_tests_that_make_test_runs(request):
     options = request.config.option
     if options.markexpr == "not slow" and not options.keyword and request.config.args == ["tests"]:
         assert request.session.testscollected == passed + skipped
+
+
+def test_the_ladder_says_what_the_pages_say_that_it_names():
+    text = text_of("README.md")
+    rows = re.findall(r"^\| (.+?) \| (\d\.\d{4}) \| (\d+%) \|.*\| (.+?) \|$", text.split("<!-- results -->")[1], re.M)
+    assert len(rows) == 7
+    printed = next(fence.text for fence in fences("README.md") if fence.mark == "printed by: make train")
+    for what, score, gap, command in rows:
+        page = re.search(r"\((docs/.*?\.md)", command)
+        where = text_of(page[1]) if page else printed
+        assert score in where, what
+        assert gap in where or what in ("class prior", "length only", "best reachable"), what
 
 
 @pytest.mark.slow

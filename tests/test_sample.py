@@ -383,6 +383,28 @@ def test_the_summary_holds_for_a_handful_of_rows(tmp_path, capsys):
 
 # --- What the bundled encoder knows of it before it is fine-tuned ---
 
+def test_the_probe_of_a_model_that_knows_the_rule_finds_the_rule(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import probe
+    rows = sample.generate(2000, 9)
+
+    class KnowsTheRule:
+        def compare_many(self, pairs):
+            worth = [[sample.utility({flaw for flaw in sample.FLAWS if row[f"{side}_{flaw}"]}, row[f"{side}_words"])
+                      for side in "ab"] for _, row in rows.flaws.iterrows()]
+            d = np.array(worth) @ [1.0, -1.0]
+            weights = np.exp(np.column_stack([d / 2, -d / 2, np.full(len(d), math.log(sample.TIE))]))
+            return weights / weights.sum(1, keepdims=True)
+
+    lines = probe.learnt(KnowsTheRule(), rows).splitlines()
+    cells = [re.split(r" *\| *", line.strip("| ")) for line in lines[2:]]
+    assert [name for name, *_ in cells] == [*sample.KINDS, "the rule"]
+    for name, *found in cells[:-1]:
+        for flaw, weight in zip(sample.FLAWS, found + [""] * 4):
+            assert bool(weight) == (flaw in sample.KINDS[name].flaws)
+            assert not weight or abs(float(weight) - sample.WEIGHTS[flaw]) < 1.0, (name, flaw)   # the rest is length
+
+
 @pytest.mark.slow
 def test_the_probe_finds_in_the_layers_what_words_alone_do_not_say(capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
