@@ -1,0 +1,85 @@
+"""Mixed precision on a processor that has none: the rounding of its products, and that no product goes without."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import minipref
+from minipref.judge import autocast
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from ablations import RoundedProducts
+
+
+def rounded(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + shape[0])).to(torch.bfloat16)
+
+
+a, b, c = rounded(30, 200), rounded(200, 40), rounded(30, 40)
+CASES = {  # what is computed, and the same in float64
+    "mm": (lambda: a @ b, lambda: a.double() @ b.double()),
+    "mm into": (lambda: torch.mm(a, b, out=torch.empty_like(c)), lambda: a.double() @ b.double()),
+    "addmm": (lambda: torch.addmm(c, a, b), lambda: c.double() + a.double() @ b.double()),
+    "bmm": (lambda: torch.bmm(a[None], b[None])[0], lambda: a.double() @ b.double()),
+    "bmm into": (lambda: torch.bmm(a[None], b[None], out=torch.empty_like(c)[None])[0],
+                 lambda: a.double() @ b.double()),
+    "baddbmm, factors": (lambda: torch.baddbmm(c[None], a[None], b[None], beta=0.5, alpha=2)[0],
+                         lambda: c.double() / 2 + 2 * (a.double() @ b.double())),
+    "baddbmm in place": (lambda: c.clone()[None].baddbmm_(a[None], b[None], alpha=2)[0],
+                         lambda: c.double() + 2 * (a.double() @ b.double())),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_product_is_that_of_float64_rounded_once(case):
+    compute, exact = CASES[case]
+    with RoundedProducts():
+        found = compute()
+    expected = exact().to(torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    assert (found == expected).float().mean() > 0.99              # float32's own error tips a few over a rounding edge
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-4)
+
+
+def test_float32_is_left_alone():
+    wide = a.float(), b.float()
+    with RoundedProducts():
+        found = wide[0] @ wide[1]
+    assert torch.equal(found, wide[0] @ wide[1])
+
+
+class Products(TorchDispatchMode):
+    """Lists the products that reach torch, each with the type of its first factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if any(name in str(op) for name in ("mm", "linear", "matmul", "convolution", "attention")):
+            self.found.append((str(op), args[0].dtype))
+        return op(*args, **(kwargs or {}))
+
+
+def test_no_product_of_a_training_step_goes_without():
+    model = minipref.load_encoder(ROOT / "weights" / "minipref-tiny")
+    ids = torch.randint(10, 1000, (2, 40), generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> torch.Tensor:
+        model.zero_grad()
+        with autocast(ids.device, "bf16"):
+            loss = model(ids, torch.ones_like(ids, dtype=torch.bool)).square().sum()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    with Products() as plain:
+        expected = gradients()
+    with Products() as products, RoundedProducts():
+        found = gradients()
+    assert len(products.found) == len(plain.found) > 100
+    assert torch.bfloat16 in {dtype for _, dtype in plain.found}
+    assert torch.bfloat16 not in {dtype for _, dtype in products.found}
+    assert (found - expected).norm() < 0.05 * expected.norm()      # two orders of summing, rounded at every layer
