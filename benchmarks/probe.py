@@ -15,39 +15,24 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402 - these need the path
 import pandas as pd  # noqa: E402
-import torch  # noqa: E402
+from frozen import answer_means  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.metrics import roc_auc_score  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.preprocessing import StandardScaler  # noqa: E402
 
 from minipref import load_encoder, load_judge, load_tokenizer, sample  # noqa: E402
-from minipref.classifier import field_of_tokens  # noqa: E402
-from minipref.data import Pair, encode_pairs, make_batch  # noqa: E402
-from minipref.encoder import Encoder  # noqa: E402
+from minipref.data import Pair  # noqa: E402
 from minipref.judge import Judge  # noqa: E402
-from minipref.tokenizer import Tokenizer  # noqa: E402
 
 
 def pairs_of(rows: sample.SampleRows) -> list[Pair]:
     texts = rows.frame[["prompt", "response_a", "response_b"]].map(json.loads)
     return [Pair("", *turns) for turns in texts.itertuples(index=False)]
-
-
-@torch.no_grad()
-def means_of_a(encoder: Encoder, tokenizer: Tokenizer, rows: sample.SampleRows) -> np.ndarray:
-    """The mean vector of answer A in the embeddings and after each layer. Shapes: -> (rows, N + 1, D)."""
-    examples = encode_pairs(pairs_of(rows), tokenizer, 512)
-    means = []
-    for row in range(len(examples)):
-        ids, is_token, _ = make_batch(examples, [row], [False], tokenizer)
-        is_of_a = field_of_tokens(ids, tokenizer.sep_id)[0] == 1
-        means.append(torch.stack([x[0, is_of_a].mean(0) for x in encoder.layer_outputs(ids, is_token)]).numpy())
-    return np.array(means)
 
 
 def area(vectors: np.ndarray, flawed: np.ndarray) -> float:
@@ -101,7 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(learnt(load_judge(options.model), rows))
         return 0
     encoder, tokenizer = load_encoder(options.encoder).eval(), load_tokenizer(options.encoder)
-    print(table(means_of_a(encoder, tokenizer, rows), rows.flaws))
+    of_a = answer_means(encoder, tokenizer, pairs_of(rows), 512)[:, :, 0]
+    print(table(of_a, rows.flaws))
     return 0
 
 
