@@ -465,6 +465,8 @@ def few(command: str) -> str:
         return f"{command.replace('NAME', 'few')} --rows 60"
     if "probe.py" in command:
         return f"{command} --rows 200"
+    if "frozen.py" in command:
+        return re.sub(r"\w+=runs/\S+", "again=weights/minipref-tiny", command) + " --limit 160 --seeds 1"
     return command if "predict.py" in command else f"{command} {HURRY}"
 
 
