@@ -3,7 +3,6 @@
     python benchmarks/ablations.py                          every line, one seed; as long as eight `make train`
     python benchmarks/ablations.py --seeds 1 2 3            means of three seeds
     python benchmarks/ablations.py --only base no-swap -- --limit 12000     some lines, with further options of train.py
-    python benchmarks/ablations.py --only 512 512-marked 1024 -- --train data/train.csv         for rows that are longer
 
 On a processor without bfloat16 units the line `bf16` has their rounding and not their speed (`RoundedProducts`).
 Runs that are finished already are not run again: their folders in runs/ablations hold their reports. The table goes to
@@ -14,9 +13,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -27,9 +24,7 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import train  # noqa: E402
-from minipref import data  # noqa: E402
 from minipref.judge import choose_precision  # noqa: E402
-from minipref.tokenizer import load_tokenizer  # noqa: E402
 
 FOLDER = Path("runs/ablations")
 VARIANTS = {  # name: (what is different, options of train.py)
@@ -44,11 +39,6 @@ VARIANTS = {  # name: (what is different, options of train.py)
     "few-rows": ("2,000 rows, six times", ["--limit", "2000", "--epochs", "6"]),
     "few-rows-no-stopping": ("2,000 rows, six times, all of it",
                              ["--limit", "2000", "--epochs", "6", "--patience", "0"]),
-}
-LONGER = {  # for rows that are cut, which the sample's are not
-    "512": ("512 tokens of a row", ["--max-length", "512"]),
-    "512-marked": ("512, a cut field saying how much is not there", ["--max-length", "512"]),
-    "1024": ("1,024 tokens of a row", ["--max-length", "1024"]),
 }
 aten = torch.ops.aten
 PRODUCTS = {aten.mm: aten.mm, aten.addmm: aten.addmm, aten.bmm: aten.bmm, aten.baddbmm: aten.baddbmm,
@@ -72,37 +62,17 @@ class RoundedProducts(TorchDispatchMode):
         return result if into is None else into.copy_(result)
 
 
-@contextlib.contextmanager
-def marked_cuts() -> Iterator[None]:
-    """While it lasts, a field over its budget has `[... 123 tokens ...]` between its head and its tail, within the
-    budget: length is the strongest single signal of real rows, and cutting hides it."""
-    tokenizer, plain = load_tokenizer(ROOT / "weights" / "minipref-tiny"), data.head_and_tail
-
-    def with_marker(ids: list[int], budget: int) -> list[int]:
-        marker = tokenizer.encode(f"[... {len(ids) - budget} tokens ...]") if len(ids) > budget else []
-        if budget < 4 * len(marker):                                    # it would leave too little of the field
-            return plain(ids, budget)
-        kept = plain(ids, budget - len(marker))
-        head = (len(kept) + 1) // 2
-        return kept[:head] + marker + kept[head:]
-
-    with mock.patch.object(data, "head_and_tail", with_marker):
-        yield
-
-
 def circumstances(name: str) -> contextlib.AbstractContextManager:
     """What no option of train.py changes."""
-    if name == "bf16" and choose_precision("auto", torch.device("cpu")) == "fp32":
-        return RoundedProducts()
-    return marked_cuts() if name == "512-marked" else contextlib.nullcontext()
+    without_units = choose_precision("auto", torch.device("cpu")) == "fp32"
+    return RoundedProducts() if name == "bf16" and without_units else contextlib.nullcontext()
 
 
 def report_of(name: str, seed: int, more: list[str]) -> dict:
     """The report of a variant's run, trained first where there is none. Errors: SystemExit if training fails."""
     run = FOLDER / "-".join([name, str(seed), *(Path(part).name.lstrip("-") for part in more)])
     if not (run / "report.json").is_file():
-        options = (VARIANTS | LONGER)[name][1]
-        resume = ["--resume"] if (run / "state").is_dir() else [*options, *more, "--seed", str(seed)]
+        resume = ["--resume"] if (run / "state").is_dir() else [*VARIANTS[name][1], *more, "--seed", str(seed)]
         with circumstances(name):
             code = train.main(["--run", str(run), *resume])
         if code:
@@ -122,7 +92,7 @@ def table(reports: dict[str, list[dict]]) -> str:
         figures += [f"{np.mean([r['results'][way]['log_loss'] for r in found]):.4f}" for way in WAYS]
         figures.append(f"{np.mean([r['results']['model, calibrated']['accuracy'] for r in found]):.3f}")
         figures.append(f"{np.mean([r['minutes'] for r in found]):.0f}")
-        lines.append(f"| {name} | {(VARIANTS | LONGER)[name][0]} | {' | '.join(figures)} |")
+        lines.append(f"| {name} | {VARIANTS[name][0]} | {' | '.join(figures)} |")
     return "\n".join([*lines, "", f"Validation log loss, lower is better; means of {seeds} seed{'s' * (seeds > 1)}."])
 
 
@@ -132,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     ours, more = arguments[:end], arguments[end + 1:]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS | LONGER, default=list(VARIANTS))
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options = parser.parse_args(ours)
     reports = {name: [report_of(name, seed, more) for seed in options.seeds] for name in options.only}
     print(f"\n{table(reports)}")

@@ -7,7 +7,7 @@
 A row is read once, and a softmax regression judges it by the mean vector of answer A minus that of answer B, after each
 of the last two layers; beside it, the same together with what `length only` counts. `random` has the architecture of
 the bundled encoder and fresh weights, others each seed. A seed decides the split by prompt (`split_by_prompt`). The
-regression's penalty is chosen on a fifth of the training rows. `512-marked` is 512 with `ablations.marked_cuts`.
+regression's penalty is chosen on a fifth of the training rows. `512-marked` is 512 with `marked_cuts`.
 """
 
 import argparse
@@ -15,18 +15,18 @@ import contextlib
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402 - these need the path
 import torch  # noqa: E402
-from ablations import marked_cuts  # noqa: E402
 from experiments import BUNDLED, fresh_encoder  # noqa: E402
 
-from minipref import load_encoder, load_tokenizer, metrics  # noqa: E402
+from minipref import data, load_encoder, load_tokenizer, metrics  # noqa: E402
 from minipref.classifier import field_of_tokens  # noqa: E402
 from minipref.data import Pair, character_counts, encode_pairs, make_batch, read_pairs, split_by_prompt  # noqa: E402
 from minipref.encoder import Encoder  # noqa: E402
@@ -35,6 +35,24 @@ from minipref.tokenizer import Tokenizer  # noqa: E402
 LENGTHS = ("256", "512", "512-marked", "1024")
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 BATCH = 16
+
+
+@contextlib.contextmanager
+def marked_cuts(tokenizer: Tokenizer) -> Iterator[None]:
+    """While it lasts, a field over its budget has `[... 123 tokens ...]` between its head and its tail, within the
+    budget: length is the strongest single signal of real rows, and cutting hides it."""
+    plain = data.head_and_tail
+
+    def with_marker(ids: list[int], budget: int) -> list[int]:
+        marker = tokenizer.encode(f"[... {len(ids) - budget} tokens ...]") if len(ids) > budget else []
+        if budget < 4 * len(marker):                                    # it would leave too little of the field
+            return plain(ids, budget)
+        kept = plain(ids, budget - len(marker))
+        head = (len(kept) + 1) // 2
+        return kept[:head] + marker + kept[head:]
+
+    with mock.patch.object(data, "head_and_tail", with_marker):
+        yield
 
 
 @torch.no_grad()
@@ -76,7 +94,7 @@ def judged(features: np.ndarray, pairs: list[Pair], valid_fraction: float, seed:
 def last_differences(folder: str | Path, pairs: list[Pair], length: str) -> np.ndarray:
     """A minus B after the last two layers. Shapes: -> (rows, 2 D)."""
     encoder, tokenizer = load_encoder(folder).eval(), load_tokenizer(folder)
-    with marked_cuts() if length.endswith("-marked") else contextlib.nullcontext():
+    with marked_cuts(tokenizer) if length.endswith("-marked") else contextlib.nullcontext():
         means = answer_means(encoder, tokenizer, pairs, int(length.removesuffix("-marked")))
     return (means[:, -2:, 0] - means[:, -2:, 1]).reshape(len(pairs), -1).astype(np.float64)
 

@@ -1,4 +1,4 @@
-"""What the ablations change that is no option of train.py: the rounding of bfloat16, and markers of what was cut."""
+"""Mixed precision on a processor that has none: the rounding of its products, and that no product goes without."""
 
 import sys
 
@@ -8,11 +8,10 @@ from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minipref
-from minipref.data import Pair, encode_pairs
 from minipref.judge import autocast
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from ablations import RoundedProducts, marked_cuts
+from ablations import RoundedProducts
 
 
 def rounded(*shape: int) -> torch.Tensor:
@@ -84,31 +83,3 @@ def test_no_product_of_a_training_step_goes_without():
     assert torch.bfloat16 in {dtype for _, dtype in plain.found}
     assert torch.bfloat16 not in {dtype for _, dtype in products.found}
     assert (found - expected).norm() < 0.05 * expected.norm()      # two orders of summing, rounded at every layer
-
-
-def test_a_cut_field_says_between_head_and_tail_how_much_is_not_there():
-    tokenizer = minipref.load_tokenizer(ROOT / "weights" / "minipref-tiny")
-    words = " ".join(f"word{n}" for n in range(400))
-    pairs = [Pair("", ("Short.",), (words,), ("Yes.",)), Pair("", (words,), ("Yes.",), ("No.",))]
-
-    def fields(length: int) -> list[list[list[int]]]:
-        examples = encode_pairs(pairs, tokenizer, length)
-        assert (examples.lengths <= length).all()
-        return [[field.tolist() for field in examples.fields(row)] for row in range(2)]
-
-    plain, whole = fields(128), fields(4096)
-    with marked_cuts():
-        marked, tight, same = fields(128), fields(20), fields(4096)
-    assert same == whole and tight == fields(20)                      # nothing cut; no room for a marker
-    assert fields(128) == plain                                       # and only while it lasts
-    for row, long in (0, 1), (1, 0):
-        of_row = zip(marked[row], plain[row], whole[row], strict=True)
-        for number, (field, without, all_of_it) in enumerate(of_row):
-            if number != long:
-                assert field == without == all_of_it
-                continue
-            marker = tokenizer.encode(f"[... {len(all_of_it) - len(without)} tokens ...]")
-            assert len(field) == len(without) < len(all_of_it)
-            at = next(n for n in range(len(field)) if field[n:n + len(marker)] == marker)
-            head, tail = field[:at], field[at + len(marker):]
-            assert head == all_of_it[:at] and tail == all_of_it[-len(tail):] and abs(len(head) - len(tail)) <= 1

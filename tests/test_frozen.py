@@ -10,7 +10,7 @@ from conftest import ROOT
 from small import write_encoder, write_rows
 
 import minipref
-from minipref.data import encode_pairs, make_batch, read_pairs
+from minipref.data import Pair, encode_pairs, make_batch, read_pairs
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import frozen
@@ -77,3 +77,31 @@ def test_the_table_has_a_line_for_each_encoder_and_length(folder, csv, capsys, m
     assert len(set(none[3].split(", "))) <= 2 and all(len(line) == 8 for line in lines[2:])
     assert float(small[2]) < float(none[2]) - 0.2                       # 'yes' or 'no' shows in the mean vector
     assert float(random[2]) < float(none[2]) - 0.2 and random[3] != small[3]
+
+
+def test_a_cut_field_says_between_head_and_tail_how_much_is_not_there():
+    tokenizer = minipref.load_tokenizer(ROOT / "weights" / "minipref-tiny")
+    words = " ".join(f"word{n}" for n in range(400))
+    pairs = [Pair("", ("Short.",), (words,), ("Yes.",)), Pair("", (words,), ("Yes.",), ("No.",))]
+
+    def fields(length: int) -> list[list[list[int]]]:
+        examples = encode_pairs(pairs, tokenizer, length)
+        assert (examples.lengths <= length).all()
+        return [[field.tolist() for field in examples.fields(row)] for row in range(2)]
+
+    plain, whole = fields(128), fields(4096)
+    with frozen.marked_cuts(tokenizer):
+        marked, tight, same = fields(128), fields(20), fields(4096)
+    assert same == whole and tight == fields(20)                      # nothing cut; no room for a marker
+    assert fields(128) == plain                                       # and only while it lasts
+    for row, long in (0, 1), (1, 0):
+        of_row = zip(marked[row], plain[row], whole[row], strict=True)
+        for number, (field, without, all_of_it) in enumerate(of_row):
+            if number != long:
+                assert field == without == all_of_it
+                continue
+            marker = tokenizer.encode(f"[... {len(all_of_it) - len(without)} tokens ...]")
+            assert len(field) == len(without) < len(all_of_it)
+            at = next(n for n in range(len(field)) if field[n:n + len(marker)] == marker)
+            head, tail = field[:at], field[at + len(marker):]
+            assert head == all_of_it[:at] and tail == all_of_it[-len(tail):] and abs(len(head) - len(tail)) <= 1
