@@ -484,6 +484,15 @@ def test_every_command_of_the_experiments_runs(checkout):
         run(["bash", "-ec", f".venv/bin/python {few(command)}"], checkout)
 
 
+@pytest.mark.parametrize(("target", "script"), [
+    ("kill", "tests/killing.py"), ("bench", "benchmarks/bench.py"), ("parity", "benchmarks/parity.py"),
+    ("weights", "-m minipref.hub weights"), ("data", "-m minipref.hub data")])
+def test_make_runs_the_script_that_other_tests_run(target, script):
+    """What takes minutes or fetches is tested as a script; here, that `make` runs that and hands options on."""
+    out = run(["make", "--dry-run", "--no-print-directory", target, "ARGS=--one --two"], ROOT)
+    assert out.splitlines()[-1] == f".venv/bin/python {script} --one --two"
+
+
 @pytest.mark.slow
 def test_make_parity_writes_the_page(checkout):
     run(["make", "parity", "ARGS=--lengths 17 --output found.md"], checkout)
