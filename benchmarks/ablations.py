@@ -4,7 +4,8 @@
     python benchmarks/ablations.py --seeds 1 2 3            means of three seeds
     python benchmarks/ablations.py --only base no-swap -- --limit 12000     some lines, with further options of train.py
 
-On a processor without bfloat16 units the line `bf16` has their rounding and not their speed (`RoundedProducts`).
+What follows `--` is for all lines, and wins over a line's own options.
+On a machine without bfloat16 units the line `bf16` has their rounding and not their speed (`RoundedProducts`).
 Runs that are finished already are not run again: their folders in runs/ablations hold their reports. The table goes to
 the terminal, in Markdown.
 """
@@ -24,7 +25,7 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import train  # noqa: E402
-from minipref.judge import choose_precision  # noqa: E402
+from minipref.judge import choose_device, choose_precision  # noqa: E402
 
 FOLDER = Path("runs/ablations")
 VARIANTS = {  # name: (what is different, options of train.py)
@@ -64,7 +65,7 @@ class RoundedProducts(TorchDispatchMode):
 
 def circumstances(name: str) -> contextlib.AbstractContextManager:
     """What no option of train.py changes."""
-    without_units = choose_precision("auto", torch.device("cpu")) == "fp32"
+    without_units = choose_precision("auto", choose_device("auto")) == "fp32"
     return RoundedProducts() if name == "bf16" and without_units else contextlib.nullcontext()
 
 

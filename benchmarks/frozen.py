@@ -6,7 +6,7 @@
 
 A row is read once, and a softmax regression judges it by the mean vector of answer A minus that of answer B, after each
 of the last two layers; beside it, the same together with what `length only` counts. `random` has the architecture of
-the bundled encoder and fresh weights, others each seed. A seed decides the split by prompt (`split_by_prompt`). The
+the bundled encoder and weights drawn anew for each seed. A seed decides the split by prompt (`split_by_prompt`). The
 regression's penalty is chosen on a fifth of the training rows. `512-marked` is 512 with `marked_cuts`.
 """
 
@@ -100,7 +100,7 @@ def last_differences(folder: str | Path, pairs: list[Pair], length: str) -> np.n
 
 
 def differences_of(name: str, folder: str, pairs: list[Pair], length: str, seeds: list[int]) -> list[np.ndarray]:
-    """`last_differences` for each seed, which decides no more than a random encoder's weights."""
+    """`last_differences` for each seed: they differ for `random` alone, whose weights the seed decides."""
     if name != "random":
         return [last_differences(folder or BUNDLED, pairs, length)] * len(seeds)
     with tempfile.TemporaryDirectory() as scratch:

@@ -5,12 +5,15 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
+from small import write_encoder, write_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minipref
 from minipref.judge import autocast
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import ablations
 from ablations import RoundedProducts
 
 
@@ -83,3 +86,18 @@ def test_no_product_of_a_training_step_goes_without():
     assert torch.bfloat16 in {dtype for _, dtype in plain.found}
     assert torch.bfloat16 not in {dtype for _, dtype in products.found}
     assert (found - expected).norm() < 0.05 * expected.norm()      # two orders of summing, rounded at every layer
+
+
+def test_the_line_bf16_has_the_rounding_and_no_product_without_units(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablations, "choose_precision", lambda name, device: "fp32")
+    encoder, rows = write_encoder(tmp_path / "encoder", dropout=0.0), write_rows(tmp_path / "rows.csv", 60)
+    options = ["--encoder", str(encoder), "--train", str(rows), "--recipe", "tiny", "--epochs", "1", "--device", "cpu"]
+    with Products() as products:
+        assert ablations.main(["--only", "fp32", "bf16", "--", *options]) == 0
+    assert {dtype for _, dtype in products.found} <= {torch.float32, torch.float64}      # float64: the length baseline
+    assert "| fp32 |" in (out := capsys.readouterr().out) and "| bf16 |" in out
+    fp32, bf16 = (load_file(next(tmp_path.glob(f"runs/ablations/{name}-42*/model/model.safetensors")))
+                  for name in ("fp32", "bf16"))
+    assert any(not torch.equal(fp32[name], bf16[name]) for name in fp32)                  # rounded on the way,
+    assert all(torch.allclose(fp32[name], bf16[name], atol=0.01) for name in fp32)        # and no more than that
