@@ -8,8 +8,10 @@
 The first argument names the table. An encoder is `bundled` (weights/minipref-tiny), `random` (the same architecture and
 tokenizer, fresh weights), or NAME=FOLDER. A seed decides the split by prompt, the order, the fresh head and, for
 `random`, the encoder, so equal seeds of two encoders have equal rows. Every figure is train.py's own, from report.json:
-both orders averaged, the temperature fitted on other rows than those it is applied to. What was measured is kept in
-benchmarks/experiments.json; a pair of encoder and seed that is there already is not run again, unless --again says so.
+both orders averaged, the temperature fitted on other rows than those it is applied to. With --test the model that was
+kept is asked once more, about rows on which nothing was chosen, and those figures stand in the table. What was measured
+is kept in benchmarks/experiments.json; a pair of encoder and seed that is there already is not run again, unless
+--again says so. With --runs the runs stay, and one that was interrupted goes on where it was.
 
 TF-IDF of A minus B with a logistic regression needs scikit-learn (a development package).
 """
@@ -24,7 +26,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from minipref.config import EncoderConfig, recipe  # noqa: E402
 from minipref.data import Pair, character_counts, field_texts, read_pairs, split_by_prompt  # noqa: E402
 from minipref.encoder import Encoder, initialise  # noqa: E402
 from minipref.files import write_json, write_text  # noqa: E402
+from minipref.judge import load_judge  # noqa: E402
 from minipref.tokenizer import load_tokenizer  # noqa: E402
 
 FIGURES, PAGE = ROOT / "benchmarks" / "experiments.json", ROOT / "docs" / "experiments.md"
@@ -82,7 +84,7 @@ def wanted(options: argparse.Namespace, seed: int, done: dict) -> Iterator[tuple
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 def baselines(options: argparse.Namespace, seed: int) -> dict[str, dict]:
-    """What one gets without reading, or without order, on the rows that train.py validates on with this seed."""
+    """What one gets without reading, or without order, on the rows that an encoder is judged on with this seed."""
     train = [pair for path in options.train for pair in read_pairs(path)]
     if options.valid:
         valid = list(read_pairs(options.valid))
@@ -90,10 +92,12 @@ def baselines(options: argparse.Namespace, seed: int) -> dict[str, dict]:
         shares = [1 - options.valid_fraction, options.valid_fraction]                              # train.py's split
         part = split_by_prompt([p.prompt for p in train], [p.label for p in train], shares, seed)
         train, valid = ([pair for pair, k in zip(train, part) if k == which] for which in (0, 1))
+    if options.test:
+        valid = list(read_pairs(options.test))
     labels, valid_labels = (np.array([pair.label for pair in pairs]) for pairs in (train, valid))
     found = metrics.baselines(character_counts(train), labels, character_counts(valid), valid_labels)
     found["TF-IDF of A minus B"] = metrics.evaluate(by_words(train, labels, valid, seed), valid_labels)
-    best = read_reachable([*options.train, *([options.valid] if options.valid else [])], valid)
+    best = read_reachable([path for path in (*options.train, options.valid, options.test) if path], valid)
     if best is not None:
         found["best reachable"] = metrics.evaluate(best, valid_labels)
     reachable = {"best_reachable": round(found["best reachable"]["log_loss"], 5)} if best is not None else {}
@@ -140,20 +144,26 @@ def scores(result: dict) -> dict:
 # --- encoders ---------------------------------------------------------------------------------------------------------
 
 def fine_tuned(name: str, folder: str, options: argparse.Namespace, seed: int) -> dict:
-    """train.py's figures for this encoder and seed."""
-    with tempfile.TemporaryDirectory() as scratch:
+    """train.py's figures for this encoder and seed, or those of the model it kept on the rows of --test."""
+    with contextlib.nullcontext(options.runs) if options.runs else tempfile.TemporaryDirectory() as kept:
+        place = Path(kept).resolve() / options.table / f"{name}-{seed}"
         if name == "random":
-            folder = fresh_encoder(BUNDLED, Path(scratch) / "minipref-tiny", seed)
+            folder = fresh_encoder(BUNDLED, place / BUNDLED.name, seed)
         valid = ["--valid", options.valid] if options.valid else ["--valid-fraction", str(options.valid_fraction)]
-        command = [sys.executable, str(ROOT / "train.py"), "--train", *options.train, *valid, "--recipe", "tiny",
-                   "--encoder", str(folder or BUNDLED), "--seed", str(seed), "--run", f"{scratch}/run",
-                   *shlex.split(options.options)]
-        begin = time.perf_counter()
+        encoder = Path(folder).resolve() if folder else BUNDLED.relative_to(ROOT)
+        command = [sys.executable, "train.py", "--train", *options.train, *valid, "--recipe", "tiny", "--encoder",
+                   str(encoder), "--seed", str(seed), "--run", str(place / "run"), *shlex.split(options.options)]
         with keeping(ROOT / "runs" / "latest"):
-            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        minutes = (time.perf_counter() - begin) / 60
-        report = json.loads(Path(scratch, "run", "report.json").read_text(encoding="utf-8"))
-    return scores(report["results"]["model, calibrated"]) | {"minutes": round(minutes, 1), "ended": report["ended"]}
+            subprocess.run(command + ["--resume"] * training.has_begun(place / "run"), cwd=ROOT, check=True,
+                           stdout=subprocess.DEVNULL)
+        report = json.loads((place / "run" / "report.json").read_text(encoding="utf-8"))
+        result, valid = report["results"]["model, calibrated"], {}
+        if options.test:
+            pairs = list(read_pairs(options.test))
+            found = load_judge(place / "run" / "model").compare_many(pairs)
+            valid = {"valid_log_loss": round(result["log_loss"], 5)}
+            result = metrics.evaluate(found, np.array([pair.label for pair in pairs]))
+    return scores(result) | valid | {"minutes": report["minutes"], "ended": report["ended"]}
 
 
 def fresh_encoder(like: Path, folder: Path, seed: int) -> Path:
@@ -194,18 +204,30 @@ def write_page(figures: dict) -> None:
 
 def as_table(name: str, table: dict) -> str:
     lines = [f"### {name}\n",
-             "| what | log loss, mean | per seed | accuracy, mean | minutes, median |", "|---|---:|---|---:|---:|"]
+             "| what | log loss, mean | per seed | of the gap, mean | accuracy, mean | minutes, median |",
+             "|---|---:|---|---:|---:|---:|"]
     for what, by_seed in table["rows"].items():
         losses = [scores["log_loss"] for scores in by_seed.values()]
         accuracy = statistics.mean(scores["accuracy"] for scores in by_seed.values())
         minutes = [scores["minutes"] for scores in by_seed.values() if "minutes" in scores]
+        closed = gap_closed(by_seed, table["rows"]["class prior"])
         lines.append(f"| {what} | {statistics.mean(losses):.4f} | {', '.join(f'{x:.4f}' for x in losses)} | "
-                     f"{accuracy:.3f} | {f'{statistics.median(minutes):.1f}' if minutes else ''} |")
+                     f"{f'{round(statistics.mean(closed), 2) + 0:.0%}' if closed else ''} | {accuracy:.3f} | "
+                     f"{f'{statistics.median(minutes):.1f}' if minutes else ''} |")
     rows_of = {}                                                                    # how they were made -> rows
     for what, how in table["how"].items():
         rows_of.setdefault(f"`{how['command']}` ({how['machine']})", []).append(what)
     lines += ["", *(f"- {', '.join(rows)}: {how}" for how, rows in rows_of.items())]
     return "\n".join(lines) + "\n"
+
+
+def gap_closed(by_seed: dict[str, dict], prior: dict[str, dict]) -> list[float]:
+    """Of each seed, the share of the way from the class prior's log loss to the best reachable; [] where that is not
+    known, as of real rows."""
+    if not all("best_reachable" in prior[seed] for seed in by_seed):
+        return []
+    return [(prior[seed]["log_loss"] - scores["log_loss"]) / (prior[seed]["log_loss"] - prior[seed]["best_reachable"])
+            for seed, scores in by_seed.items()]
 
 
 def machine() -> str:
@@ -225,15 +247,19 @@ def parse_arguments() -> argparse.Namespace:
     add("table", nargs="?", help="the table's name")
     add("--train", nargs="+", metavar="CSV")
     add("--valid", metavar="CSV", help="rows to validate on, instead of a tenth of the others")
+    add("--test", metavar="CSV", help="labelled rows to judge by that no evaluation of a run sees")
     add("--valid-fraction", type=float, default=recipe("tiny").valid_fraction, help="share of the rows that validate")
     add("--encoders", nargs="*", default=["bundled", "random"], metavar="NAME[=DIR]")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
     add("--options", default="", help="more options for train.py, as one argument")
+    add("--runs", metavar="DIR", help="keep the runs there, and go on with those that are")
     add("--again", action="store_true", help="measure what is there already once more")
     add("--page", action="store_true", help="measure nothing, write the tables again")
     options = parser.parse_args()
     if not options.page and not (options.table and options.train):
         parser.error("a table's name and --train, or --page")
+    options.train = [str(Path(path).resolve()) for path in options.train or ()]    # train.py is run from ROOT
+    options.valid = options.valid and str(Path(options.valid).resolve())
     for encoder in options.encoders:
         name, _, folder = encoder.partition("=")
         if not folder and name not in ("bundled", "random"):

@@ -1,0 +1,100 @@
+"""The tables of encoders and baselines: judged on the rows they are said to be, and a run that goes on counts once."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from small import write_encoder, write_rows
+
+import minipref
+from minipref import metrics
+from minipref.data import character_counts, read_pairs, split_by_prompt
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import experiments
+
+
+@pytest.fixture
+def measure(tmp_path, monkeypatch):
+    """A function that calls the program with figures and page of its own, and returns the table's rows."""
+    monkeypatch.setattr(experiments, "FIGURES", tmp_path / "figures.json")
+    monkeypatch.setattr(experiments, "PAGE", tmp_path / "page.md")
+    (tmp_path / "page.md").write_text("Before.\n" + "".join(experiments.MARKS) + "After.\n")
+    monkeypatch.setattr(experiments, "by_words", lambda train, labels, valid, seed: np.full((len(valid), 3), 1 / 3))
+
+    def call(*arguments: object) -> dict:
+        monkeypatch.setattr(sys, "argv", ["experiments.py", "small", *map(str, arguments)])
+        experiments.main()
+        return json.loads((tmp_path / "figures.json").read_text())["small"]["rows"]
+    return call
+
+
+def log_loss(folder, csv) -> float:
+    pairs = list(read_pairs(csv))
+    return metrics.evaluate(minipref.load_judge(folder).compare_many(pairs), [p.label for p in pairs])["log_loss"]
+
+
+def test_with_test_rows_the_kept_model_is_judged_on_those(tmp_path, measure):
+    encoder, rows = write_encoder(tmp_path / "small"), write_rows(tmp_path / "rows.csv", 80)
+    test = write_rows(tmp_path / "test.csv", 60, seed=9)
+    command = ("--train", rows, "--test", test, "--encoders", f"small={encoder}", "--seeds", 3, "--runs",
+               tmp_path / "runs", "--options", "--epochs 2 --evals-per-epoch 1 --lr 1e-3 --max-length 32")
+    found = measure(*command)
+    run = tmp_path / "runs" / "small" / "small-3" / "run"
+    report = json.loads((run / "report.json").read_text())
+    assert found["small"]["3"]["log_loss"] == round(log_loss(run / "model", test), 5)
+    assert found["small"]["3"]["valid_log_loss"] == round(report["results"]["model, calibrated"]["log_loss"], 5)
+    assert found["small"]["3"]["valid_log_loss"] != found["small"]["3"]["log_loss"]
+
+    pairs, judged = list(read_pairs(rows)), list(read_pairs(test))               # the baselines: fitted on the part
+    labels = np.array([p.label for p in pairs])                                  # that trains, scored on the test rows
+    part = split_by_prompt([p.prompt for p in pairs], labels, (0.9, 0.1), 3)
+    expected = metrics.baselines(character_counts(pairs)[part == 0], labels[part == 0], character_counts(judged),
+                                 np.array([p.label for p in judged]))
+    for name in ("uniform", "class prior", "length only"):
+        assert found[name]["3"]["log_loss"] == round(expected[name]["log_loss"], 5)
+
+    before = {path: path.stat().st_mtime_ns for path in run.glob("state/*")}
+    again = measure(*command, "--again")                                         # the run is over: nothing to train
+    assert before and {path: path.stat().st_mtime_ns for path in run.glob("state/*")} == before
+    assert again == found
+
+
+def test_the_share_of_the_gap_is_each_seeds_own():
+    prior = {"1": {"log_loss": 1.1, "best_reachable": 0.6}, "2": {"log_loss": 1.0, "best_reachable": 0.6}}
+    by_seed = {"1": {"log_loss": 0.85}, "2": {"log_loss": 0.7}}
+    assert np.allclose(experiments.gap_closed(by_seed, prior), [0.5, 0.75])
+    assert experiments.gap_closed({"1": {"log_loss": 0.5}}, {"1": {"log_loss": 1.1}}) == []
+
+
+def test_the_page_has_every_row_with_its_seeds_and_its_command():
+    scores = {"1": {"log_loss": 1.0, "accuracy": 0.4, "best_reachable": 0.5},
+              "2": {"log_loss": 1.1, "accuracy": 0.5, "best_reachable": 0.5}}
+    better = {"1": {"log_loss": 0.75, "accuracy": 0.6, "minutes": 2.0}, "2": {"log_loss": 0.8, "accuracy": 0.7,
+                                                                          "minutes": 4.0}}
+    how = {"command": "python benchmarks/experiments.py small --train a.csv", "machine": "2 cores"}
+    text = experiments.as_table("small", {"rows": {"class prior": scores, "bundled": better},
+                                          "how": {"class prior": how, "bundled": how}})
+    lines = [re.split(r" *\| *", line.strip("| ")) for line in text.splitlines() if line.startswith("|")]
+    assert lines[2] == ["class prior", "1.0500", "1.0000, 1.1000", "0%", "0.450"]
+    assert lines[3] == ["bundled", "0.7750", "0.7500, 0.8000", "50%", "0.650", "3.0"]
+    assert text.endswith("- class prior, bundled: `python benchmarks/experiments.py small --train a.csv` (2 cores)\n")
+
+
+def test_the_page_in_the_repository_is_of_the_figures_in_it(monkeypatch):
+    written = {}
+    monkeypatch.setattr(experiments, "write_text", lambda path, text: written.update({path: text}))
+    experiments.write_page(json.loads(experiments.FIGURES.read_text(encoding="utf-8")))
+    assert written == {experiments.PAGE: experiments.PAGE.read_text(encoding="utf-8")}
+
+
+def test_words_tell_apart_what_they_can(tmp_path):
+    """'yes' wins over 'no': TF-IDF of A minus B sees it, and says so of prompts it was not fitted on."""
+    pytest.importorskip("sklearn")
+    train, valid = (list(read_pairs(write_rows(tmp_path / f"{seed}.csv", 200, seed))) for seed in (1, 2))
+    labels, valid_labels = (np.array([p.label for p in pairs]) for pairs in (train, valid))
+    found = experiments.by_words(train, labels, valid, 1)
+    assert metrics.evaluate(found, valid_labels)["accuracy"] > 0.95
