@@ -14,8 +14,8 @@ train: .venv/runtime        ## train: on data/train.csv and weights/deberta-v3-s
 predict: .venv/runtime      ## judge CSV=test.csv with the newest run's model; writes submission.csv
 	$(PY) predict.py $(CSV) $(ARGS)
 
-test: .venv/dev             ## the tests, under five minutes
-	MINIPREF_REQUIRE=transformers,sentencepiece,sklearn $(PY) -m pytest -m "not slow" $(ARGS)
+test: .venv/dev             ## the tests, a process for each core up to four
+	MINIPREF_REQUIRE=transformers,sentencepiece,sklearn $(PY) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-slow: .venv/dev        ## the proofs that take longer: full sizes, many kills
 	MINIPREF_REQUIRE=transformers,sentencepiece,sklearn $(PY) -m pytest -m slow $(ARGS)

@@ -41,7 +41,7 @@ def test_with_test_rows_the_kept_model_is_judged_on_those(tmp_path, measure):
     encoder, rows = write_encoder(tmp_path / "small"), write_rows(tmp_path / "rows.csv", 80)
     test = write_rows(tmp_path / "test.csv", 60, seed=9)
     command = ("--train", rows, "--test", test, "--encoders", f"small={encoder}", "--seeds", 3, "--runs",
-               tmp_path / "runs", "--options", "--epochs 2 --evals-per-epoch 1 --lr 1e-3 --max-length 32")
+               tmp_path / "runs", "--options", "--epochs 1 --evals-per-epoch 1 --lr 1e-3 --max-length 32")
     found = measure(*command)
     run = tmp_path / "runs" / "small" / "small-3" / "run"
     report = json.loads((run / "report.json").read_text())
