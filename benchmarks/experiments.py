@@ -7,11 +7,11 @@
 
 The first argument names the table. An encoder is `bundled` (weights/minipref-tiny), `random` (the same architecture and
 tokenizer, fresh weights), or NAME=FOLDER. A seed decides the split by prompt, the order, the fresh head and, for
-`random`, the encoder, so equal seeds of two encoders have equal rows. Every figure is train.py's own, from report.json:
-both orders averaged, the temperature fitted on other rows than those it is applied to. With --test the model that was
-kept is asked once more, about rows on which nothing was chosen, and those figures stand in the table. What was measured
-is kept in benchmarks/experiments.json; a pair of encoder and seed that is there already is not run again, unless
---again says so. With --runs the runs stay, and one that was interrupted goes on where it was.
+`random`, the encoder, so equal seeds of two encoders have equal rows. The figures are train.py's own, from report.json,
+or with --test those of the model that it kept on rows by which nothing was chosen. Both orders are averaged, and the
+temperature is fitted on other rows than those it is applied to. What was measured is kept in
+benchmarks/experiments.json; a pair of encoder and seed that is there already is not run again, unless --again says so.
+With --runs the runs stay, and one that was interrupted goes on where it was.
 
 TF-IDF of A minus B with a logistic regression needs scikit-learn (a development package).
 """
@@ -144,7 +144,7 @@ def scores(result: dict) -> dict:
 # --- encoders ---------------------------------------------------------------------------------------------------------
 
 def fine_tuned(name: str, folder: str, options: argparse.Namespace, seed: int) -> dict:
-    """train.py's figures for this encoder and seed, or those of the model it kept on the rows of --test."""
+    """train.py's figures for this encoder and seed; with --test those of its model on other rows."""
     with contextlib.nullcontext(options.runs) if options.runs else tempfile.TemporaryDirectory() as kept:
         place = Path(kept).resolve() / options.table / f"{name}-{seed}"
         if name == "random":
@@ -157,13 +157,16 @@ def fine_tuned(name: str, folder: str, options: argparse.Namespace, seed: int) -
             subprocess.run(command + ["--resume"] * training.has_begun(place / "run"), cwd=ROOT, check=True,
                            stdout=subprocess.DEVNULL)
         report = json.loads((place / "run" / "report.json").read_text(encoding="utf-8"))
-        result, valid = report["results"]["model, calibrated"], {}
+        found = scores(report["results"]["model, calibrated"])
         if options.test:
-            pairs = list(read_pairs(options.test))
-            found = load_judge(place / "run" / "model").compare_many(pairs)
-            valid = {"valid_log_loss": round(result["log_loss"], 5)}
-            result = metrics.evaluate(found, np.array([pair.label for pair in pairs]))
-    return scores(result) | valid | {"minutes": report["minutes"], "ended": report["ended"]}
+            found = judged(place / "run" / "model", options.test) | {"valid_log_loss": found["log_loss"]}
+    return found | {"minutes": report["minutes"], "ended": report["ended"]}
+
+
+def judged(model: Path, csv: str) -> dict:
+    """A trained model's figures on a file of labelled rows."""
+    pairs = list(read_pairs(csv))
+    return scores(metrics.evaluate(load_judge(model).compare_many(pairs), np.array([pair.label for pair in pairs])))
 
 
 def fresh_encoder(like: Path, folder: Path, seed: int) -> Path:

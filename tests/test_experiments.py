@@ -1,4 +1,4 @@
-"""The tables of encoders and baselines: judged on the rows they are said to be, and a run that goes on counts once."""
+"""The tables of encoders and baselines: scored on the rows they are said to be; a run that is over is not run again."""
 
 import json
 import re
