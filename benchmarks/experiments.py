@@ -239,8 +239,8 @@ def machine() -> str:
 
 
 def without_paths(arguments: list[str]) -> list[str]:
-    """The command as a reader would type it: files and folders by their last name."""
-    return [f"{name}={Path(path).name}" if path else Path(name).name if "/" in name else name
+    """The command as a reader would type it: files by their last name, an encoder by its last two, `gdes/model`."""
+    return [f"{name}={Path(*Path(path).parts[-2:])}" if path else Path(name).name if "/" in name else name
             for name, _, path in (argument.partition("=") for argument in arguments)]
 
 

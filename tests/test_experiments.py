@@ -84,6 +84,12 @@ def test_the_page_has_every_row_with_its_seeds_and_its_command():
     assert text.endswith("- class prior, bundled: `python benchmarks/experiments.py small --train a.csv` (2 cores)\n")
 
 
+def test_a_command_names_files_as_a_reader_would():
+    given = ["real", "--train", "/data/autoj.csv", "b.csv", "--encoders", "bundled", "es=/runs/es/model", "nes=x"]
+    assert experiments.without_paths(given) == ["real", "--train", "autoj.csv", "b.csv", "--encoders", "bundled",
+                                                "es=es/model", "nes=x"]
+
+
 def test_the_page_in_the_repository_is_of_the_figures_in_it(monkeypatch):
     written = {}
     monkeypatch.setattr(experiments, "write_text", lambda path, text: written.update({path: text}))
