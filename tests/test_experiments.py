@@ -82,9 +82,6 @@ def test_the_page_has_every_row_with_its_seeds_and_its_command():
     assert lines[2] == ["class prior", "1.0500", "1.0000, 1.1000", "0%", "0.450"]
     assert lines[3] == ["bundled", "0.7750", "0.7500, 0.8000", "50%", "0.650", "3.0"]
     assert text.endswith("- class prior, bundled: `python benchmarks/experiments.py small --train a.csv` (2 cores)\n")
-
-
-def test_a_command_names_files_as_a_reader_would():
     given = ["real", "--train", "/data/autoj.csv", "b.csv", "--encoders", "bundled", "es=/runs/es/model", "nes=x"]
     assert experiments.without_paths(given) == ["real", "--train", "autoj.csv", "b.csv", "--encoders", "bundled",
                                                 "es=es/model", "nes=x"]
