@@ -456,9 +456,9 @@ def test_make_pretrain_makes_an_encoder(checkout):
 
 def few(command: str) -> str:
     """A command of docs/experiments.md with options after its own that make it a matter of seconds."""
+    command = re.sub(r"\w+=\S+/model", "again=weights/minipref-tiny", command)      # encoders that a reader pretrains
     if "experiments.py" in command:
         own = re.search(r"--options '(.*?)'", command)
-        command = re.sub(r"\w+=\S+/model", "again=weights/minipref-tiny", command)
         return f"{command} --seeds 1 --options '{own[1] if own else ''} {HURRY}'"
     if "minipref.sample" in command:
         return f"{command} --rows 50 --test-rows 20"
@@ -467,7 +467,7 @@ def few(command: str) -> str:
     if "probe.py" in command:
         return f"{command} --rows 200"
     if "frozen.py" in command:
-        return re.sub(r"\w+=\S+/model", "again=weights/minipref-tiny", command) + " --limit 160 --seeds 1"
+        return f"{command} --limit 160 --seeds 1"
     return command if "predict.py" in command else f"{command} {HURRY}"
 
 
