@@ -59,12 +59,12 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from minipref import runs
-from minipref.checkpoint import encoder_tensors, write_checkpoint
+from minipref.checkpoint import encoder_tensors, load_encoder, write_checkpoint
 from minipref.config import EncoderConfig
 from minipref.encoder import Encoder, initialise
 from minipref.errors import ArgumentParser, InputError, shown
 from minipref.files import write_json
-from minipref.judge import autocast, choose_device, choose_precision
+from minipref.judge import autocast, check_vocabulary, choose_device, choose_precision
 from minipref.optim import AdamW, clip_gradients, cosine_with_warmup, decay_groups
 from minipref.tokenizer import Tokenizer, load_tokenizer, train_vocabulary
 
@@ -297,6 +297,15 @@ class Pretraining(nn.Module):
         special = [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id]
         self.register_buffer("special_ids", torch.tensor(special), persistent=False)
 
+    def go_on_from(self, encoder: Encoder) -> None:
+        """Take an encoder's weights in place of fresh ones: the discriminator all of them, the generator the word table
+        and the lowest layers. Both heads, which no checkpoint has, stay fresh."""
+        trained = encoder.state_dict()
+        for side in (self.generator, self.discriminator) if self.objective == "rtd" else (self.generator,):
+            side.load_state_dict({name: trained[name] for name in side.state_dict()})
+        if self.objective == "rtd" and self.sharing == "gdes":
+            nn.init.zeros_(self.discriminator.word_table.weight)         # the words are E_G; E_delta is to come
+
     def discriminator_table(self) -> Tensor:
         """The words as the discriminator sees them. Shapes: -> (V, D). Paper: DeBERTaV3, section 3.3."""
         if self.sharing == "gdes":
@@ -450,12 +459,15 @@ def pretrain(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     autocast_here = functools.partial(autocast, device, choose_precision(args.precision, device))
 
-    corpus = load_corpus(args.corpus, args.heldout_share, output / "model" if args.resume else args.tokenizer,
-                         args.vocab_size)
+    begun = load_encoder(args.encoder) if args.encoder else None
+    corpus = load_corpus(args.corpus, args.heldout_share,
+                         output / "model" if args.resume else args.encoder or args.tokenizer, args.vocab_size)
     short, long = (Windows(corpus.train, length, args.batch_tokens // length, args.seed, corpus.tokenizer.cls_id)
                    for length in (args.length, args.long_length))
     heldout = heldout_batches(corpus, args.length, args.heldout_tokens, device)
-    model = Pretraining(encoder_config(args, corpus.tokenizer), corpus.tokenizer, args.objective, args.sharing)
+    model = Pretraining(encoder_config(args, corpus.tokenizer, begun), corpus.tokenizer, args.objective, args.sharing)
+    if begun:
+        model.go_on_from(begun)
     model.to(device).train()
     sides, at_once = model.sides(), args.objective == "rtd" and args.sharing == "es"
     optimizers = [AdamW(decay_groups(side, ADAM["weight_decay"]), **ADAM) for side in sides]
@@ -543,8 +555,11 @@ def update(optimizer: AdamW, side: nn.Module, lr: float) -> None:
     optimizer.zero_grad()
 
 
-def encoder_config(args: argparse.Namespace, tokenizer: Tokenizer) -> EncoderConfig:
-    """The encoder asked for: v3 in everything but size."""
+def encoder_config(args: argparse.Namespace, tokenizer: Tokenizer, begun: Encoder | None) -> EncoderConfig:
+    """The encoder asked for, v3 in everything but size; or that of the one to go on from."""
+    if begun:
+        check_vocabulary(tokenizer, begun.config.vocab_size, args.encoder)
+        return replace(begun.config, hidden_dropout=args.dropout, attention_dropout=args.dropout)
     if args.width % args.heads:
         raise InputError(found=f"--width {args.width} with --heads {args.heads}", expected="a multiple of the heads")
     return EncoderConfig(vocab_size=tokenizer.vocab_size, width=args.width, heads=args.heads, layers=args.layers,
@@ -667,6 +682,7 @@ def summary(row: dict[str, float]) -> str:
 # --- Arguments ---
 
 NOT_SETTINGS = ("output", "resume", "threads")      # what may differ when a run goes on
+OF_THE_ENCODER = ("tokenizer", "vocab_size", "width", "heads", "layers", "feed_forward", "init_std")   # to go on from
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -685,6 +701,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--corpus", nargs="+", required=True, metavar="PATH", help="folders, .jsonl, .jsonl.gz or .txt files")
     add("--output", default="runs/pretrain", metavar="DIR", help="the run's folder; the encoder lands in its model/")
     add("--resume", action="store_true", help="go on with the run in --output")
+    add("--encoder", metavar="DIR", help="go on from this encoder and its tokenizer, instead of fresh weights")
     add("--tokenizer", metavar="DIR", help="a folder with a tokenizer, instead of training a vocabulary")
     add("--objective", choices=("rtd", "mlm"), default="rtd", help="mlm: no discriminator, keep a BERT instead")
     add("--sharing", choices=("gdes", "es", "nes"), default="gdes", help="of the word table, for rtd")
@@ -710,6 +727,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("lr", "discriminator_lr", "long_share", "heldout_share", "dropout", "init_std"):
         if not 0 <= getattr(args, name) < 1 + (name == "long_share"):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not from 0 to 1")
+    for name in OF_THE_ENCODER:
+        if args.encoder and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} beside --encoder, which has its own")
     for name in ("length", "long_length"):
         if not 2 <= getattr(args, name) <= args.batch_tokens:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not from 2 to --batch-tokens")

@@ -419,8 +419,9 @@ def test_every_other_command_of_a_page_runs(page, checkout):
             run_fence(fence, checkout)
 
 
-FOUR_STEPS = ("--width 32 --heads 2 --layers 2 --feed-forward 64 --heldout-share 0.1 --length 24 --long-length 48 "
-              "--batch-tokens 96 --steps 4 --evaluations 1 --precision fp32")
+SMALL = "--width 32 --heads 2 --layers 2 --feed-forward 64"
+FOUR_STEPS = ("--heldout-share 0.1 --length 24 --long-length 48 --batch-tokens 96 --steps 4 --evaluations 1 "
+              "--precision fp32")
 PRETRAINING = [(page, line) for page in ("docs/pretraining.md", "weights/minipref-tiny/README.md")
                for line in re.findall(r"^    python -m minipref\.pretrain (.*)$", text_of(page), re.M)]
 
@@ -435,14 +436,15 @@ def test_every_pretraining_command_makes_an_encoder(arguments, tmp_path, monkeyp
     (tmp_path / "CORPUS").mkdir()
     pairs = sample.train_and_test(train_rows=300, test_rows=10)[0].frame
     (tmp_path / "CORPUS" / "text.txt").write_text("\n\n".join(pairs["response_a"]), encoding="utf-8")
-    vocabulary = "" if "--tokenizer" in arguments else "--vocab-size 350"
+    begun = "--encoder" in arguments                                    # which has its own sizes and vocabulary
+    sizes = "" if begun else SMALL if "--tokenizer" in arguments else f"{SMALL} --vocab-size 350"
     threads = torch.get_num_threads()
     try:
-        assert pretrain.main(f"{arguments} {FOUR_STEPS} {vocabulary}".split()) == 0
+        assert pretrain.main(f"{arguments} {FOUR_STEPS} {sizes}".split()) == 0
     finally:
         torch.set_num_threads(threads)
     output = arguments.split("--output ")[1].split()[0]
-    assert minipref.load_encoder(tmp_path / output / "model").config.layers == 2
+    assert minipref.load_encoder(tmp_path / output / "model").config.layers == (4 if begun else 2)
 
 
 @pytest.mark.slow
@@ -450,7 +452,7 @@ def test_make_pretrain_makes_an_encoder(checkout):
     rows = sample.train_and_test(train_rows=300, test_rows=10)[0].frame
     (checkout / "texts").mkdir()
     (checkout / "texts" / "text.txt").write_text("\n\n".join(rows["response_a"]), encoding="utf-8")
-    run(["make", "pretrain", "CORPUS=texts", f"ARGS=--output made {FOUR_STEPS} --vocab-size 350"], checkout)
+    run(["make", "pretrain", "CORPUS=texts", f"ARGS=--output made {FOUR_STEPS} {SMALL} --vocab-size 350"], checkout)
     assert minipref.load_encoder(checkout / "made" / "model").config.layers == 2
 
 

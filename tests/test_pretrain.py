@@ -379,6 +379,47 @@ def test_a_run_is_neither_overwritten_nor_continued_with_other_settings_or_anoth
     assert run(text, tmp_path / "new", "--resume") == 2
 
 
+# --- An encoder that goes on ---
+
+@pytest.mark.parametrize(("objective", "sharing"), [("rtd", "gdes"), ("rtd", "es"), ("rtd", "nes"), ("mlm", "gdes")])
+def test_an_encoder_goes_on_from_where_it_was_and_the_generator_from_its_words_and_lowest_layers(corpus, objective,
+                                                                                               sharing):
+    torch.manual_seed(1)
+    begun = small_model(corpus, layers=4).discriminator
+    torch.nn.init.normal_(begun.word_table.weight)
+    model = small_model(corpus, objective, sharing, layers=4)
+    model.go_on_from(begun)
+    encoder, table = model.encoder()
+    assert torch.equal(table, begun.word_table.weight)
+    for name, value in begun.state_dict().items():
+        if name != "word_table.weight":
+            assert torch.equal(encoder.state_dict()[name], value), name
+    lowest = model.generator.state_dict()
+    assert len(model.generator.layers) == (4 if objective == "mlm" else 2)
+    assert all(torch.equal(value, begun.state_dict()[name]) for name, value in lowest.items())
+    if sharing == "gdes" and objective == "rtd":
+        assert not model.discriminator.word_table.weight.any()
+
+
+def test_a_run_goes_on_from_a_folder_with_its_sizes_and_its_vocabulary_and_resumes(text, tmp_path, monkeypatch, capsys):
+    assert run(text, tmp_path / "first") == 0
+    folder = tmp_path / "first/model"
+    more = ["--corpus", str(text), "--encoder", str(folder), *SIZES[SIZES.index("--heldout-share"):],
+            "--steps", "8", "--warmup", "3", "--batch-tokens", "384", "--evaluations", "2"]
+    assert pretrain.main([*more, "--output", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patched:
+        interrupt(patched, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert pretrain.main([*more, "--output", str(tmp_path / "parts")]) == 143
+    assert pretrain.main([*more, "--output", str(tmp_path / "parts"), "--resume"]) == 0
+    same_result(tmp_path / "whole", tmp_path / "parts")
+    for file in ("config.json", "tokenizer.json"):
+        assert (tmp_path / "whole/model" / file).read_bytes() == (folder / file).read_bytes()
+    for option, value in (("--width", "64"), ("--tokenizer", str(folder)), ("--vocab-size", "351")):
+        capsys.readouterr()
+        assert pretrain.main([*more, "--output", str(tmp_path / "other"), option, value]) == 2
+        assert f"{option} beside --encoder" in capsys.readouterr().err
+
+
 # --- What is shipped ---
 
 @pytest.mark.parametrize("options", [["--sharing", "gdes"], ["--sharing", "es"], ["--sharing", "nes"],
@@ -457,6 +498,7 @@ def test_a_file_that_is_not_text_is_named_with_its_line(tmp_path, name, content,
     (["--corpus", "tiny.txt", "--long-share", "2"], "--long-share"),
     (["--corpus", "tiny.txt", "--length", "9999"], "--length"),
     (["--corpus", "tiny.txt", "--sharing", "some"], "some"),
+    (["--corpus", "tiny.txt", "--encoder", "nowhere"], "nowhere"),
 ])
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(tmp_path)
