@@ -52,7 +52,7 @@ from minipref.data import (
     split_by_prompt,
 )
 from minipref.errors import ArgumentParser, InputError, print_anything
-from minipref.files import check_writable, read_json, sha256_of, write_json, write_text
+from minipref.files import check_writable, sha256_of, write_json, write_text
 from minipref.judge import LONGEST, Judge, autocast, check_vocabulary, choose_device, choose_precision, predict_logits
 from minipref.lean import give_back_freed_memory
 from minipref.optim import AdamW, clip_gradients, cosine_with_warmup, decay_groups
@@ -155,21 +155,12 @@ def resumed(given: dict) -> dict:
     if "run" not in given:
         raise InputError(found="--resume without --run", expected="the folder of the run to go on with")
     path = Path(given["run"]) / "config.json"
-    stored = read_run(path)["options"]
+    stored = runs.read_made_of(path.parent, "train.py")["options"]
     for name in sorted(given.keys() - FREE_TO_CHANGE):
         if given[name] != stored.get(name):
             raise InputError(file=path, found=f"--{name.replace('_', '-')} {given[name]}, where the run has "
                              f"{stored.get(name, 'its default')}", expected="the same, or a run of its own")
     return stored | {name: given[name] for name in FREE_TO_CHANGE if name in given}
-
-
-def read_run(path: Path) -> dict:
-    """A run's config.json as `check_identity` wrote it. Errors: `InputError` where it is not, to the last character."""
-    stored = read_json(path, "the folder of a run that train.py began")
-    if stored.pop("sha256", None) != runs.digest_of_json(stored):
-        raise InputError(file=path, found="its content does not match its checksum", expected="the file as it was "
-                         "written: what a run is made of cannot be changed under it")
-    return stored
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------
@@ -350,9 +341,9 @@ def check_identity(folder: Path, options: dict, config: TrainConfig, device: tor
         made_of = {"options": {k: v for k, v in options.items() if k not in ("run", "resume")},
                    "figures": dataclasses.asdict(config), "identity": identity}
         if distributed.is_first():
-            write_json(path, made_of | {"sha256": runs.digest_of_json(made_of)})
+            runs.write_made_of(folder, made_of)
         return identity
-    stored = read_run(path)
+    stored = runs.read_made_of(folder, "train.py")
     before = stored["figures"] | {name: stored["identity"].get(name) for name in (*MUST_BE_SAME, *MAY_DIFFER)}
     now = dataclasses.asdict(config) | identity
     for name in (*sorted((before.keys() | now.keys()) - {*MAY_DIFFER}), *MAY_DIFFER):

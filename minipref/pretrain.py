@@ -58,12 +58,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from minipref import runs
+from minipref import __version__, runs
 from minipref.checkpoint import encoder_tensors, load_encoder, write_checkpoint
 from minipref.config import EncoderConfig
 from minipref.encoder import Encoder, initialise
 from minipref.errors import ArgumentParser, InputError, shown
-from minipref.files import write_json
+from minipref.files import check_writable, write_json
 from minipref.judge import autocast, check_vocabulary, choose_device, choose_precision
 from minipref.optim import AdamW, clip_gradients, cosine_with_warmup, decay_groups
 from minipref.tokenizer import Tokenizer, load_tokenizer, train_vocabulary
@@ -208,7 +208,13 @@ class Windows:
 
 
 def heldout_batches(corpus: Corpus, length: int, tokens: int, device: torch.device) -> list[Tensor]:
-    """Windows of the held-out documents, about `tokens` tokens of them, the same in every run. Shapes: (B, L) each."""
+    """Windows of the held-out documents, about `tokens` tokens of them, the same in every run. Shapes: (B, L) each.
+
+    Errors: InputError for held-out documents too short for one window.
+    """
+    if (held_out := sum(map(len, corpus.heldout))) < length - 1:
+        raise InputError(found=f"{held_out:,} tokens held out", expected=f"at least {length - 1}, for one window of "
+                         f"{length}: more text, a larger --heldout-share or a smaller --length")
     windows = Windows(corpus.heldout, length, 1, 0, corpus.tokenizer.cls_id)
     count = min(windows.batches_per_epoch, math.ceil(tokens / length))
     return list(torch.cat([windows.batch(k) for k in range(count)]).to(device).split(max(1, 4096 // length)))
@@ -248,16 +254,17 @@ def sample(logits: Tensor) -> Tensor:
 
 
 class MaskedWordHead(nn.Module):
-    """Which word was hidden; the table of input words is its output layer. Shapes: x (M, D), table (V, D) -> (M, V)."""
+    """Which word was hidden; the table of input words is its output layer. A table may have more rows than there are
+    words, as v3's 128,100 for 128,001: those are no answer. Shapes: x (M, D), table (V or more, D) -> (M, V)."""
 
-    def __init__(self, config: EncoderConfig):
+    def __init__(self, config: EncoderConfig, words: int):
         super().__init__()
         self.dense = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.bias = nn.Parameter(torch.zeros(words))
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        return F.linear(self.norm(F.gelu(self.dense(x))), table, self.bias)
+        return F.linear(self.norm(F.gelu(self.dense(x))), table[:len(self.bias)], self.bias)
 
 
 class ReplacedTokenHead(nn.Module):
@@ -282,10 +289,11 @@ class Pretraining(nn.Module):
 
     def __init__(self, config: EncoderConfig, tokenizer: Tokenizer, objective: str = "rtd", sharing: str = "gdes"):
         super().__init__()
-        self.config, self.objective, self.sharing, self.mask_id = config, objective, sharing, tokenizer.mask_id
+        self.config, self.objective, self.sharing = config, objective, sharing
+        self.words, self.mask_id = tokenizer.vocab_size, tokenizer.mask_id
         layers = config.layers if objective == "mlm" else max(1, config.layers // 2)
         self.generator = Encoder(replace(config, layers=layers))
-        self.masked_word_head = MaskedWordHead(config)
+        self.masked_word_head = MaskedWordHead(config, self.words)
         if objective == "rtd":
             self.discriminator = Encoder(config)
             self.replaced_token_head = ReplacedTokenHead(config)
@@ -299,7 +307,7 @@ class Pretraining(nn.Module):
 
     def go_on_from(self, encoder: Encoder) -> None:
         """Take an encoder's weights in place of fresh ones: the discriminator all of them, the generator the word table
-        and the lowest layers. Both heads, which no checkpoint has, stay fresh."""
+        and as many of the lowest layers as it has (for "mlm" all). The heads stay fresh."""
         trained = encoder.state_dict()
         for side in (self.generator, self.discriminator) if self.objective == "rtd" else (self.generator,):
             side.load_state_dict({name: trained[name] for name in side.state_dict()})
@@ -320,7 +328,7 @@ class Pretraining(nn.Module):
         """
         is_masked = choose_masked(ids, self.is_special(ids))
         if self.objective == "mlm":
-            hidden = hide_80_10_10(ids, is_masked, self.mask_id, self.config.vocab_size)
+            hidden = hide_80_10_10(ids, is_masked, self.mask_id, self.words)
         else:
             hidden = ids.masked_fill(is_masked, self.mask_id)
         x = self.generator(hidden, torch.ones_like(is_masked))[is_masked]                # (M, D)
@@ -360,9 +368,10 @@ def evaluate(model: Pretraining, batches: list[Tensor], counts: np.ndarray, auto
              ) -> dict[str, float]:
     """The figures on held-out windows, rounded to five decimals; the same tokens are hidden at every call.
 
-    Changes no random state. Shapes: batches (B, L) each, counts (V,): how often each id occurs in the training text.
+    Changes no random state of a CPU or a CUDA GPU. Shapes: batches (B, L) each, counts (V,): how often each id occurs
+    in the training text.
     """
-    losses, hits, verdicts, is_replaced, ids_seen = [], [], [], [], []
+    losses, hits, hidden, verdicts, is_replaced, ids_seen = [], [], [], [], [], []
     model.eval()
     with torch.random.fork_rng(devices=[b.device for b in batches[:1] if b.is_cuda]):
         torch.manual_seed(0)
@@ -371,6 +380,7 @@ def evaluate(model: Pretraining, batches: list[Tensor], counts: np.ndarray, auto
                 is_masked, corrupted, guesses = model.corrupt(ids)
             losses.append(F.cross_entropy(guesses, ids[is_masked], reduction="none"))
             hits.append(guesses.argmax(dim=-1) == ids[is_masked])
+            hidden.append(ids[is_masked])
             if model.objective == "rtd":
                 is_word = ~model.is_special(ids)
                 with autocast_here():
@@ -379,11 +389,21 @@ def evaluate(model: Pretraining, batches: list[Tensor], counts: np.ndarray, auto
                 ids_seen.append(corrupted[is_word])
     model.train()
     figures = {"mlm_loss": torch.cat(losses).mean().item(), "mlm_accuracy": torch.cat(hits).float().mean().item()}
+    of_words = counts.copy()
+    of_words[model.special_ids.cpu().numpy()] = 0                       # which are never hidden
+    figures |= frequency_figures(torch.cat(hidden).cpu().numpy(), of_words)
     if model.objective == "rtd":
         verdicts, is_replaced, ids_seen = (torch.cat(parts).cpu().numpy() for parts in
                                            (verdicts, is_replaced, ids_seen))
         figures |= detection_figures(verdicts, is_replaced, np.log1p(counts[ids_seen]))
     return {name: round(float(value), 5) for name, value in figures.items()}
+
+
+def frequency_figures(hidden: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+    """What guessing hidden words by how often each occurs comes to, the same guess everywhere. One more is counted of
+    each, so that no word is impossible. Shapes: hidden (n,) ids, counts (V,)."""
+    shares = (counts + 1) / (counts + 1).sum()
+    return {"unigram_loss": -np.log(shares[hidden]).mean(), "unigram_accuracy": (hidden == shares.argmax()).mean()}
 
 
 def detection_figures(verdicts: np.ndarray, is_replaced: np.ndarray, commonness: np.ndarray) -> dict[str, float]:
@@ -438,7 +458,8 @@ class Progress:
     step: int = 0                                            # steps done
     mlm_sum: float = 0.0                                     # since the last evaluation: of the training losses,
     rtd_sum: float = 0.0
-    summed: int = 0                                          # how many steps they were,
+    summed: int = 0                                          # how many steps they were, of how many tokens,
+    tokens: int = 0
     seconds: float = 0.0                                     # and the time that those took, on the wall
     processor_seconds: float = 0.0                           # and of the processor, all cores added up
     rows: list[dict] = field(default_factory=list)           # of metrics.csv
@@ -446,26 +467,45 @@ class Progress:
 
 
 def pretrain(args: argparse.Namespace) -> int:
-    """The whole run. Returns the exit code: 0, or 128 + the signal that stopped it."""
+    """The whole run, in a folder that is this run's alone. Returns the exit code: 0, or 128 + the signal that stopped
+    it."""
     output = Path(args.output)
-    settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
-    if args.resume:
-        check_settings(output, settings)
-    elif runs.has_state(output / "state"):
-        raise InputError(file=output, found="a run that was begun", expected="--resume, or another --output")
+    check_writable(output / "config.json")
+    with runs.alone_in(output):
+        return pretrain_in(output, args)
+
+
+def pretrain_in(output: Path, args: argparse.Namespace) -> int:
+    """Read, build or restore, train, ship."""
     if args.threads:
         torch.set_num_threads(args.threads)
     runs.seed_everything(args.seed)
     device = choose_device(args.device)
-    autocast_here = functools.partial(autocast, device, choose_precision(args.precision, device))
+    precision = choose_precision(args.precision, device)
+    precision = "fp32" if precision == "fp16" else precision                 # whose losses would have to be scaled
+    autocast_here = functools.partial(autocast, device, precision)
+    settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS} | {"precision": precision}
+    machine = {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
+               "minipref": __version__}
 
-    begun = load_encoder(args.encoder) if args.encoder else None
+    begun = shipped = None
+    if args.resume:
+        shipped = check_settings(output, settings, machine)
+    elif runs.has_state(output / "state"):
+        raise InputError(file=output, found="a run that was begun", expected="--resume, or another --output")
+    elif args.encoder:
+        begun = load_encoder(args.encoder)
+        shipped = begun.config
+        print(f"encoder {args.encoder}: {begun.load_report}")
     corpus = load_corpus(args.corpus, args.heldout_share,
                          output / "model" if args.resume else args.encoder or args.tokenizer, args.vocab_size)
+    shipped = shipped or fresh_config(args, corpus.tokenizer)
+    check_vocabulary(corpus.tokenizer, shipped.vocab_size, args.encoder or output)
     short, long = (Windows(corpus.train, length, args.batch_tokens // length, args.seed, corpus.tokenizer.cls_id)
-                   for length in (args.length, args.long_length))
+                   for length in (args.length, args.long_length if args.long_share else args.length))
     heldout = heldout_batches(corpus, args.length, args.heldout_tokens, device)
-    model = Pretraining(encoder_config(args, corpus.tokenizer, begun), corpus.tokenizer, args.objective, args.sharing)
+    config = replace(shipped, hidden_dropout=args.dropout, attention_dropout=args.dropout)
+    model = Pretraining(config, corpus.tokenizer, args.objective, args.sharing)
     if begun:
         model.go_on_from(begun)
     model.to(device).train()
@@ -476,8 +516,10 @@ def pretrain(args: argparse.Namespace) -> int:
     if args.resume:
         progress = restore(output, model, optimizers, corpus)
     else:
-        write_json(output / "config.json", settings)
+        runs.write_made_of(output, {"settings": settings, "machine": machine, "encoder": asdict(shipped),
+                                    "begun_with": runs.digest_of(begun) if begun else None})
         corpus.tokenizer.save(output / "model")
+    del begun
     print(describe(model, corpus, args.steps * args.batch_tokens), flush=True)
     evaluate_after = {round(args.steps * (k + 1) / args.evaluations) for k in range(args.evaluations)}
     clock = Clock()
@@ -512,24 +554,25 @@ def pretrain(args: argparse.Namespace) -> int:
             progress.mlm_sum += mlm_loss.item()
             progress.rtd_sum += rtd_loss.item()
             progress.summed += 1
+            progress.tokens += ids.numel()
             if not math.isfinite(progress.mlm_sum + progress.rtd_sum):
                 raise InputError(found=f"a loss that is not a number in step {step} with --lr {args.lr}",
                                  expected="a lower --lr, or --precision fp32")
             seconds, processor_seconds = clock.lap()
             progress.seconds += seconds
             progress.processor_seconds += processor_seconds
-            bar.update(args.batch_tokens)
+            bar.update(ids.numel())
 
             if progress.step in evaluate_after:
-                progress.timing.append(timing_row(progress, args.batch_tokens))
-                progress.rows.append(training_row(progress, args.batch_tokens, course * args.lr)
+                progress.timing.append(timing_row(progress))
+                progress.rows.append(training_row(progress, course * args.lr)
                                      | evaluate(model, heldout, corpus.counts, autocast_here))
                 bar.write(summary(progress.rows[-1]))
                 progress.mlm_sum = progress.rtd_sum = progress.seconds = progress.processor_seconds = 0.0
-                progress.summed = 0
+                progress.summed = progress.tokens = 0
                 runs.write_rows(output / "metrics.csv", progress.rows)
                 runs.write_rows(output / "timing.csv", progress.timing)
-                ship(model, corpus.tokenizer, output / "model")
+                ship(model, shipped, corpus.tokenizer, output / "model")
                 save(output, model, optimizers, progress, corpus)
                 clock.lap()                                                  # an evaluation's time is not a step's
             if signals:
@@ -555,15 +598,15 @@ def update(optimizer: AdamW, side: nn.Module, lr: float) -> None:
     optimizer.zero_grad()
 
 
-def encoder_config(args: argparse.Namespace, tokenizer: Tokenizer, begun: Encoder | None) -> EncoderConfig:
-    """The encoder asked for, v3 in everything but size; or that of the one to go on from."""
-    if begun:
-        check_vocabulary(tokenizer, begun.config.vocab_size, args.encoder)
-        return replace(begun.config, hidden_dropout=args.dropout, attention_dropout=args.dropout)
+def fresh_config(args: argparse.Namespace, tokenizer: Tokenizer) -> EncoderConfig:
+    """The encoder asked for, v3 in everything but size, as it is shipped: without dropout, whatever pretraining uses.
+
+    With v3's 0.1 an encoder this small stays at the class prior when it is fine-tuned (docs/experiments.md).
+    """
     if args.width % args.heads:
         raise InputError(found=f"--width {args.width} with --heads {args.heads}", expected="a multiple of the heads")
     return EncoderConfig(vocab_size=tokenizer.vocab_size, width=args.width, heads=args.heads, layers=args.layers,
-                         feed_forward=args.feed_forward, hidden_dropout=args.dropout, attention_dropout=args.dropout,
+                         feed_forward=args.feed_forward, hidden_dropout=0.0, attention_dropout=0.0, head_dropout=0.0,
                          init_std=args.init_std, pad_id=tokenizer.pad_id)
 
 
@@ -590,28 +633,31 @@ def restore(output: Path, model: Pretraining, optimizers: list[AdamW], corpus: C
     return Progress(**facts)
 
 
-def check_settings(output: Path, settings: dict) -> None:
-    """Errors: InputError where a run is to go on with other settings than it was begun with."""
+def check_settings(output: Path, settings: dict, machine: dict) -> EncoderConfig:
+    """What the run that is to go on ships. Errors: InputError where it was begun with other settings than these."""
     if not runs.has_state(output / "state"):
         raise InputError(file=output, found="no saved state", expected="a run that was begun; leave --resume out")
-    begun = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    begun = runs.read_made_of(output, "minipref.pretrain")
     for name, value in settings.items():
-        if name != "corpus" and begun.get(name) != value:                # a corpus is known by what is in it
+        if name != "corpus" and begun["settings"].get(name) != value:    # a corpus is known by what is in it
             raise InputError(file=output, found=f"--{name.replace('_', '-')} {shown(value)}",
-                             expected=f"{shown(begun.get(name))}, as the run was begun")
+                             expected=f"{shown(begun['settings'].get(name))}, as the run was begun")
+    for name, value in machine.items():
+        if begun["machine"][name] != value:
+            print(f"note: {name} is {value} and was {begun['machine'][name]}: the run goes on, but not bit for bit")
+    return EncoderConfig(**begun["encoder"])
 
 
-def ship(model: Pretraining, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the encoder alone, its word table summed up, float16, in the Hugging Face layout, with the tokenizer.
-
-    Its config.json says no dropout, whatever pretraining used: with v3's 0.1 an encoder this small stays at the class
-    prior when it is fine-tuned (docs/experiments.md).
-    """
+def ship(model: Pretraining, config: EncoderConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the encoder alone, its word table summed up, float16, in the Hugging Face layout, with the tokenizer."""
     encoder, table = model.encoder()
     tensors = encoder_tensors(encoder) | {"deberta.embeddings.word_embeddings.weight": table}
-    fields = replace(encoder.config, hidden_dropout=0.0, attention_dropout=0.0).to_json()
-    for of_a_classifier in ("id2label", "label2id", "problem_type", "cls_dropout"):
-        del fields[of_a_classifier]
+    fields = config.to_json()
+    of_a_classifier = ["id2label", "label2id", "problem_type"]
+    if config.head_dropout == config.hidden_dropout:                     # as it is read where the file does not say
+        of_a_classifier.append("cls_dropout")
+    for name in of_a_classifier:
+        del fields[name]
     tokenizer.save(folder)
     write_checkpoint(tensors, fields | {"architectures": ["DebertaV2Model"], "dtype": "float16"}, folder, torch.float16)
 
@@ -658,20 +704,22 @@ def describe(model: Pretraining, corpus: Corpus, tokens: int) -> str:
             f"held out: {len(corpus.heldout):,} documents, {sum(map(len, corpus.heldout)):,} tokens")
 
 
-def training_row(progress: Progress, batch_tokens: int, lr: float) -> dict[str, float]:
-    return {"step": progress.step, "tokens": progress.step * batch_tokens, "lr": round(lr, 7),
+def training_row(progress: Progress, lr: float) -> dict[str, float]:
+    before = progress.rows[-1]["tokens"] if progress.rows else 0
+    return {"step": progress.step, "tokens": before + progress.tokens, "lr": round(lr, 7),
             "train_mlm_loss": round(progress.mlm_sum / progress.summed, 5),
             "train_rtd_loss": round(progress.rtd_sum / progress.summed, 5)}
 
 
-def timing_row(progress: Progress, batch_tokens: int) -> dict[str, float]:
+def timing_row(progress: Progress) -> dict[str, float]:
     return {"step": progress.step, "seconds": round(progress.seconds, 1),
             "processor_seconds": round(progress.processor_seconds, 1),
-            "tokens_per_second": round(progress.summed * batch_tokens / progress.seconds)}
+            "tokens_per_second": round(progress.tokens / progress.seconds)}
 
 
 def summary(row: dict[str, float]) -> str:
-    line = f"step {row['step']:,}: MLM loss {row['mlm_loss']:.3f}, {row['mlm_accuracy']:.1%} right"
+    line = (f"step {row['step']:,}: MLM loss {row['mlm_loss']:.3f} (word frequency {row['unigram_loss']:.3f}), "
+            f"{row['mlm_accuracy']:.1%} right ({row['unigram_accuracy']:.1%})")
     if "rtd_f1" in row:
         line += (f"; RTD loss {row['rtd_loss']:.4f} (constant {row['constant_loss']:.4f}), precision "
                  f"{row['rtd_precision']:.3f}, recall {row['rtd_recall']:.3f}, F1 {row['rtd_f1']:.3f} (always original "
@@ -681,8 +729,9 @@ def summary(row: dict[str, float]) -> str:
 
 # --- Arguments ---
 
-NOT_SETTINGS = ("output", "resume", "threads")      # what may differ when a run goes on
-OF_THE_ENCODER = ("tokenizer", "vocab_size", "width", "heads", "layers", "feed_forward", "init_std")   # to go on from
+NOT_SETTINGS = ("output", "resume", "threads", "device")      # what may differ when a run goes on
+FRESH = {"tokenizer": None, "vocab_size": 8000, "width": 192, "heads": 3, "layers": 4, "feed_forward": 768,
+         "init_std": 0.06}                                      # an encoder to go on from has its own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -692,6 +741,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as problem:
         print(f"pretrain: {problem}", file=sys.stderr)
         return 2
+    except OSError as problem:
+        print(f"pretrain: {' '.join(str(problem).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pretrain: interrupted before the first step", file=sys.stderr)
+        return 130
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -702,12 +757,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", default="runs/pretrain", metavar="DIR", help="the run's folder; the encoder lands in its model/")
     add("--resume", action="store_true", help="go on with the run in --output")
     add("--encoder", metavar="DIR", help="go on from this encoder and its tokenizer, instead of fresh weights")
-    add("--tokenizer", metavar="DIR", help="a folder with a tokenizer, instead of training a vocabulary")
     add("--objective", choices=("rtd", "mlm"), default="rtd", help="mlm: no discriminator, keep a BERT instead")
     add("--sharing", choices=("gdes", "es", "nes"), default="gdes", help="of the word table, for rtd")
     for name, default, help in (
-            ("vocab-size", 8000, "ids, special ones included"), ("width", 192, "D"), ("heads", 3, "H"),
-            ("layers", 4, "N; the generator has half as many"), ("feed-forward", 768, "F"),
             ("steps", 5000, "optimizer steps"), ("batch-tokens", 2048, "a step reads"), ("length", 128, "of a window"),
             ("long-length", 512, "of a window in some steps"), ("warmup", 400, "steps"),
             ("evaluations", 25, "on held-out text, evenly spread"),
@@ -716,20 +768,30 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, default, help in (
             ("long-share", 0.1, "of the steps read long windows"), ("lr", 2e-3, "of the generator, at its peak"),
             ("discriminator-lr", 5e-4, "at its peak"),
-            ("heldout-share", 0.01, "of the documents"), ("dropout", 0.0, "while pretraining"),
-            ("init-std", 0.06, "of fresh matrices")):
+            ("heldout-share", 0.01, "of the documents"), ("dropout", 0.0, "while pretraining")):
         add(f"--{name}", type=float, default=default, metavar="X", help=help)
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the forward pass")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--threads", type=positive, default=None, metavar="N", help="of the CPU; as many as torch likes, if left out")
     add("--seed", type=int, default=0)
+    fresh = parser.add_argument_group("a fresh encoder", "Not beside --encoder, which has its own.")
+    fresh.add_argument("--tokenizer", metavar="DIR", default=argparse.SUPPRESS,
+                       help="a folder with a tokenizer, instead of training a vocabulary")
+    for name, kind, help in (("vocab-size", positive, "ids, special ones included"), ("width", positive, "D"),
+                             ("heads", positive, "H"), ("layers", positive, "N; the generator has half as many"),
+                             ("feed-forward", positive, "F"), ("init-std", float, "of fresh matrices")):
+        fresh.add_argument(f"--{name}", type=kind, metavar="X" if kind is float else "N", default=argparse.SUPPRESS,
+                           help=f"{help} (default: {FRESH[name.replace('-', '_')]})")
     args = parser.parse_args(argv)
-    for name in ("lr", "discriminator_lr", "long_share", "heldout_share", "dropout", "init_std"):
-        if not 0 <= getattr(args, name) < 1 + (name == "long_share"):
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not from 0 to 1")
-    for name in OF_THE_ENCODER:
-        if args.encoder and getattr(args, name) != parser.get_default(name):
+    for name, value in FRESH.items():
+        if hasattr(args, name) and args.encoder:
             parser.error(f"--{name.replace('_', '-')} beside --encoder, which has its own")
+        setattr(args, name, getattr(args, name, None if args.encoder else value))
+    for name in ("lr", "discriminator_lr", "long_share", "heldout_share", "dropout", "init_std"):
+        if not 0 <= (getattr(args, name) or 0) < 1 + (name == "long_share"):
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not from 0 to 1")
+    if args.warmup >= args.steps:
+        parser.error(f"--warmup {args.warmup} is not below --steps {args.steps}")
     for name in ("length", "long_length"):
         if not 2 <= getattr(args, name) <= args.batch_tokens:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not from 2 to --batch-tokens")

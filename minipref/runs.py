@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minipref.errors import InputError, shown
-from minipref.files import replacing, sha256_of, sweep, write_json, write_text
+from minipref.files import read_json, replacing, sha256_of, sweep, write_json, write_text
 
 try:
     import fcntl
@@ -125,7 +125,7 @@ def alone_in(folder: str | Path) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(file=folder, found="another process at work in it",
-                             expected="that one to end, or another name for --run") from None
+                             expected="that one to end, or another folder") from None
         except OSError as problem:
             print(f"note: {folder} cannot be locked ({problem.strerror}): let no other run use it now")
         for part in (folder, *folder.glob("fold-*")):
@@ -180,6 +180,21 @@ def _digest(text: str) -> str:
 def digest_of_json(value: object) -> str:
     """A SHA-256 of what JSON can hold, the same however it is laid out."""
     return _digest(json.dumps(value, sort_keys=True))
+
+
+def write_made_of(folder: Path, fields: dict) -> None:
+    """A run's config.json: what it is made of, with a checksum, since nobody may change that under it."""
+    write_json(folder / "config.json", fields | {"sha256": digest_of_json(fields)})
+
+
+def read_made_of(folder: Path, program: str) -> dict:
+    """A run's config.json as `write_made_of` wrote it. Errors: `InputError` where it is not, to the last character."""
+    path = folder / "config.json"
+    fields = read_json(path, f"the folder of a run that {program} began")
+    if fields.pop("sha256", None) != digest_of_json(fields):
+        raise InputError(file=path, found="its content does not match its checksum", expected="the file as it was "
+                         "written: what a run is made of cannot be changed under it")
+    return fields
 
 
 def random_state() -> tuple[dict[str, Tensor], dict]:

@@ -420,8 +420,8 @@ def test_every_other_command_of_a_page_runs(page, checkout):
 
 
 SMALL = "--width 32 --heads 2 --layers 2 --feed-forward 64"
-FOUR_STEPS = ("--heldout-share 0.1 --length 24 --long-length 48 --batch-tokens 96 --steps 4 --evaluations 1 "
-              "--precision fp32")
+FOUR_STEPS = ("--heldout-share 0.1 --length 24 --long-length 48 --batch-tokens 96 --steps 4 --warmup 1 "
+              "--evaluations 1 --precision fp32")
 PRETRAINING = [(page, line) for page in ("docs/pretraining.md", "weights/minipref-tiny/README.md")
                for line in re.findall(r"^    python -m minipref\.pretrain (.*)$", text_of(page), re.M)]
 

@@ -5,6 +5,7 @@ import gzip
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +60,11 @@ def corpus(text) -> pretrain.Corpus:
     return load_corpus([text], 0.1, None, 350)
 
 
-def small_model(corpus: pretrain.Corpus, objective: str = "rtd", sharing: str = "gdes", layers: int = 2) -> Pretraining:
+def small_model(corpus: pretrain.Corpus, objective: str = "rtd", sharing: str = "gdes", layers: int = 2,
+                spare_rows: int = 0, **sizes) -> Pretraining:
     torch.manual_seed(0)
-    config = EncoderConfig(vocab_size=corpus.tokenizer.vocab_size, width=32, heads=2, layers=layers, feed_forward=64,
-                           hidden_dropout=0.0, attention_dropout=0.0)
+    config = EncoderConfig(vocab_size=corpus.tokenizer.vocab_size + spare_rows, width=32, heads=2, layers=layers,
+                           feed_forward=64, hidden_dropout=0.0, attention_dropout=0.0, **sizes)
     return Pretraining(config, corpus.tokenizer, objective, sharing)
 
 
@@ -216,6 +218,20 @@ def test_only_hidden_tokens_are_replaced_and_a_right_guess_counts_as_original(co
     assert is_masked.any() and torch.equal(corrupted, same)
 
 
+@pytest.mark.parametrize("objective", ["rtd", "mlm"])
+def test_rows_of_the_table_that_are_no_word_are_neither_guessed_nor_drawn(corpus, objective):
+    """v3's table has 128,100 rows for 128,001 ids."""
+    model = small_model(corpus, objective, spare_rows=3000)
+    ids = some_ids(corpus)
+    for _ in range(5):
+        _, corrupted, guesses = model.corrupt(ids)
+        assert guesses.shape[1] == corpus.tokenizer.vocab_size
+        assert corrupted.max() < corpus.tokenizer.vocab_size
+    assert hide_80_10_10(ids, torch.ones_like(ids, dtype=torch.bool), 0, model.words).max() < model.words
+    figures = evaluate(model, [ids], corpus.counts, lambda: autocast(CPU, "fp32"))
+    assert all(np.isfinite(value) for value in figures.values())
+
+
 def test_words_are_drawn_as_often_as_the_generator_finds_them_likely():
     """20,000 draws from one distribution: chi-squared, 5 words, 99.99% of honest samplers stay below 23.5."""
     wanted = torch.tensor([0.05, 0.5, 0.2, 0.24, 0.01])
@@ -287,6 +303,20 @@ def test_figures_agree_with_scikit_learn_and_with_a_count_by_hand():
                                                    abs=0.01)
     by_hand = [sklearn.f1_score(labels, sign * commonness >= t) for sign in (1, -1) for t in sign * np.arange(9.0)]
     assert figures["unigram_best_f1"] == pytest.approx(max(by_hand))
+
+
+def test_guessing_by_frequency_has_the_loss_and_the_hits_of_a_count_by_hand():
+    figures = pretrain.frequency_figures(np.array([0, 1, 1, 3]), np.array([3, 7, 0, 0]))
+    assert figures["unigram_loss"] == pytest.approx(-np.log([4 / 14, 8 / 14, 8 / 14, 1 / 14]).mean())
+    assert figures["unigram_accuracy"] == 0.5
+
+
+def test_the_frequencies_of_an_evaluation_leave_out_what_is_never_hidden(corpus):
+    counts = corpus.counts.copy()
+    figures = evaluate(small_model(corpus), [some_ids(corpus)], counts, lambda: autocast(CPU, "fp32"))
+    counts[corpus.tokenizer.sep_id] += 10**6
+    assert evaluate(small_model(corpus), [some_ids(corpus)], counts, lambda: autocast(CPU, "fp32")) == figures
+    assert 0 < figures["unigram_accuracy"] < 0.5 and 2 < figures["unigram_loss"] < np.log(350)
 
 
 def test_with_nothing_replaced_the_figures_are_zero_and_not_an_error():
@@ -377,6 +407,49 @@ def test_a_run_is_neither_overwritten_nor_continued_with_other_settings_or_anoth
         assert run(begun_with, tmp_path / "run", *more) == 2
         assert said in capsys.readouterr().err
     assert run(text, tmp_path / "new", "--resume") == 2
+    settings = tmp_path / "run/config.json"
+    for content in (settings.read_text().replace('"seed": 0', '"seed": 1'), "{", "[]"):
+        settings.write_text(content)
+        assert run(text, tmp_path / "run", "--resume") == 2
+        assert "config.json" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_write_into_one_folder(text, tmp_path, capsys):
+    with minipref.runs.alone_in(tmp_path / "run"):
+        assert run(text, tmp_path / "run") == 2
+    assert "another process" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_with_other_threads_says_that_it_is_not_bit_for_bit(text, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        interrupt(patched, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(text, tmp_path) == 143
+    threads = torch.get_num_threads()
+    try:
+        assert run(text, tmp_path, "--resume", "--threads", str(threads + 1)) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert f"note: threads is {threads + 1} and was {threads}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("raised", "code", "said"), [(OSError(28, "No space left on device"), 1, "No space left"),
+                                                      (KeyboardInterrupt(), 130, "interrupted before")])
+def test_what_ends_a_run_from_outside_is_one_line(text, tmp_path, monkeypatch, capsys, raised, code, said):
+    def end(*_):
+        raise raised
+
+    monkeypatch.setattr(pretrain, "load_corpus", end)
+    assert run(text, tmp_path) == code
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_where_half_precision_would_be_fp16_it_is_fp32_since_no_loss_is_scaled(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "choose_precision", lambda name, device: "fp16" if name == "auto" else name)
+    options = [*RUN[:RUN.index("--precision")], "auto", *RUN[RUN.index("--precision") + 2:]]
+    options.insert(RUN.index("--precision"), "--precision")
+    assert pretrain.main(["--corpus", str(text), "--output", str(tmp_path), *options]) == 0
+    assert minipref.runs.read_made_of(tmp_path, "pretrain")["settings"]["precision"] == "fp32"
 
 
 # --- An encoder that goes on ---
@@ -410,14 +483,28 @@ def test_a_run_goes_on_from_a_folder_with_its_sizes_and_its_vocabulary_and_resum
     with monkeypatch.context() as patched:
         interrupt(patched, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert pretrain.main([*more, "--output", str(tmp_path / "parts")]) == 143
+    folder.rename(tmp_path / "elsewhere")                                # what is needed of it is in the state
     assert pretrain.main([*more, "--output", str(tmp_path / "parts"), "--resume"]) == 0
+    (tmp_path / "elsewhere").rename(folder)
     same_result(tmp_path / "whole", tmp_path / "parts")
     for file in ("config.json", "tokenizer.json"):
         assert (tmp_path / "whole/model" / file).read_bytes() == (folder / file).read_bytes()
-    for option, value in (("--width", "64"), ("--tokenizer", str(folder)), ("--vocab-size", "351")):
+    for option, value in (("--width", "32"), ("--tokenizer", str(folder)), ("--vocab-size", "350")):   # its own, too
         capsys.readouterr()
         assert pretrain.main([*more, "--output", str(tmp_path / "other"), option, value]) == 2
         assert f"{option} beside --encoder" in capsys.readouterr().err
+
+
+def test_whose_encoder_it_was_keeps_its_distances_and_its_dropout(text, corpus, tmp_path):
+    model = small_model(corpus, span=32, max_distance=96, spare_rows=7)
+    published = replace(model.config, hidden_dropout=0.1, attention_dropout=0.2, head_dropout=0.3)
+    pretrain.ship(model, published, corpus.tokenizer, tmp_path / "theirs")
+    assert pretrain.main(["--corpus", str(text), "--encoder", str(tmp_path / "theirs"), "--output",
+                          str(tmp_path / "ours"), *SIZES[SIZES.index("--heldout-share"):], "--steps", "2", "--warmup",
+                          "1", "--batch-tokens", "384", "--evaluations", "1", "--objective", "mlm"]) == 0
+    config = minipref.load_encoder(tmp_path / "ours/model").config
+    assert config == minipref.load_encoder(tmp_path / "theirs").config
+    assert (config.span, config.max_distance, config.hidden_dropout, config.head_dropout) == (32, 96, 0.1, 0.3)
 
 
 # --- What is shipped ---
@@ -497,6 +584,7 @@ def test_a_file_that_is_not_text_is_named_with_its_line(tmp_path, name, content,
     (["--corpus", "tiny.txt", "--steps", "0"], "less than 1"),
     (["--corpus", "tiny.txt", "--long-share", "2"], "--long-share"),
     (["--corpus", "tiny.txt", "--length", "9999"], "--length"),
+    (["--corpus", "tiny.txt", "--steps", "300"], "--warmup 400"),
     (["--corpus", "tiny.txt", "--sharing", "some"], "some"),
     (["--corpus", "tiny.txt", "--encoder", "nowhere"], "nowhere"),
 ])
@@ -512,3 +600,11 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, 
 def test_a_corpus_too_short_for_one_batch_says_so(text, tmp_path, capsys):
     assert pretrain.main(["--corpus", str(text), "--output", str(tmp_path), *SIZES, "--batch-tokens", "1000000"]) == 2
     assert "tokens of text" in capsys.readouterr().err
+    assert pretrain.main(["--corpus", str(text), "--output", str(tmp_path), *SIZES, "--heldout-share", "0.001",
+                          "--length", "300", "--long-length", "300", "--batch-tokens", "600"]) == 2
+    assert "--heldout-share" in capsys.readouterr().err
+
+
+def test_tokens_are_those_that_were_read_where_the_lengths_do_not_divide_the_batch(text, tmp_path):
+    assert run(text, tmp_path, "--batch-tokens", "400", "--long-share", "0") == 0
+    assert [row["tokens"] for row in rows_of(tmp_path / "metrics.csv")] == [n * 384 for n in (4, 8, 12, 16)]

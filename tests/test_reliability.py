@@ -169,9 +169,9 @@ def resumable(half: Path) -> None:
 def change_identity(change) -> None:
     """Write another truth into config.json, checksum and all, as another machine or version would have."""
     path = Path("run/config.json")
-    stored = train.read_run(path)
+    stored = runs.read_made_of(path.parent, "train.py")
     change(stored)
-    path.write_text(json.dumps(stored | {"sha256": runs.digest_of_json(stored)}))
+    runs.write_made_of(path.parent, stored)
 
 
 @pytest.mark.parametrize(("change", "what"), [
@@ -205,7 +205,8 @@ def test_a_damaged_configuration_is_noticed_whatever_is_damaged(half, capsys):
     for place in range(0, len(content), 97):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
         try:
-            assert train.read_run(path) == {k: v for k, v in json.loads(content).items() if k != "sha256"}
+            read = runs.read_made_of(path.parent, "train.py")
+            assert read == {k: v for k, v in json.loads(content).items() if k != "sha256"}
         except InputError as problem:
             assert "config.json" in str(problem)
     path.write_bytes(content.replace(b'"lr": 0.003', b'"lr": 0.007'))
