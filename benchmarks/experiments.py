@@ -3,6 +3,7 @@
     python benchmarks/experiments.py sample --train data/sample/train.csv
     python benchmarks/experiments.py autoj --train autoj.csv --options "--max-length 512" --encoders bundled random
     python benchmarks/experiments.py sample --train a.csv --encoders nes=runs/nes/model mlm=runs/mlm/model --seeds 1 2 3
+    python benchmarks/experiments.py real --train a.csv b.csv --encoders --by model_a
     python benchmarks/experiments.py --page                    the tables again, measuring nothing
 
 The first argument names the table. An encoder is `bundled` (weights/minipref-tiny), `random` (the same architecture and
@@ -12,6 +13,9 @@ or with --test those of the model that it kept on rows by which nothing was chos
 temperature is fitted on other rows than those it is applied to. What was measured is kept in
 benchmarks/experiments.json; a pair of encoder and seed that is there already is not run again, unless --again says so.
 With --runs the runs stay, and one that was interrupted goes on where it was.
+
+Where rows are of several kinds, an encoder may earn its score by telling the kinds apart. --by COLUMN says what that is
+worth: the class prior of each value of that column, which no model is shown.
 
 TF-IDF of A minus B with a logistic regression needs scikit-learn (a development package).
 """
@@ -26,13 +30,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402 - these need the path
+import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
 import train as training  # noqa: E402
@@ -71,10 +76,11 @@ def wanted(options: argparse.Namespace, seed: int, done: dict) -> Iterator[tuple
     def missing(name: str) -> bool:
         return options.again or str(seed) not in done.get(name, {})
 
-    simple = ("uniform", "class prior", "length only", "TF-IDF of A minus B")
+    simple = ["uniform", "class prior", "length only", "TF-IDF of A minus B"]
+    simple += [f"class prior by {options.by}"] if options.by else []
     if any(missing(name) for name in simple):
         scores = baselines(options, seed)
-        yield from ((name, lambda name=name: scores[name]) for name in simple)
+        yield from ((name, lambda name=name: scores[name]) for name in simple if missing(name))
     for encoder in options.encoders:
         name, _, folder = encoder.partition("=")
         if missing(name):
@@ -85,23 +91,45 @@ def wanted(options: argparse.Namespace, seed: int, done: dict) -> Iterator[tuple
 
 def baselines(options: argparse.Namespace, seed: int) -> dict[str, dict]:
     """What one gets without reading, or without order, on the rows that an encoder is judged on with this seed."""
-    train = [pair for path in options.train for pair in read_pairs(path)]
+    train = with_kinds(options.train, options.by)
     if options.valid:
-        valid = list(read_pairs(options.valid))
+        valid = with_kinds([options.valid], options.by)
     else:
         shares = [1 - options.valid_fraction, options.valid_fraction]                              # train.py's split
-        part = split_by_prompt([p.prompt for p in train], [p.label for p in train], shares, seed)
-        train, valid = ([pair for pair, k in zip(train, part) if k == which] for which in (0, 1))
+        part = split_by_prompt([p.prompt for p, _ in train], [p.label for p, _ in train], shares, seed)
+        train, valid = ([row for row, k in zip(train, part) if k == which] for which in (0, 1))
     if options.test:
-        valid = list(read_pairs(options.test))
+        valid = with_kinds([options.test], options.by)
+    (train, kinds), (valid, valid_kinds) = (zip(*rows) for rows in (train, valid))
     labels, valid_labels = (np.array([pair.label for pair in pairs]) for pairs in (train, valid))
     found = metrics.baselines(character_counts(train), labels, character_counts(valid), valid_labels)
     found["TF-IDF of A minus B"] = metrics.evaluate(by_words(train, labels, valid, seed), valid_labels)
+    if options.by:
+        found[f"class prior by {options.by}"] = metrics.evaluate(by_kind(kinds, labels, valid_kinds), valid_labels)
     best = read_reachable([path for path in (*options.train, options.valid, options.test) if path], valid)
     if best is not None:
         found["best reachable"] = metrics.evaluate(best, valid_labels)
     reachable = {"best_reachable": round(found["best reachable"]["log_loss"], 5)} if best is not None else {}
     return {name: scores(result) | reachable for name, result in found.items()}
+
+
+def with_kinds(paths: list[str], column: str | None) -> list[tuple[Pair, str]]:
+    """The rows of CSVs, each with its entry in a column, or "" where none is named."""
+    pairs = [pair for path in paths for pair in read_pairs(path)]
+    if column is None:
+        return [(pair, "") for pair in pairs]
+    entries = [pd.read_csv(path, dtype=str, keep_default_na=False)[column] for path in paths]
+    return list(zip(pairs, np.concatenate(entries), strict=True))
+
+
+def by_kind(kinds: Sequence[str], labels: np.ndarray, valid_kinds: Sequence[str]) -> np.ndarray:
+    """The class shares of each row's kind, drawn towards those of all rows as five more rows would.
+
+    Shapes: n kinds, (n,), kinds of the rows of valid -> (rows of valid, 3).
+    """
+    overall = np.bincount(labels, minlength=3) / len(labels)
+    counts = {kind: np.bincount(labels[np.array(kinds) == kind], minlength=3) for kind in {*kinds, *valid_kinds}}
+    return np.array([(counts[kind] + 5 * overall) / (counts[kind].sum() + 5) for kind in valid_kinds])
 
 
 def by_words(train: list[Pair], labels: np.ndarray, valid: list[Pair], seed: int) -> np.ndarray:
@@ -254,6 +282,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--valid-fraction", type=float, default=recipe("tiny").valid_fraction, help="share of the rows that validate")
     add("--encoders", nargs="*", default=["bundled", "random"], metavar="NAME[=DIR]")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    add("--by", metavar="COLUMN", help="one more baseline: the class prior of each value of this column of the CSVs")
     add("--options", default="", help="more options for train.py, as one argument")
     add("--runs", metavar="DIR", help="keep the runs there, and go on with those that are")
     add("--again", action="store_true", help="measure what is there already once more")

@@ -115,6 +115,21 @@ def reliability() -> str:
                  "confidence in the likeliest class", "accuracy", dotted="honest")
 
 
+def pretraining() -> str:
+    """The bundled encoder's held-out F1 beside the baselines', from the table in its README."""
+    page = (TINY / "README.md").read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    names = next(row for row in cells if row[0] == "step")
+    table = [dict(zip(names, row)) for row in cells if row[1].endswith(" M") and len(row) == len(names)]
+    tokens = [float(row["tokens"].removesuffix(" M")) for row in table]
+    lines = {"best F1 of the discriminator": (tokens, [float(row["best F1"]) for row in table]),
+             "its F1 at even odds": (tokens, [float(row["F1"]) for row in table]),
+             "best F1 of word frequency": (tokens, [float(row["word frequency"]) for row in table]),
+             "'always original'": ([0, tokens[-1]], [0, 0])}
+    return chart("Replaced tokens found in held-out text, by tokens read", lines, range(0, 25, 4),
+                 [n / 10 for n in range(7)], "million tokens read", "F1", dotted="'always original'")
+
+
 # --- one head ---------------------------------------------------------------------------------------------------------
 
 def one_head() -> tuple[str, str]:
@@ -186,7 +201,8 @@ def marked(text: str, mark: str, content: str) -> str:
 def build() -> dict[str, str]:
     """Every generated file's content, by its path from the root."""
     head, caption = one_head()
-    figures = {"buckets": buckets(), "schedule": schedule(), "reliability": reliability(), "head": head}
+    figures = {"buckets": buckets(), "schedule": schedule(), "reliability": reliability(), "head": head,
+               "pretraining": pretraining()}
     files = {f"docs/figures/{name}.svg": text for name, text in figures.items()}
     readme = marked((ROOT / "README.md").read_text(encoding="utf-8"), "head", caption)
     files["README.md"] = marked(readme, "parity", parity())

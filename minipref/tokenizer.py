@@ -668,8 +668,9 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, *, character_coverag
     piece and are read as bytes. A piece has at most `max_piece_length` characters and no space but at its start.
 
     Differs: step 1 is the library's Nmt and NFKC instead of v3's character map. Of all single characters these read two
-    differently, U+FF5E and U+1F23B. NFKC also sorts and composes combining marks, however many there are. As in v3, no
-    piece joins letters, digits and signs (as long as there are enough others); unlike v3's, scripts may meet in one.
+    differently, U+FF5E and U+1F23B. NFKC also sorts and composes combining marks, however many there are. As in all but
+    166 of v3's, which has pieces like '▁£1', no piece joins letters, digits and signs (as long as there are enough
+    others); unlike v3's, scripts may meet in one. v3's longest piece has 32 characters.
 
     The library's trainer adds up in an order that changes from run to run. Scores are rounded to four decimals, where
     that does not show; pieces worth exactly the same could still change places at the edge of the vocabulary.

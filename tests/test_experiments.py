@@ -5,6 +5,7 @@ import re
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
 from small import write_encoder, write_rows
@@ -61,6 +62,26 @@ def test_with_test_rows_the_kept_model_is_judged_on_those(tmp_path, measure):
     again = measure(*command, "--again")                                         # the run is over: nothing to train
     assert before and {path: path.stat().st_mtime_ns for path in run.glob("state/*")} == before
     assert again == found
+
+
+def test_a_column_that_tells_the_answer_is_worth_nearly_everything_and_is_read_for_the_right_rows(tmp_path, measure):
+    rows, test = (write_rows(tmp_path / f"{name}.csv", 90, seed) for name, seed in (("rows", 1), ("test", 2)))
+    frames = {path: pd.read_csv(path, dtype=str, keep_default_na=False) for path in (rows, test)}
+    for path, frame in frames.items():
+        frame["model_a"] = frame[["winner_model_a", "winner_model_b", "winner_tie"]].idxmax(axis=1)
+        frame.to_csv(path, index=False)
+    for more in ([], ["--test", test], ["--valid", test]):
+        found = measure("--train", rows, *more, "--encoders", "--seeds", 1, "--again", "--by", "model_a")
+        assert found["class prior by model_a"]["1"]["accuracy"] == 1.0
+        assert found["class prior by model_a"]["1"]["log_loss"] < 0.3 < found["class prior"]["1"]["log_loss"]
+    found = measure("--train", rows, "--encoders", "--seeds", 1, "--again", "--by", "id")         # which tells nothing
+    assert found["class prior by id"]["1"]["log_loss"] == pytest.approx(found["class prior"]["1"]["log_loss"], abs=1e-2)
+
+
+def test_a_kinds_class_shares_are_drawn_to_those_of_all_rows_as_by_five_more():
+    found = experiments.by_kind(["x", "x", "y", "y"], np.array([0, 0, 1, 2]), ["x", "y", "z"])
+    overall = np.array([0.5, 0.25, 0.25])
+    np.testing.assert_allclose(found, [([2, 0, 0] + 5 * overall) / 7, ([0, 1, 1] + 5 * overall) / 7, overall])
 
 
 def test_the_share_of_the_gap_is_each_seeds_own():
