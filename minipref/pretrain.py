@@ -31,6 +31,7 @@ Paper: DeBERTaV3 (arXiv 2111.09543), section 3; ELECTRA (arXiv 2003.10555).
 Differs: v3's generator has absolute positions before its last layers (the 'enhanced mask decoder'); ours has none.
 
     python -m minipref.pretrain --corpus CORPUS [CORPUS ...] --output runs/pretrain
+    python -m minipref.pretrain --corpus CORPUS --encoder weights/minipref-tiny        going on from an encoder
 """
 
 import argparse
@@ -494,6 +495,9 @@ def pretrain_in(output: Path, args: argparse.Namespace) -> int:
     elif runs.has_state(output / "state"):
         raise InputError(file=output, found="a run that was begun", expected="--resume, or another --output")
     elif args.encoder:
+        if Path(args.encoder).resolve() == (output / "model").resolve():
+            raise InputError(file=args.encoder, found="the folder that this run would write its own encoder to",
+                             expected="another --output")
         begun = load_encoder(args.encoder)
         shipped = begun.config
         print(f"encoder {args.encoder}: {begun.load_report}")
