@@ -154,12 +154,12 @@ def resumed(given: dict) -> dict:
     """The options of the run to go on with. Errors: `InputError` for one given now that says otherwise."""
     if "run" not in given:
         raise InputError(found="--resume without --run", expected="the folder of the run to go on with")
-    path = Path(given["run"]) / "config.json"
-    stored = runs.read_made_of(path.parent, "train.py")["options"]
+    folder = Path(given["run"])
+    stored = runs.read_made_of(folder, "train.py")["options"]
     for name in sorted(given.keys() - FREE_TO_CHANGE):
         if given[name] != stored.get(name):
-            raise InputError(file=path, found=f"--{name.replace('_', '-')} {given[name]}, where the run has "
-                             f"{stored.get(name, 'its default')}", expected="the same, or a run of its own")
+            raise InputError(file=folder / "config.json", found=f"--{name.replace('_', '-')} {given[name]}, where the "
+                             f"run has {stored.get(name, 'its default')}", expected="the same, or a run of its own")
     return stored | {name: given[name] for name in FREE_TO_CHANGE if name in given}
 
 

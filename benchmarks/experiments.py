@@ -127,8 +127,8 @@ def by_kind(kinds: Sequence[str], labels: np.ndarray, valid_kinds: Sequence[str]
 
     Shapes: n kinds, (n,), kinds of the rows of valid -> (rows of valid, 3).
     """
-    overall = np.bincount(labels, minlength=3) / len(labels)
-    counts = {kind: np.bincount(labels[np.array(kinds) == kind], minlength=3) for kind in {*kinds, *valid_kinds}}
+    kinds, overall = np.array(kinds), np.bincount(labels, minlength=3) / len(labels)
+    counts = {kind: np.bincount(labels[kinds == kind], minlength=3) for kind in {*kinds, *valid_kinds}}
     return np.array([(counts[kind] + 5 * overall) / (counts[kind].sum() + 5) for kind in valid_kinds])
 
 
