@@ -461,7 +461,7 @@ def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Set
     bar = tqdm(total=config.epochs * len(train_rows), initial=progress.step * config.batch_size * config.accumulate,
                unit="pairs", disable=None if distributed.is_first() else True, dynamic_ncols=True, smoothing=0.05)
     started = saved = time.monotonic()
-    first_step, epoch_in_hand = progress.step, None
+    epoch_in_hand, paces = None, []
     try:
         while not progress.finished:
             if progress.step in evaluate_at and progress.evaluated < progress.step and len(valid_rows):
@@ -485,13 +485,15 @@ def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Set
                 # Schedule steps 1 to total of total + 1: neither the first nor the last step is wasted on a rate of 0.
                 lr = cosine_with_warmup(progress.step + 1, total + 1, warmup, config.lr)
                 taken = batches[window * config.accumulate:(window + 1) * config.accumulate]
+                begun = time.monotonic()
                 loss, rows = take_step(forward, optimizer, scaler, lr, [(train_rows[b], swaps[b]) for b in taken],
                                        progress, setup)
                 progress.step += 1
                 bar.update(rows)
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
-                if progress.step == first_step + 10:
-                    say_how_long(total - first_step, time.monotonic() - started, bar)
+                paces.append(time.monotonic() - begun)
+                if len(paces) == 20:                       # the first ten load libraries and ask for memory
+                    say_how_long(total - progress.step, sum(paces[10:]) / 10, bar)
                 if not distributed.most(time.monotonic() - saved >= 60 * options["save_every"]):
                     stop.check()
                     continue
@@ -729,9 +731,10 @@ def say_what_was_loaded(model: PreferenceModel, folder: Path, options: dict, set
         raise InputError(file=folder, found=f"{_size(free)} free on its disk", expected=f"{_size(disk)} for the state")
 
 
-def say_how_long(steps: int, seconds: float, bar: tqdm) -> None:
-    bar.write(f"the first 10 steps took {seconds:.1f} s: at that pace all {steps:,} take "
-              f"{_duration(seconds / 10 * steps)}, evaluations on top; peak memory so far {_size(peak_memory())}")
+def say_how_long(steps: int, pace: float, bar: tqdm) -> None:
+    """What is to come, at `pace` seconds a step; `steps` are those that are left."""
+    bar.write(f"{pace:.3g} s a step: the {steps:,} to come take {_duration(pace * steps)} at that pace, evaluations on "
+              f"top; peak memory so far {_size(peak_memory())}")
 
 
 def peak_memory() -> int:

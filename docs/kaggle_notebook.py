@@ -56,7 +56,7 @@ print(f"answer A of the first row: {frame['response_a'].iloc[0][:200]}")
 # ## Training
 #
 # The same as `python train.py --train ... --encoder ... --run run`. The first lines say what was taken and the recipe;
-# after ten steps comes an estimate of how long all of them take. The best model so far is always in `run/model`; the
+# after twenty steps comes an estimate of how long the others take. The best model so far is always in `run/model`; the
 # figures at the end are in `run/report.html`.
 
 # %%

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -65,6 +66,21 @@ def test_a_run_learns_and_writes_what_the_design_promises(finished):
     assert (finished / "runs" / "latest").read_text() == f"{run.resolve()}\n"
     card = (run / "model" / "README.md").read_text()
     assert "train.csv" in card and str(finished) not in card and "| lr | 0.005 |" in card
+
+
+def test_how_long_it_will_take_is_said_without_the_slow_first_steps(encoder, tmp_path, monkeypatch, capsys):
+    passed, take_step = [0.0], train.take_step
+
+    def slow_at_first(model, optimizer, scaler, lr, window, progress, setup):
+        passed[0] += 100 if progress.step < 10 else 2
+        return take_step(model, optimizer, scaler, lr, window, progress, setup)
+
+    monkeypatch.setattr(train, "take_step", slow_at_first)
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: passed[0]))
+    rows = write_rows(tmp_path / "train.csv", 400)
+    options = ["--recipe", "tiny", "--epochs", "1", "--batch-size", "8", "--evals-per-epoch", "1"]
+    code, out, _ = said(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "run", *options])
+    assert code == 0 and "2 s a step: the 25 to come take 50 s at that pace" in out
 
 
 def test_metrics_hold_no_times_and_no_paths(finished):

@@ -1,0 +1,52 @@
+"""The time that training has to take at least is counted from what a step multiplies."""
+
+import re
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import budget
+
+
+@pytest.fixture(scope="module")
+def steps() -> budget.Steps:
+    return budget.Steps(rows=64)
+
+
+def test_a_step_multiplies_what_its_layers_are_counted_to_multiply(steps):
+    config = steps.model.model.config
+    for number in range(len(steps.batches)):
+        B, L = len(steps.batches[number]), steps.setup.examples.lengths[steps.batches[number]].max()
+        D, F, H, d = config.width, config.feed_forward, config.heads, config.head_width
+        whole_layer = L * (4 * D * D + 2 * D * F) + 2 * L * L * d * H           # projections, feed-forward, q k, p v
+        last_layer = L * 2 * D * D + 2 * D * D + 2 * D * F + 2 * L * d * H      # keys and values of all, [CLS]'s rest
+        without_positions = 6 * B * ((config.layers - 1) * whole_layer + last_layer)
+        counted = steps.operations(number)
+        assert without_positions < counted < 1.5 * without_positions
+
+
+def test_a_pass_takes_its_operations_over_the_rate_and_steps_take_longer_than_their_products(steps, monkeypatch):
+    monkeypatch.setattr(budget, "rate", lambda *_: 1e9)
+    found = budget.measured(steps, range(len(steps.batches)))
+    operations = sum(steps.operations(number) for number in range(len(steps.batches)))
+    assert found["tera"] == pytest.approx(operations / 1e12)
+    assert found["at_least"] == pytest.approx(operations / 1e9 / 60)
+    assert found["as_it_is"] > 0
+
+
+def test_nothing_is_learnt_while_it_measures(steps):
+    before = [p.clone() for p in steps.model.parameters()]
+    steps.take(0)
+    assert all(torch.equal(p, was) for p, was in zip(steps.model.parameters(), before))
+
+
+def test_the_lines_that_it_prints(capsys):
+    threads = torch.get_num_threads()
+    assert budget.main(["--rows", "64", "--steps", "1"]) == 0
+    assert torch.get_num_threads() == threads
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "64 rows in 4 steps a pass, 3 passes"
+    assert [int(re.match(r"(\d+) threads?: \d", line)[1]) for line in lines] == sorted({1, threads})
