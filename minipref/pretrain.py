@@ -476,15 +476,108 @@ def pretrain(args: argparse.Namespace) -> int:
         return pretrain_in(output, args)
 
 
+@dataclass
+class Setup:
+    """What a run's steps need beside `Progress`."""
+
+    device: torch.device
+    autocast: Callable[[], contextlib.AbstractContextManager]
+    corpus: Corpus
+    short: Windows
+    long: Windows
+    heldout: list[Tensor]
+    shipped: EncoderConfig             # as model/ says it: with the encoder's own dropout, whatever pretraining uses
+    model: Pretraining
+    optimizers: list[AdamW]            # one for each of the model's sides
+
+
 def pretrain_in(output: Path, args: argparse.Namespace) -> int:
-    """Read, build or restore, train, ship."""
+    """Build or restore, train, evaluate now and then, ship."""
+    setup, progress = set_up(output, args)
+    print(describe(setup.model, setup.corpus, args.steps * args.batch_tokens), flush=True)
+    evaluate_after = {round(args.steps * (k + 1) / args.evaluations) for k in range(args.evaluations)}
+    clock = Clock()
+    bar = tqdm(total=args.steps * args.batch_tokens, initial=progress.step * args.batch_tokens, desc="pretraining",
+               unit=" tokens", unit_scale=True, smoothing=0.02, mininterval=1)
+    with noted_signals() as signals, bar:
+        for step in range(progress.step, args.steps):
+            ids = next_windows(step, setup.short, setup.long, args.long_share).to(setup.device)      # (B, L)
+            course = cosine_with_warmup(step + 1, args.steps + 1, args.warmup, 1.0)                  # 0 to 1 to 0
+            mlm_loss, rtd_loss = take_step(setup, ids, course * args.lr, course * args.discriminator_lr)
+
+            progress.step += 1
+            progress.mlm_sum += mlm_loss
+            progress.rtd_sum += rtd_loss
+            progress.summed += 1
+            progress.tokens += ids.numel()
+            if not math.isfinite(progress.mlm_sum + progress.rtd_sum):
+                raise InputError(found=f"a loss that is not a number in step {step} with --lr {args.lr}",
+                                 expected="a lower --lr, or --precision fp32")
+            seconds, processor_seconds = clock.lap()
+            progress.seconds += seconds
+            progress.processor_seconds += processor_seconds
+            bar.update(ids.numel())
+
+            if progress.step in evaluate_after:
+                progress.timing.append(timing_row(progress))
+                progress.rows.append(training_row(progress, course * args.lr)
+                                     | evaluate(setup.model, setup.heldout, setup.corpus.counts, setup.autocast))
+                bar.write(summary(progress.rows[-1]))
+                progress.mlm_sum = progress.rtd_sum = progress.seconds = progress.processor_seconds = 0.0
+                progress.summed = progress.tokens = 0
+                runs.write_rows(output / "metrics.csv", progress.rows)
+                runs.write_rows(output / "timing.csv", progress.timing)
+                ship(setup.model, setup.shipped, setup.corpus.tokenizer, output / "model")
+                save(output, setup, progress)
+                clock.lap()                                                  # an evaluation's time is not a step's
+            if signals:
+                save(output, setup, progress)
+                bar.write(f"stopped after step {progress.step}; the same command with --resume goes on from there")
+                return 128 + signals[0]
+    write_json(output / "report.json", {"parameters": parameters(setup.model.encoder()[0]), **progress.rows[-1]})
+    return 0
+
+
+def take_step(setup: Setup, ids: Tensor, lr: float, discriminator_lr: float) -> tuple[float, float]:
+    """One step of the generator and one of the discriminator, on the same windows. Returns both losses.
+
+    Shapes: ids (B, L).
+    """
+    model, sides, optimizers = setup.model, setup.model.sides(), setup.optimizers
+    one_table = model.objective == "rtd" and model.sharing == "es"
+
+    # The generator guesses the hidden words, and learns from the loss.
+    with setup.autocast():
+        is_masked, corrupted, guesses = model.corrupt(ids)
+    mlm_loss = F.cross_entropy(guesses, ids[is_masked])
+    if not one_table:
+        mlm_loss.backward()
+        update(optimizers[0], sides[0], lr)
+    if model.objective == "mlm":
+        return mlm_loss.item(), 0.0
+
+    # The discriminator judges every token of what came out. With ES both losses meet in the one table.
+    with setup.autocast():
+        verdicts = model.judge(corrupted)
+    rtd_loss = F.binary_cross_entropy_with_logits(verdicts, (corrupted != ids).float())
+    (RTD_WEIGHT * rtd_loss + (mlm_loss if one_table else 0)).backward()
+    if one_table:
+        update(optimizers[0], sides[0], lr)
+    update(optimizers[1], sides[1], discriminator_lr)
+    return mlm_loss.item(), rtd_loss.item()
+
+
+def set_up(output: Path, args: argparse.Namespace) -> tuple[Setup, Progress]:
+    """Read the text, then build what a new run begins with, or restore what the old one left; note what it is made of.
+
+    Errors: InputError for what cannot be read, does not fit together, or would write over something.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     runs.seed_everything(args.seed)
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
     precision = "fp32" if precision == "fp16" else precision                 # whose losses would have to be scaled
-    autocast_here = functools.partial(autocast, device, precision)
     settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS} | {"precision": precision}
     machine = {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
                "minipref": __version__}
@@ -508,83 +601,21 @@ def pretrain_in(output: Path, args: argparse.Namespace) -> int:
     short, long = (Windows(corpus.train, length, args.batch_tokens // length, args.seed, corpus.tokenizer.cls_id)
                    for length in (args.length, args.long_length if args.long_share else args.length))
     heldout = heldout_batches(corpus, args.length, args.heldout_tokens, device)
+
     config = replace(shipped, hidden_dropout=args.dropout, attention_dropout=args.dropout)
     model = Pretraining(config, corpus.tokenizer, args.objective, args.sharing)
     if begun:
         model.go_on_from(begun)
     model.to(device).train()
-    sides, at_once = model.sides(), args.objective == "rtd" and args.sharing == "es"
-    optimizers = [AdamW(decay_groups(side, ADAM["weight_decay"]), **ADAM) for side in sides]
-
-    progress = Progress()
+    optimizers = [AdamW(decay_groups(side, ADAM["weight_decay"]), **ADAM) for side in model.sides()]
+    setup = Setup(device, functools.partial(autocast, device, precision), corpus, short, long, heldout, shipped, model,
+                  optimizers)
     if args.resume:
-        progress = restore(output, model, optimizers, corpus)
-    else:
-        runs.write_made_of(output, {"settings": settings, "machine": machine, "encoder": asdict(shipped),
-                                    "begun_with": runs.digest_of(begun) if begun else None})
-        corpus.tokenizer.save(output / "model")
-    del begun
-    print(describe(model, corpus, args.steps * args.batch_tokens), flush=True)
-    evaluate_after = {round(args.steps * (k + 1) / args.evaluations) for k in range(args.evaluations)}
-    clock = Clock()
-
-    bar = tqdm(total=args.steps * args.batch_tokens, initial=progress.step * args.batch_tokens, desc="pretraining",
-               unit=" tokens", unit_scale=True, smoothing=0.02, mininterval=1)
-    with noted_signals() as signals, bar:
-        for step in range(progress.step, args.steps):
-            ids = next_windows(step, short, long, args.long_share).to(device)            # (B, L)
-            course = cosine_with_warmup(step + 1, args.steps + 1, args.warmup, 1.0)      # 0 to 1 to 0
-
-            # The generator guesses the hidden words, and learns from the loss.
-            with autocast_here():
-                is_masked, corrupted, guesses = model.corrupt(ids)
-            mlm_loss = F.cross_entropy(guesses, ids[is_masked])
-            if not at_once:
-                mlm_loss.backward()
-                update(optimizers[0], sides[0], course * args.lr)
-
-            # The discriminator judges every token of what came out. With ES both losses meet in the one table.
-            rtd_loss = torch.zeros(())
-            if args.objective == "rtd":
-                with autocast_here():
-                    verdicts = model.judge(corrupted)
-                rtd_loss = F.binary_cross_entropy_with_logits(verdicts, (corrupted != ids).float())
-                (RTD_WEIGHT * rtd_loss + (mlm_loss if at_once else 0)).backward()
-                if at_once:
-                    update(optimizers[0], sides[0], course * args.lr)
-                update(optimizers[1], sides[1], course * args.discriminator_lr)
-
-            progress.step += 1
-            progress.mlm_sum += mlm_loss.item()
-            progress.rtd_sum += rtd_loss.item()
-            progress.summed += 1
-            progress.tokens += ids.numel()
-            if not math.isfinite(progress.mlm_sum + progress.rtd_sum):
-                raise InputError(found=f"a loss that is not a number in step {step} with --lr {args.lr}",
-                                 expected="a lower --lr, or --precision fp32")
-            seconds, processor_seconds = clock.lap()
-            progress.seconds += seconds
-            progress.processor_seconds += processor_seconds
-            bar.update(ids.numel())
-
-            if progress.step in evaluate_after:
-                progress.timing.append(timing_row(progress))
-                progress.rows.append(training_row(progress, course * args.lr)
-                                     | evaluate(model, heldout, corpus.counts, autocast_here))
-                bar.write(summary(progress.rows[-1]))
-                progress.mlm_sum = progress.rtd_sum = progress.seconds = progress.processor_seconds = 0.0
-                progress.summed = progress.tokens = 0
-                runs.write_rows(output / "metrics.csv", progress.rows)
-                runs.write_rows(output / "timing.csv", progress.timing)
-                ship(model, shipped, corpus.tokenizer, output / "model")
-                save(output, model, optimizers, progress, corpus)
-                clock.lap()                                                  # an evaluation's time is not a step's
-            if signals:
-                save(output, model, optimizers, progress, corpus)
-                bar.write(f"stopped after step {progress.step}; the same command with --resume goes on from there")
-                return 128 + signals[0]
-    write_json(output / "report.json", {"parameters": parameters(model.encoder()[0]), **progress.rows[-1]})
-    return 0
+        return setup, restore(output, setup)
+    runs.write_made_of(output, {"settings": settings, "machine": machine, "encoder": asdict(shipped),
+                                "begun_with": runs.digest_of(begun) if begun else None})
+    corpus.tokenizer.save(output / "model")
+    return setup, Progress()
 
 
 def next_windows(step: int, short: Windows, long: Windows, long_share: float) -> Tensor:
@@ -614,24 +645,25 @@ def fresh_config(args: argparse.Namespace, tokenizer: Tokenizer) -> EncoderConfi
                          init_std=args.init_std, pad_id=tokenizer.pad_id)
 
 
-def save(output: Path, model: Pretraining, optimizers: list[AdamW], progress: Progress, corpus: Corpus) -> None:
+def save(output: Path, setup: Setup, progress: Progress) -> None:
     """Everything the next step depends on."""
     tensors, random_facts = runs.random_state()
-    tensors |= {f"model.{name}": value for name, value in model.named_parameters()}      # a shared table comes once
-    for i, optimizer in enumerate(optimizers):
+    tensors |= {f"model.{name}": value for name, value in setup.model.named_parameters()}    # a shared table comes once
+    for i, optimizer in enumerate(setup.optimizers):
         tensors |= runs.optimizer_tensors(optimizer, f"optimizer-{i}.")
-    runs.save_state(output / "state", tensors, asdict(progress) | {"random": random_facts, "corpus": corpus.digest})
+    runs.save_state(output / "state", tensors,
+                    asdict(progress) | {"random": random_facts, "corpus": setup.corpus.digest})
 
 
-def restore(output: Path, model: Pretraining, optimizers: list[AdamW], corpus: Corpus) -> Progress:
+def restore(output: Path, setup: Setup) -> Progress:
     """The reverse of `save`. Errors: InputError for a damaged state, or a corpus that is not the one of the run."""
     tensors, facts = runs.load_state(output / "state")
-    if facts.pop("corpus") != corpus.digest:
+    if facts.pop("corpus") != setup.corpus.digest:
         raise InputError(file=output, found="a run that was begun with another text", expected="the same --corpus")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in setup.model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
-    for i, optimizer in enumerate(optimizers):
+    for i, optimizer in enumerate(setup.optimizers):
         runs.restore_optimizer(optimizer, tensors, f"optimizer-{i}.")
     runs.restore_random_state(tensors, facts.pop("random"))
     return Progress(**facts)
