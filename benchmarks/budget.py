@@ -1,16 +1,19 @@
-"""How long `make train` has to take on this machine: the arithmetic of its matrix products, and what they run at here.
+"""How long `make train` has to take on this machine's processor in float32: the arithmetic of its matrix products, and
+the rate at which they run here.
 
     python benchmarks/budget.py                     one thread, then as many as torch takes by itself
     OMP_NUM_THREADS=1 python benchmarks/budget.py   one thread only
 
-Takes half a minute on a machine that has nothing else to do. Every batch of the sample's training rows has its count of
-multiplications and additions in matrix products, which is the same on every machine. Divided by the rate at which this
-one multiplies matrices of those very sizes it is a time that no rewriting of what lies between the products could get
-below; beside it stands the time of the steps as they are. Evaluations come on top, about a tenth.
+Wants a machine that has nothing else to do. A batch of the sample's training rows has its count of multiplications
+and additions in matrix products, the same on every machine; the mean of some batches stands for all. Divided by the
+rate at which this machine multiplies the matrices of a feed-forward at best, it is a time that no rewriting of what
+lies between the products could get below; beside it stands the time of the steps as they are. Evaluations come on
+top, about a tenth.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -31,6 +34,7 @@ from minipref.data import Pair, encode_pairs, epoch_batches, epoch_swaps  # noqa
 from minipref.optim import AdamW, decay_groups  # noqa: E402
 
 SEED = 42
+IN_PLACE = {torch.ops.aten.baddbmm_: lambda into, a, b, *_, **__: 2 * math.prod(a) * b[-1]}   # torch does not count it
 
 
 class Steps:
@@ -58,13 +62,13 @@ class Steps:
 
     def operations(self, number: int) -> int:
         """Multiplications and additions in the matrix products of a step, forward and backward."""
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
             self.take(number)
         return counter.get_total_flops()
 
 
 def rate(tokens: int, width: int, wider: int, seconds: float) -> float:
-    """Multiplications and additions a second in the products of a feed-forward: the best of a second's tries."""
+    """Multiplications and additions a second in a feed-forward's products: the best of the tries that `seconds` allow."""
     x, w = torch.randn(tokens, width), torch.randn(width, wider)
     best, until = float("inf"), time.monotonic() + seconds
     while time.monotonic() < until:
@@ -92,7 +96,8 @@ def measured(steps: Steps, chosen: np.ndarray, seconds: float = 1.0) -> dict[str
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=round(sample.TRAIN_ROWS * (1 - recipe("tiny").valid_fraction)))
+    parser.add_argument("--rows", type=int, default=round(sample.TRAIN_ROWS * (1 - recipe("tiny").valid_fraction)),
+                        help="training rows; as many as `make train` has")
     parser.add_argument("--steps", type=int, default=40, help="how many batches to measure, drawn from all")
     options = parser.parse_args(arguments)
     steps = Steps(options.rows)

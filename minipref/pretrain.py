@@ -539,9 +539,8 @@ def pretrain_in(output: Path, args: argparse.Namespace) -> int:
 
 
 def take_step(setup: Setup, ids: Tensor, lr: float, discriminator_lr: float) -> tuple[float, float]:
-    """One step of the generator and one of the discriminator, on the same windows. Returns both losses.
-
-    Shapes: ids (B, L).
+    """One step of the generator and, for "rtd", one of the discriminator on the same windows. Returns both losses, 0
+    for one that there is not. Shapes: ids (B, L).
     """
     model, sides, optimizers = setup.model, setup.model.sides(), setup.optimizers
     one_table = model.objective == "rtd" and model.sharing == "es"

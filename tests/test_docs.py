@@ -470,6 +470,8 @@ def few(command: str) -> str:
         return f"{command} --rows 200"
     if "frozen.py" in command:
         return f"{command} --limit 160 --seeds 1"
+    if "budget.py" in command:
+        return f"{command} --rows 64 --steps 1"
     return command if "predict.py" in command else f"{command} {HURRY}"
 
 
