@@ -68,7 +68,7 @@ class Steps:
 
 
 def rate(tokens: int, width: int, wider: int, seconds: float) -> float:
-    """Multiplications and additions a second in a feed-forward's products: the best of the tries that `seconds` allow."""
+    """Multiplications and additions a second in the products of a feed-forward: the best of the tries in `seconds`."""
     x, w = torch.randn(tokens, width), torch.randn(width, wider)
     best, until = float("inf"), time.monotonic() + seconds
     while time.monotonic() < until:
