@@ -17,8 +17,8 @@ predict: .venv/runtime      ## judge CSV=test.csv with the newest run's model; w
 test: .venv/dev             ## the tests, a process for each core up to four
 	MINIPREF_REQUIRE=transformers,sentencepiece,sklearn $(PY) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-test-slow: .venv/dev        ## the proofs that take longer: full sizes, many kills; two at a time
-	MINIPREF_REQUIRE=transformers,sentencepiece,sklearn $(PY) -m pytest -m slow -n auto --maxprocesses 2 --dist worksteal $(ARGS)
+test-slow: .venv/dev        ## the proofs that take longer: full sizes, many kills
+	MINIPREF_REQUIRE=transformers,sentencepiece,sklearn $(PY) -m pytest -m slow $(ARGS)
 
 lint: .venv/dev             ## ruff
 	$(PY) -m ruff check .

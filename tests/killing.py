@@ -342,7 +342,7 @@ def kill_all(place: Path, small: bool) -> Tally:
     folder, began = fresh(place / "long"), time.monotonic()
     sit(folder, LONG)
     seconds = (time.monotonic() - began) / (8 if small else 20)        # of a sitting at most; half of it on average
-    kill_at_any_moment(place, folder / "run", seconds, 14 if small else 40, 3 if small else 12, tally)
+    kill_at_any_moment(place, folder / "run", seconds, 24 if small else 40, 3 if small else 12, tally)
     tally.seconds = time.monotonic() - started
     return tally
 

@@ -250,7 +250,7 @@ def test_the_notebook_trains_and_predicts_on_the_sample(tmp_path):
 def run(command: list[str], folder: Path, **settings: str) -> str:
     """What a command prints; it has to end with 0. Variables of a `make` that runs these tests are not its own."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "ARGS"))}
-    done = subprocess.run(command, cwd=folder, env=environment | settings, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment | settings, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
