@@ -1,7 +1,7 @@
 """Kill a training run with SIGKILL again and again, go on each time, and see whether it ends as if it had not been.
 
     make kill                        some 300 kills, minutes; writes what it found into docs/reliability.md
-    python tests/killing.py --small  the 120 or so that tests/test_reliability.py runs
+    python tests/killing.py --small  the hundred and more that tests/test_reliability.py runs
 
 Three ways to die, all of them by SIGKILL, which no program can catch:
 - *everywhere*: a run is killed at one chosen event and then goes on to its end. An event is a call that matters to what
