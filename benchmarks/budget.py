@@ -12,10 +12,10 @@ top, about a tenth.
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,7 +30,7 @@ import train  # noqa: E402
 from minipref import load_classifier, load_tokenizer, sample  # noqa: E402
 from minipref.classifier import WithFieldHead  # noqa: E402
 from minipref.config import recipe  # noqa: E402
-from minipref.data import Pair, encode_pairs, epoch_batches, epoch_swaps  # noqa: E402
+from minipref.data import encode_pairs, epoch_batches, epoch_swaps, read_pairs  # noqa: E402
 from minipref.optim import AdamW, decay_groups  # noqa: E402
 
 SEED = 42
@@ -38,13 +38,13 @@ IN_PLACE = {torch.ops.aten.baddbmm_: lambda into, a, b, *_, **__: 2 * math.prod(
 
 
 class Steps:
-    """Steps of the recipe `tiny` on the sample's rows, as `train.py` takes them."""
+    """Steps of the recipe `tiny` on the sample's rows, as `train.py` takes them but for a rate of 0."""
 
     def __init__(self, rows: int):
         encoder = ROOT / train.BUNDLED_WEIGHTS
-        made, self.config, tokenizer = sample.generate(rows, sample.TRAIN_SEED), recipe("tiny"), load_tokenizer(encoder)
-        texts = made.frame[["prompt", "response_a", "response_b"]].map(json.loads)
-        pairs = [Pair(str(n), *turns, label) for n, (turns, label) in enumerate(zip(texts.to_numpy(), made.labels))]
+        self.config, tokenizer = recipe("tiny"), load_tokenizer(encoder)
+        with tempfile.TemporaryDirectory() as folder:
+            pairs = list(read_pairs(sample.write_sample(folder, train_rows=rows, test_rows=1)["train"]))
         examples = encode_pairs(pairs, tokenizer, self.config.max_length)
         self.setup = train.Setup({}, self.config, torch.device("cpu"), "fp32", tokenizer, pairs, examples,
                                  np.empty(0), {}, train.StopSignal())
