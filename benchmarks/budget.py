@@ -1,7 +1,8 @@
-"""How long `make train` has to take on this machine's processor in float32: the arithmetic of its matrix products, and
-the rate at which they run here.
+"""How long `make train` has to take on this machine's processor: the arithmetic of its matrix products, and the rate at
+which they run here, in the precision that train.py chooses.
 
     python benchmarks/budget.py                     one thread, then as many as torch takes by itself
+    python benchmarks/budget.py --precision fp32    float32, also where there are bfloat16 units
     OMP_NUM_THREADS=1 python benchmarks/budget.py   one thread only
 
 Wants a machine that has nothing else to do. A batch of the sample's training rows has its count of multiplications
@@ -31,6 +32,8 @@ from minipref import load_classifier, load_tokenizer, sample  # noqa: E402
 from minipref.classifier import WithFieldHead  # noqa: E402
 from minipref.config import recipe  # noqa: E402
 from minipref.data import encode_pairs, epoch_batches, epoch_swaps, read_pairs  # noqa: E402
+from minipref.judge import choose_precision  # noqa: E402
+from minipref.lean import give_back_freed_memory  # noqa: E402
 from minipref.optim import AdamW, decay_groups  # noqa: E402
 
 SEED = 42
@@ -40,13 +43,13 @@ IN_PLACE = {torch.ops.aten.baddbmm_: lambda into, a, b, *_, **__: 2 * math.prod(
 class Steps:
     """Steps of the recipe `tiny` on the sample's rows, as `train.py` takes them but for a rate of 0."""
 
-    def __init__(self, rows: int):
+    def __init__(self, rows: int, precision: str = "fp32"):
         encoder = ROOT / train.BUNDLED_WEIGHTS
         self.config, tokenizer = recipe("tiny"), load_tokenizer(encoder)
         with tempfile.TemporaryDirectory() as folder:
             pairs = list(read_pairs(sample.write_sample(folder, train_rows=rows, test_rows=1)["train"]))
         examples = encode_pairs(pairs, tokenizer, self.config.max_length)
-        self.setup = train.Setup({}, self.config, torch.device("cpu"), "fp32", tokenizer, pairs, examples,
+        self.setup = train.Setup({}, self.config, torch.device("cpu"), precision, tokenizer, pairs, examples,
                                  np.empty(0), {}, train.StopSignal())
         torch.manual_seed(SEED)
         self.model = WithFieldHead(load_classifier(encoder), tokenizer.sep_id).train()
@@ -67,9 +70,9 @@ class Steps:
         return counter.get_total_flops()
 
 
-def rate(tokens: int, width: int, wider: int, seconds: float) -> float:
+def rate(tokens: int, width: int, wider: int, seconds: float, dtype: torch.dtype) -> float:
     """Multiplications and additions a second in the products of a feed-forward: the best of the tries in `seconds`."""
-    x, w = torch.randn(tokens, width), torch.randn(width, wider)
+    x, w = torch.randn(tokens, width).to(dtype), torch.randn(width, wider).to(dtype)
     best, until = float("inf"), time.monotonic() + seconds
     while time.monotonic() < until:
         begun = time.perf_counter()
@@ -89,7 +92,8 @@ def measured(steps: Steps, chosen: np.ndarray, seconds: float = 1.0) -> dict[str
         steps.take(n)
         times.append(time.perf_counter() - begun)
     config, count = steps.model.model.config, len(steps.batches)
-    per_second = rate(tokens, config.width, config.feed_forward, seconds)
+    dtype = torch.bfloat16 if steps.setup.precision == "bf16" else torch.float32
+    per_second = rate(tokens, config.width, config.feed_forward, seconds, dtype)
     return {"tera": operations * count / 1e12, "giga_per_second": per_second / 1e9,
             "at_least": operations * count / per_second / 60, "as_it_is": statistics.mean(times) * count / 60}
 
@@ -99,11 +103,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=round(sample.TRAIN_ROWS * (1 - recipe("tiny").valid_fraction)),
                         help="training rows; as many as `make train` has")
     parser.add_argument("--steps", type=int, default=40, help="how many batches to measure, drawn from all")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     options = parser.parse_args(arguments)
-    steps = Steps(options.rows)
+    give_back_freed_memory()                               # as train.py does
+    precision = choose_precision(options.precision, torch.device("cpu"))
+    steps = Steps(options.rows, precision)
     chosen = np.random.default_rng(SEED).permutation(len(steps.batches))[:options.steps]
     passes, own = steps.config.epochs, torch.get_num_threads()
-    print(f"{options.rows:,} rows in {len(steps.batches):,} steps a pass, {passes} passes")
+    print(f"{options.rows:,} rows in {len(steps.batches):,} steps a pass, {passes} passes, {precision}")
     for threads in sorted({1, own}):
         torch.set_num_threads(threads)
         found = measured(steps, chosen)

@@ -376,9 +376,11 @@ def batches_by_tokens(lengths: np.ndarray, batch_tokens: int, most_rows: int = 2
         begin += rows
 
 
-def make_batch(examples: Examples, rows: Iterable[int], swapped: Iterable[bool], tokenizer: Tokenizer
-               ) -> tuple[Tensor, Tensor, Tensor]:
+def make_batch(examples: Examples, rows: Iterable[int], swapped: Iterable[bool], tokenizer: Tokenizer,
+               multiple_of: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Sequences of the given rows, padded to the longest: B before A, and the label turned with it, where `swapped`.
+
+    With `multiple_of` padded further, to a multiple of that many tokens.
 
     Shapes: -> ids (B, L) int64, is_token (B, L) bool, labels (B,) int64 (-1 for none).
     """
@@ -390,7 +392,7 @@ def make_batch(examples: Examples, rows: Iterable[int], swapped: Iterable[bool],
         sequences.append(np.concatenate([[tokenizer.cls_id], prompt, sep, first, sep, second, sep]))
         label = int(examples.labels[row])
         labels.append({0: 1, 1: 0}.get(label, label) if swap else label)
-    longest = max(map(len, sequences))
+    longest = -(-max(map(len, sequences)) // multiple_of) * multiple_of
     ids = np.full((len(sequences), longest), tokenizer.pad_id, dtype=np.int64)
     is_token = np.zeros((len(sequences), longest), dtype=bool)
     for i, sequence in enumerate(sequences):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 PIECE = 1 << 17          # elements worked on at once: 512 KB of float32 stay in a core's second-level cache
 SLICE = 2048             # tokens whose hidden vectors are worked on at once
-M_MMAP_THRESHOLD = -3    # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # of glibc's malloc.h
 
 
 class DropoutFactors:
@@ -133,13 +133,16 @@ def in_low_precision(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def give_back_freed_memory(at_least: int = 8 << 20) -> None:
+def give_back_freed_memory(at_least: int = 8 << 20, spare: int = 64 << 20) -> None:
     """Let every freed tensor of `at_least` bytes go back to the system at once; for a program to call when it starts.
 
     glibc keeps freed blocks of up to 32 MB for later use. A training step frees activations in another order than it
-    wants them again, and a quarter of its peak is holes. Elsewhere than with glibc nothing happens.
+    wants them again, and a quarter of its peak is holes. Smaller blocks stay: up to `spare` bytes at the heap's end,
+    of which glibc, once one threshold is set by hand, would give all but 128 KB back and ask for them again a moment
+    later, thousands of zeroed pages in a step. Elsewhere than with glibc nothing happens.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(M_MMAP_THRESHOLD, at_least)
+            mallopt(M_TRIM_THRESHOLD, spare)

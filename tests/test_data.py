@@ -247,6 +247,9 @@ def test_a_sequence_is_cls_prompt_sep_a_sep_b_sep_padded_to_the_longest_of_its_b
                                    "(no answer) [SEP]")
     assert is_token.sum(1).tolist() == examples.lengths[:2].tolist() == [12, 17]
     assert labels.tolist() == [0, 1]
+    further, is_token_there, _ = make_batch(examples, [0, 1], [False, False], words, multiple_of=8)
+    assert further.shape == (2, 24) and (further[:, :17] == ids).all() and (further[:, 17:] == words.pad_id).all()
+    assert (is_token_there[:, :17] == is_token).all() and not is_token_there[:, 17:].any()
 
 
 def test_a_swapped_row_shows_b_first_and_turns_its_label():
