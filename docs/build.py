@@ -126,7 +126,7 @@ def pretraining() -> str:
              "its F1 at even odds": (tokens, [float(row["F1"]) for row in table]),
              "best F1 of word frequency": (tokens, [float(row["word frequency"]) for row in table]),
              "'always original'": ([0, tokens[-1]], [0, 0])}
-    return chart("Replaced tokens found in held-out text, by tokens read", lines, range(0, 25, 4),
+    return chart("Replaced tokens found in held-out text, by tokens read", lines, range(0, 41, 8),
                  [n / 10 for n in range(7)], "million tokens read", "F1", dotted="'always original'")
 
 

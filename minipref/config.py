@@ -261,7 +261,7 @@ RECIPES: dict[str, dict[str, tuple[int | float, str]]] = {   # recipe -> figure 
         "field_loss": (0.0, MNLI),
     },
     "tiny": {
-        "epochs": (3, "trials in docs/experiments.md"),
+        "epochs": (2, "trials in docs/experiments.md"),
         "batch_size": (16, "trials in docs/experiments.md"),
         "eval_batch_size": (128, "has no influence on the result beyond rounding"),
         "lr": (4e-4, "trials in docs/experiments.md"),
