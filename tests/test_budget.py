@@ -22,7 +22,8 @@ def steps() -> budget.Steps:
 
 
 def test_a_step_multiplies_what_its_layers_are_counted_to_multiply(steps):
-    config = steps.model.model.config
+    config, seen = steps.model.model.config, []
+    handle = steps.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
     for number in range(len(steps.batches)):
         B = len(steps.batches[number])
         L = math.ceil(steps.setup.examples.lengths[steps.batches[number]].max() / train.PAD_TO) * train.PAD_TO
@@ -32,6 +33,8 @@ def test_a_step_multiplies_what_its_layers_are_counted_to_multiply(steps):
         without_positions = 6 * B * ((config.layers - 1) * whole_layer + last_layer)
         counted = steps.operations(number)
         assert without_positions < counted < 1.5 * without_positions
+        assert seen.pop() == L and not seen                                     # a step pads to a multiple of PAD_TO
+    handle.remove()
 
 
 def test_a_product_added_in_place_is_counted():
