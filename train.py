@@ -492,9 +492,10 @@ def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Set
                 progress.step += 1
                 bar.update(rows)
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
-                paces.append(time.monotonic() - begun)
-                if len(paces) == 20 and progress.step < total:       # the first ten load libraries and ask for memory
-                    say_how_long(total - progress.step, sum(paces[10:]) / 10, bar)
+                if len(paces) < 20:                                  # the first ten load libraries and ask for memory
+                    paces.append(time.monotonic() - begun)
+                    if len(paces) == 20 and progress.step < total:
+                        say_how_long(total - progress.step, sum(paces[10:]) / 10, bar)
                 if not distributed.most(time.monotonic() - saved >= 60 * options["save_every"]):
                     stop.check()
                     continue

@@ -292,6 +292,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("a table's name and --train, or --page")
     options.train = [str(Path(path).resolve()) for path in options.train or ()]    # train.py is run from ROOT
     options.valid = options.valid and str(Path(options.valid).resolve())
+    for path in options.train + [path for path in (options.valid, options.test) if path]:
+        if options.by and options.by not in pd.read_csv(path, nrows=0):
+            parser.error(f"--by {options.by}: no such column in {path}")
     for encoder in options.encoders:
         name, _, folder = encoder.partition("=")
         if not folder and name not in ("bundled", "random"):

@@ -262,9 +262,9 @@ RECIPES: dict[str, dict[str, tuple[int | float, str]]] = {   # recipe -> figure 
     },
     "tiny": {
         "epochs": (2, "trials in docs/experiments.md"),
-        "batch_size": (16, "trials in docs/experiments.md"),
+        "batch_size": (32, "trials in docs/experiments.md"),
         "eval_batch_size": (128, "has no influence on the result beyond rounding"),
-        "lr": (4e-4, "trials in docs/experiments.md"),
+        "lr": (5e-4, "trials in docs/experiments.md"),
         "warmup": (0.05, "docs/training.md, with and without each"),
         "weight_decay": (0.01, f"{MNLI}; none on biases and LayerNorms"),
         "adam_beta2": (0.98, "v3's pretraining; trials in docs/experiments.md"),

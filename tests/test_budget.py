@@ -66,5 +66,6 @@ def test_the_lines_that_it_prints(capsys):
     assert budget.main(["--rows", "64", "--steps", "1", "--precision", "fp32"]) == 0
     assert torch.get_num_threads() == threads
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first == f"64 rows in 4 steps a pass, {budget.recipe('tiny').epochs} passes, fp32"
+    tiny = budget.recipe("tiny")
+    assert first == f"64 rows in {tiny.steps_per_epoch(64)} steps a pass, {tiny.epochs} passes, fp32"
     assert [int(re.match(r"(\d+) threads?: \d", line)[1]) for line in lines] == sorted({1, threads})

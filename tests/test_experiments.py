@@ -64,7 +64,8 @@ def test_with_test_rows_the_kept_model_is_judged_on_those(tmp_path, measure):
     assert again == found
 
 
-def test_a_column_that_tells_the_answer_is_worth_nearly_everything_and_is_read_for_the_right_rows(tmp_path, measure):
+def test_a_column_that_tells_the_answer_is_worth_nearly_everything_and_is_read_for_the_right_rows(tmp_path, measure,
+                                                                                                 capsys):
     rows, test = (write_rows(tmp_path / f"{name}.csv", 90, seed) for name, seed in (("rows", 1), ("test", 2)))
     frames = {path: pd.read_csv(path, dtype=str, keep_default_na=False) for path in (rows, test)}
     for path, frame in frames.items():
@@ -76,6 +77,9 @@ def test_a_column_that_tells_the_answer_is_worth_nearly_everything_and_is_read_f
         assert found["class prior by model_a"]["1"]["log_loss"] < 0.3 < found["class prior"]["1"]["log_loss"]
     found = measure("--train", rows, "--encoders", "--seeds", 1, "--again", "--by", "id")         # which tells nothing
     assert found["class prior by id"]["1"]["log_loss"] == pytest.approx(found["class prior"]["1"]["log_loss"], abs=1e-2)
+    with pytest.raises(SystemExit):
+        measure("--train", rows, "--test", test, "--encoders", "--by", "source")
+    assert f"--by source: no such column in {rows}" in capsys.readouterr().err
 
 
 def test_a_kinds_class_shares_are_drawn_to_those_of_all_rows_as_by_five_more():
