@@ -29,7 +29,7 @@ from minipref.judge import choose_device, choose_precision  # noqa: E402
 
 FOLDER = Path("runs/ablations")
 VARIANTS = {  # name: (what is different, options of train.py)
-    "base": ("nothing: the recipe `tiny` as it is", []),
+    "base": ("nothing: the recipe `tiny` with the command's figures", []),
     "no-field-head": ("[CLS] learns from its own verdict alone", ["--field-loss", "0"]),
     "no-swap": ("A and B are never exchanged in training", ["--no-swap"]),
     "no-warmup": ("the learning rate starts at its peak", ["--warmup", "0"]),

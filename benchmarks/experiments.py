@@ -106,11 +106,16 @@ def baselines(options: argparse.Namespace, seed: int) -> dict[str, dict]:
     found["TF-IDF of A minus B"] = metrics.evaluate(by_words(train, labels, valid, seed), valid_labels)
     if options.by:
         found[f"class prior by {options.by}"] = metrics.evaluate(by_kind(kinds, labels, valid_kinds), valid_labels)
-    best = read_reachable([path for path in (*options.train, options.valid, options.test) if path], valid)
+    best = read_reachable(files(options), valid)
     if best is not None:
         found["best reachable"] = metrics.evaluate(best, valid_labels)
     reachable = {"best_reachable": round(found["best reachable"]["log_loss"], 5)} if best is not None else {}
     return {name: scores(result) | reachable for name, result in found.items()}
+
+
+def files(options: argparse.Namespace) -> list[str]:
+    """All CSVs that were named."""
+    return [path for path in (*options.train, options.valid, options.test) if path]
 
 
 def with_kinds(paths: list[str], column: str | None) -> list[tuple[Pair, str]]:
@@ -292,8 +297,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("a table's name and --train, or --page")
     options.train = [str(Path(path).resolve()) for path in options.train or ()]    # train.py is run from ROOT
     options.valid = options.valid and str(Path(options.valid).resolve())
-    for path in options.train + [path for path in (options.valid, options.test) if path]:
-        if options.by and options.by not in pd.read_csv(path, nrows=0):
+    for path in files(options) if options.by else ():
+        if options.by not in pd.read_csv(path, nrows=0):
             parser.error(f"--by {options.by}: no such column in {path}")
     for encoder in options.encoders:
         name, _, folder = encoder.partition("=")
