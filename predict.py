@@ -29,6 +29,7 @@ from minipref.judge import (
     choose_precision,
     load_judge,
 )
+from minipref.lean import is_out_of_memory
 
 
 def parse_arguments(arguments: list[str] | None):
@@ -73,6 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"predict.py{distributed.who()}: {' '.join(str(problem).split())}", file=sys.stderr)
             return 1
         except RuntimeError as problem:
+            if is_out_of_memory(problem):
+                print(f"predict.py{distributed.who()}: out of memory: {str(problem).splitlines()[0]} A smaller "
+                      "--batch-tokens takes less; nothing was written", file=sys.stderr)
+                return 1
             if not distributed.is_lost(problem):
                 raise
             print(f"predict.py{distributed.who()}: another process is gone, and all stop with it; nothing was written",

@@ -54,7 +54,7 @@ from minipref.data import (
 from minipref.errors import ArgumentParser, InputError, print_anything
 from minipref.files import check_writable, sha256_of, write_json, write_text
 from minipref.judge import LONGEST, Judge, autocast, check_vocabulary, choose_device, choose_precision, predict_logits
-from minipref.lean import give_back_freed_memory
+from minipref.lean import give_back_freed_memory, is_out_of_memory
 from minipref.optim import AdamW, clip_gradients, cosine_with_warmup, decay_groups
 from minipref.report import as_text, model_card, score_folds, score_logits
 from minipref.tokenizer import Tokenizer, load_tokenizer
@@ -194,8 +194,9 @@ class StopSignal:
         self.number, self.since = number, time.monotonic()
 
     def check(self, *_) -> None:
-        self.number = distributed.most(self.number)
-        if self.number:
+        number = distributed.most(self.number)
+        if number:                             # if not, self.number stays: a signal may have come during the sum
+            self.number = number
             raise Stopped
 
 
@@ -222,11 +223,14 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"train.py: {problem}", file=sys.stderr)
             return 2 if isinstance(problem, InputError) else 1
         except OSError as problem:
-            saved = "run" in options and has_begun(Path(options["run"]))
-            hint = "; the state saved before is whole, and --resume goes on from it" if saved else ""
-            print(f"train.py{distributed.who()}: {' '.join(str(problem).split())}{hint}", file=sys.stderr)
+            print(f"train.py{distributed.who()}: {' '.join(str(problem).split())}{way_on(options)}", file=sys.stderr)
             return 1
         except RuntimeError as problem:
+            if is_out_of_memory(problem):
+                print(f"train.py{distributed.who()}: out of memory: {str(problem).splitlines()[0]} The same steps take "
+                      "less with a smaller --batch-size and --accumulate, or with --checkpoint-activations"
+                      f"{way_on(options)}", file=sys.stderr)
+                return 1
             if not distributed.is_lost(problem):
                 raise
             print(f"train.py{distributed.who()}: another process of the run is gone, and all stop with it; the last "
@@ -236,6 +240,12 @@ def main(arguments: list[str] | None = None) -> int:
             print("train.py: interrupted before the run began", file=sys.stderr)
             return 130
     return 0
+
+
+def way_on(options: dict) -> str:
+    """What to say after a run's death of what is left of it."""
+    saved = "run" in options and has_begun(Path(options["run"]))
+    return "; the state saved before is whole, and --resume goes on from it" if saved else ""
 
 
 def has_begun(folder: Path) -> bool:
@@ -472,7 +482,7 @@ def fit(folder: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Set
                 check_finite(logits, valid_rows, progress, setup)
                 note_evaluation(progress, metrics.averaged(logits, 1.0), valid.labels, steps_per_epoch, optimizer, bar)
                 if progress.since_best == 0:
-                    progress.best_weights = runs.digest_of(model)
+                    progress.best_weights = distributed.from_first(runs.digest_of(model))    # which writes model/
                 elif config.patience and progress.since_best >= config.patience:
                     progress.finished = f"no better log loss in {config.patience} evaluations"
             elif progress.step == total:
@@ -727,11 +737,14 @@ def say_what_was_loaded(model: PreferenceModel, folder: Path, options: dict, set
     numbers = sum(p.numel() for p in model.parameters())
     disk = 4 * numbers * (3 * 3 + 1)       # weights and two moments in two states and one being written; and model/
     free = shutil.disk_usage(next(p for p in (folder, *folder.resolve().parents) if p.exists())).free
+    held = sum(file.stat().st_size for place in ("state", "model") for file in (folder / place).glob("*.safetensors"))
+    free, held = distributed.from_first((free, held))
     print(f"model      {model.load_report}; {numbers / 1e6:.1f} M parameters")
     print(f"           weights, gradients and AdamW's moments take {_size(16 * numbers)} of memory, activations come on"
           f" top;\n           the run takes up to {_size(disk)} of disk")
-    if disk > free:
-        raise InputError(file=folder, found=f"{_size(free)} free on its disk", expected=f"{_size(disk)} for the state")
+    if disk > free + held:                 # a run that goes on has most of it already
+        raise InputError(file=folder, found=f"{_size(free)} free on its disk",
+                         expected=f"{_size(disk - held)} for the state")
 
 
 def say_how_long(steps: int, pace: float, bar: tqdm) -> None:

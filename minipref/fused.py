@@ -109,7 +109,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: T
                         rows: Tensor, dropout: float = 0.0) -> Tensor:
     """Disentangled attention in blocks, with dropout on the probabilities. Differentiable once.
 
-    Queries past a sequence's last token are not computed; their result is 0.
+    Queries past the last token of all sequences that are worked on together are not computed; their result is 0.
 
     Shapes: q, k, v (B, H, L, d); pos_q, pos_k (H, R, d); is_token (B, L) bool; rows (2L - 1,) int64, the table row
     of each distance as `distance_rows` gives it; dropout a rate in [0, 1) -> (B, H, L, d).

@@ -168,7 +168,7 @@ def predict_logits(model: PreferenceModel, examples: Examples, tokenizer: Tokeni
         for order, swapped in enumerate(orders if len(rows) else ()):
             ids, is_token, _ = make_batch(examples, rows, [swapped] * len(rows), tokenizer)
             with autocast(device, precision):
-                out = model(ids.to(device), is_token.to(device)).double().cpu().numpy()
+                out = model(ids.to(device), is_token.to(device)).cpu().double().numpy()   # MPS has no float64
             logits[rows, order] = swap_classes(out) if swapped else out
         if progress:
             progress(len(rows))

@@ -10,8 +10,8 @@ logarithmically wider buckets, and everything from max_distance - 1 on shares th
 Negative distances mirror it. A bucket b in -span..span-1 is row b + span of the table, so R = 2 * span rows. Row 0
 would be bucket -span, which no clamped distance reaches: it is never read, and its gradient is always zero.
 
-Unusual here: everything is computed in float64, once per length and outside autocast. `ceil` turns a rounding error
-into a different bucket: with the logarithm's ratio rounded to bfloat16, 74 of the 1,023 distances land in a wrong one.
+Unusual here: everything is computed in float64, which autocast leaves alone. `ceil` turns a rounding error into a
+different bucket: with the logarithm's ratio rounded to bfloat16, 74 of the 1,023 distances land in a wrong one.
 """
 
 import torch

@@ -94,7 +94,10 @@ class Corpus:
 
     @functools.cached_property
     def digest(self) -> str:
-        return hashlib.sha256(np.concatenate(self.train + self.heldout).tobytes()).hexdigest()
+        """Of the ids, and of where documents begin: an epoch shuffles these."""
+        documents = self.train + self.heldout
+        ends = np.array([len(self.train), *map(len, documents)])
+        return hashlib.sha256(np.concatenate(documents).tobytes() + ends.tobytes()).hexdigest()
 
 
 def load_corpus(paths: Sequence[str | Path], heldout_share: float, tokenizer: str | Path | None, vocab_size: int
@@ -128,7 +131,7 @@ def read_corpus(paths: Sequence[str | Path]) -> list[str]:
             raise InputError(file=path, found=found, expected="a file or folder of " + ", ".join(SUFFIXES))
         for file in files:
             text = _read_text(file)
-            documents += _lines_of_json(file, text) if ".jsonl" in file.name else _parts_of_text(text)
+            documents += _parts_of_text(text) if file.suffix == ".txt" else _lines_of_json(file, text)
     return [document for document in documents if document.strip()]
 
 
@@ -142,7 +145,7 @@ def _read_text(path: Path) -> str:
 
 
 def _parts_of_text(text: str) -> list[str]:
-    parts = text.strip().split("\n\n")
+    parts = BLANK_LINES.split(text.strip())
     return parts if len(parts) > 1 else text.split("\n")
 
 
@@ -369,12 +372,12 @@ def evaluate(model: Pretraining, batches: list[Tensor], counts: np.ndarray, auto
              ) -> dict[str, float]:
     """The figures on held-out windows, rounded to five decimals; the same tokens are hidden at every call.
 
-    Changes no random state of a CPU or a CUDA GPU. Shapes: batches (B, L) each, counts (V,): how often each id occurs
+    Changes no random state. Shapes: batches (B, L) each, counts (V,): how often each id occurs
     in the training text.
     """
     losses, hits, hidden, verdicts, is_replaced, ids_seen = [], [], [], [], [], []
     model.eval()
-    with torch.random.fork_rng(devices=[b.device for b in batches[:1] if b.is_cuda]):
+    with runs.random_state_kept():
         torch.manual_seed(0)
         for ids in batches:
             with autocast_here():
@@ -624,10 +627,13 @@ def next_windows(step: int, short: Windows, long: Windows, long_share: float) ->
 
 
 def update(optimizer: AdamW, side: nn.Module, lr: float) -> None:
-    """Clip, step, and forget the gradients."""
+    """Clip, step, and forget the gradients. Errors: InputError, before the step, where they are not numbers."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    clip_gradients(side.parameters(), MAX_GRADIENT_NORM)
+    norm = clip_gradients(side.parameters(), MAX_GRADIENT_NORM)
+    if not math.isfinite(norm):
+        raise InputError(found=f"gradients with a norm of {norm} at a rate of {lr:.1e}",
+                         expected="a lower --lr or --discriminator-lr, or --precision fp32")
     optimizer.step()
     optimizer.zero_grad()
 
@@ -825,11 +831,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("lr", "discriminator_lr", "long_share", "heldout_share", "dropout", "init_std"):
         if not 0 <= (getattr(args, name) or 0) < 1 + (name == "long_share"):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not from 0 to 1")
+    if args.init_std == 0:
+        parser.error("--init-std 0 leaves nothing to learn from")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed {args.seed} is not from 0 to {2**63 - 1}")
     if args.warmup >= args.steps:
         parser.error(f"--warmup {args.warmup} is not below --steps {args.steps}")
     for name in ("length", "long_length"):
-        if not 2 <= getattr(args, name) <= args.batch_tokens:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not from 2 to --batch-tokens")
+        if not 4 <= getattr(args, name) <= args.batch_tokens:            # 15% of three tokens are none
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not from 4 to --batch-tokens")
     return args
 
 

@@ -120,14 +120,15 @@ def alone_in(folder: str | Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
-        try:
-            if fcntl:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(file=folder, found="another process at work in it",
-                             expected="that one to end, or another folder") from None
-        except OSError as problem:
-            print(f"note: {folder} cannot be locked ({problem.strerror}): let no other run use it now")
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:                    # the folder is the other process's, to remove as well
+        os.close(descriptor)
+        raise InputError(file=folder, found="another process at work in it",
+                         expected="that one to end, or another folder") from None
+    except OSError as problem:
+        print(f"note: {folder} cannot be locked ({problem.strerror}): let no other run use it now")
+    try:
         for part in (folder, *folder.glob("fold-*")):
             for place in (part, part / "model", part / "state"):
                 sweep(place)
@@ -200,6 +201,8 @@ def read_made_of(folder: Path, program: str) -> dict:
 def random_state() -> tuple[dict[str, Tensor], dict]:
     """Every global generator's state: torch's (and each GPU's) as tensors, Python's and numpy's as JSON facts."""
     tensors = {"random.torch": torch.get_rng_state()}
+    if torch.backends.mps.is_available():
+        tensors["random.mps"] = torch.mps.get_rng_state()
     if torch.cuda.is_available():
         tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     version, numbers, gauss = random.getstate()
@@ -215,10 +218,22 @@ def restore_random_state(tensors: dict[str, Tensor], facts: dict) -> None:
     cuda = sorted((name for name in tensors if name.startswith("random.cuda.")), key=lambda n: int(n.rsplit(".", 1)[1]))
     for device, name in zip(range(torch.cuda.device_count()), cuda):    # a machine with fewer or more goes on inexactly
         torch.cuda.set_rng_state(tensors[name], device)
+    if "random.mps" in tensors and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(tensors["random.mps"])
     version, numbers, gauss = facts["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = facts["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Every generator is afterwards as it was, whatever was drawn or seeded inside."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(*before)
 
 
 def seed_everything(seed: int) -> None:

@@ -125,6 +125,14 @@ def test_the_field_head_reads_the_means_of_the_fields():
         assert relative(logits, head.linear.weight @ torch.cat(means) + head.linear.bias) < 1e-14
 
 
+def test_a_long_field_does_not_overflow_the_field_head_in_float16():
+    head, field = opinionated(FieldHead(TINY)).float(), torch.tensor([[0] * 2000 + [1] * 40 + [2] * 8])
+    x = torch.full((1, field.shape[1], TINY.width), 40.0)                # 2,000 of them are above float16's 65,504
+    with torch.autocast("cpu", torch.float16):
+        logits = head(x, field)
+    assert logits.dtype == torch.float16 and relative(logits.float(), head(x, field)) < 1e-2
+
+
 def test_a_model_with_a_field_head_gives_its_own_logits_and_the_heads_of_what_the_last_layer_reads(path):
     model = large_model(TINY, seed=3, dtype=torch.float64)
     both = WithFieldHead(model, sep_id=2).double()

@@ -437,6 +437,22 @@ def test_two_processes_do_not_write_into_one_folder(text, tmp_path, capsys):
     assert "another process" in capsys.readouterr().err
 
 
+def test_the_same_ids_in_other_documents_are_another_text(corpus):
+    first, *rest = corpus.train
+    ids = [first[:5], first[5:], *rest]
+    assert replace(corpus, train=list(corpus.train)).digest == corpus.digest
+    assert replace(corpus, train=ids).digest != corpus.digest
+    assert replace(corpus, train=corpus.train + corpus.heldout[:1], heldout=corpus.heldout[1:]).digest != corpus.digest
+
+
+def test_a_gradient_that_is_no_number_ends_a_run_before_its_step(text, tmp_path, monkeypatch, capsys):
+    norms = iter([1.0] * 9 + [float("inf")])
+    monkeypatch.setattr(pretrain, "clip_gradients", lambda *_: next(norms))
+    assert run(text, tmp_path) == 2
+    assert "norm of inf" in capsys.readouterr().err
+    assert minipref.runs.load_state(tmp_path / "state")[1]["step"] == 4      # the evaluation before it; 5 has ten norms
+
+
 def test_a_run_that_goes_on_with_other_threads_says_that_it_is_not_bit_for_bit(text, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         interrupt(patched, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -572,8 +588,9 @@ def test_documents_come_from_every_kind_of_file_in_the_order_of_their_names(tmp_
     (tmp_path / "c.txt").write_text("four\nstill four\r\n\r\nfive\n\n\n\nsix")
     (tmp_path / "d").mkdir()
     (tmp_path / "d/e.txt").write_text("seven\neight\n")
+    (tmp_path / "f.jsonl.txt").write_text("nine\nstill nine\n \t\nten")
     (tmp_path / "notes.md").write_text("not text to train on")
-    wanted = ["one", "two", "three", "four\nstill four", "five", "six", "seven", "eight"]
+    wanted = ["one", "two", "three", "four\nstill four", "five", "six", "seven", "eight", "nine\nstill nine", "ten"]
     assert [d.strip() for d in read_corpus([tmp_path])] == wanted
     assert read_corpus([tmp_path / "b.jsonl"]) == ["two", "three"]
 
@@ -602,6 +619,10 @@ def test_a_file_that_is_not_text_is_named_with_its_line(tmp_path, name, content,
     (["--corpus", "tiny.txt", "--steps", "0"], "less than 1"),
     (["--corpus", "tiny.txt", "--long-share", "2"], "--long-share"),
     (["--corpus", "tiny.txt", "--length", "9999"], "--length"),
+    (["--corpus", "tiny.txt", "--length", "3"], "--length"),
+    (["--corpus", "tiny.txt", "--init-std", "0"], "--init-std"),
+    (["--corpus", "tiny.txt", "--seed", "-1"], "--seed"),
+    (["--corpus", "tiny.txt", "--seed", str(2**63)], "--seed"),
     (["--corpus", "tiny.txt", "--steps", "300"], "--warmup 400"),
     (["--corpus", "tiny.txt", "--sharing", "some"], "some"),
     (["--corpus", "tiny.txt", "--encoder", "nowhere"], "nowhere"),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -341,6 +342,37 @@ def test_a_full_disk_ends_in_one_line_with_the_last_state_whole(encoder, whole, 
     same_ending(Path("run"), whole)
 
 
+def test_a_run_goes_on_on_a_disk_that_holds_it_already(half, whole, capsys, monkeypatch):
+    resumable(half)
+    held = sum(file.stat().st_size for file in Path("run").glob("*/*.safetensors"))
+    free = [0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    assert "free on its disk" in refused(capsys, RESUME)
+    free[0] = held                               # two states and model/ are there: there is one more to write
+    assert train.main(RESUME) == 0
+    same_ending(Path("run"), whole)
+
+
+@pytest.mark.parametrize("problem", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore."),
+                                     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")])
+def test_out_of_memory_is_one_line_with_advice(encoder, whole, capsys, monkeypatch, problem):
+    def take(*_):
+        raise problem
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "take_step", take)
+        code, _, err = said(capsys, begin(encoder))
+        assert code == 1 and err.count("\n") == 1 and "out of memory" in err and "--accumulate" in err
+        patch.setattr(predict, "judge_rows", take)
+        assert predict.main(["t.csv", "--model", str(whole / "model")]) == 1
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "out of memory" in err and "--batch-tokens" in err
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="something else"):
+        problem = RuntimeError("something else")
+        patch.setattr(train, "take_step", take)
+        train.main(begin(encoder, "--run", "other"))
+
+
 def fill(path: Path) -> None:
     """Write until the disk is full."""
     with open(path, "wb", buffering=0) as file:
@@ -391,6 +423,21 @@ def test_a_second_signal_ends_the_process_at_once():
             print("and here", flush=True)"""
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "still here\n", "")
+
+
+def test_a_signal_that_comes_while_processes_compare_theirs_is_not_lost(monkeypatch):
+    def interrupted(number):
+        if not came:
+            came.append(os.kill(os.getpid(), signal.SIGTERM))
+        return number
+
+    came = []
+    monkeypatch.setattr(train.distributed, "most", interrupted)
+    with train.StopSignal() as stop:
+        stop.check()
+        with pytest.raises(train.Stopped):
+            stop.check()
+    assert stop.number == signal.SIGTERM
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -550,6 +597,15 @@ def test_a_second_process_in_the_same_runs_folder_is_refused(half, whole, capsys
         assert "run: another process at work in it" in refused(capsys, RESUME)
     assert train.main(RESUME) == 0
     same_ending(Path("run"), whole)
+
+
+def test_a_process_that_is_refused_leaves_the_folder_to_the_one_that_has_it():
+    with runs.alone_in("run"):
+        for _ in range(2):                       # the second one, too: the folder that is locked is still the folder
+            with pytest.raises(InputError, match="another process at work"), runs.alone_in("run"):
+                raise AssertionError("two at once")
+            assert Path("run").is_dir()
+    assert not Path("run").exists()
 
 
 def test_a_run_that_comes_to_nothing_leaves_no_folder(encoder, capsys):
