@@ -27,9 +27,9 @@ from minipref.judge import (
     check_rows_or_pair,
     choose_device,
     choose_precision,
+    is_out_of_memory,
     load_judge,
 )
-from minipref.lean import is_out_of_memory
 
 
 def parse_arguments(arguments: list[str] | None):

@@ -53,8 +53,17 @@ from minipref.data import (
 )
 from minipref.errors import ArgumentParser, InputError, print_anything
 from minipref.files import check_writable, sha256_of, write_json, write_text
-from minipref.judge import LONGEST, Judge, autocast, check_vocabulary, choose_device, choose_precision, predict_logits
-from minipref.lean import give_back_freed_memory, is_out_of_memory
+from minipref.judge import (
+    LONGEST,
+    Judge,
+    autocast,
+    check_vocabulary,
+    choose_device,
+    choose_precision,
+    is_out_of_memory,
+    predict_logits,
+)
+from minipref.lean import give_back_freed_memory
 from minipref.optim import AdamW, clip_gradients, cosine_with_warmup, decay_groups
 from minipref.report import as_text, model_card, score_folds, score_logits
 from minipref.tokenizer import Tokenizer, load_tokenizer

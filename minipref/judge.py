@@ -205,3 +205,9 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return "bf16"
     return "fp32"
+
+
+def is_out_of_memory(problem: RuntimeError) -> bool:
+    """Whether an error says that a GPU or the system has no more memory to give."""
+    words = "can't allocate memory", "not enough memory"                 # of the CPU's allocator, which has no class
+    return isinstance(problem, torch.OutOfMemoryError) or any(part in str(problem) for part in words)

@@ -133,12 +133,6 @@ def in_low_precision(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def is_out_of_memory(problem: RuntimeError) -> bool:
-    """Whether an error says that a GPU or the system has no more memory to give."""
-    words = "can't allocate memory", "not enough memory"                 # of the CPU's allocator, which has no class
-    return isinstance(problem, torch.OutOfMemoryError) or any(part in str(problem) for part in words)
-
-
 def give_back_freed_memory(at_least: int = 8 << 20, spare: int = 64 << 20) -> None:
     """Let every freed tensor of `at_least` bytes go back to the system at once; for a program to call when it starts.
 
