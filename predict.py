@@ -27,8 +27,8 @@ from minipref.judge import (
     check_rows_or_pair,
     choose_device,
     choose_precision,
-    is_out_of_memory,
     load_judge,
+    out_of_memory,
 )
 
 
@@ -74,9 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"predict.py{distributed.who()}: {' '.join(str(problem).split())}", file=sys.stderr)
             return 1
         except RuntimeError as problem:
-            if is_out_of_memory(problem):
-                print(f"predict.py{distributed.who()}: out of memory: {str(problem).splitlines()[0]} A smaller "
-                      "--batch-tokens takes less; nothing was written", file=sys.stderr)
+            if found := out_of_memory(problem):
+                print(f"predict.py{distributed.who()}: {found}; a smaller --batch-tokens takes less, and "
+                      "nothing was written", file=sys.stderr)
                 return 1
             if not distributed.is_lost(problem):
                 raise

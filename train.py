@@ -60,7 +60,7 @@ from minipref.judge import (
     check_vocabulary,
     choose_device,
     choose_precision,
-    is_out_of_memory,
+    out_of_memory,
     predict_logits,
 )
 from minipref.lean import give_back_freed_memory
@@ -235,10 +235,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"train.py{distributed.who()}: {' '.join(str(problem).split())}{way_on(options)}", file=sys.stderr)
             return 1
         except RuntimeError as problem:
-            if is_out_of_memory(problem):
-                print(f"train.py{distributed.who()}: out of memory: {str(problem).splitlines()[0]} The same steps take "
-                      "less with a smaller --batch-size and --accumulate, or with --checkpoint-activations"
-                      f"{way_on(options)}", file=sys.stderr)
+            if found := out_of_memory(problem):
+                print(f"train.py{distributed.who()}: {found}; the same steps take less with a smaller --batch-size and "
+                      f"--accumulate, or with --checkpoint-activations{way_on(options)}", file=sys.stderr)
                 return 1
             if not distributed.is_lost(problem):
                 raise

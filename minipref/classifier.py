@@ -64,8 +64,8 @@ class FieldHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor, field: Tensor) -> Tensor:
-        is_in = F.one_hot(field, 4)[..., :3].to(x.dtype) * 2.0**-12      # (B, L, 3), the fourth is padding; a power
-        # of two cancels to the last digit, and keeps float16's sums over a long field below its 65,504
+        # A power of two cancels to the last digit, and keeps float16's sums over a long field below its 65,504.
+        is_in = F.one_hot(field, 4)[..., :3].to(x.dtype) * 2.0**-12      # (B, L, 3), the fourth is padding
         means = is_in.mT @ x / is_in.sum(dim=1)[..., None]               # (B, 3, D)
         return self.linear(means.flatten(1))
 

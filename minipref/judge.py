@@ -207,7 +207,9 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "fp32"
 
 
-def is_out_of_memory(problem: RuntimeError) -> bool:
-    """Whether an error says that a GPU or the system has no more memory to give."""
+def out_of_memory(problem: RuntimeError) -> str | None:
+    """What to say of an error, if it is that a GPU or the system has no more memory to give; else None."""
     words = "can't allocate memory", "not enough memory"                 # of the CPU's allocator, which has no class
-    return isinstance(problem, torch.OutOfMemoryError) or any(part in str(problem) for part in words)
+    if isinstance(problem, torch.OutOfMemoryError) or any(part in str(problem) for part in words):
+        return f"out of memory: {str(problem).splitlines()[0].rstrip('. ')}"
+    return None

@@ -372,8 +372,7 @@ def evaluate(model: Pretraining, batches: list[Tensor], counts: np.ndarray, auto
              ) -> dict[str, float]:
     """The figures on held-out windows, rounded to five decimals; the same tokens are hidden at every call.
 
-    Changes no random state. Shapes: batches (B, L) each, counts (V,): how often each id occurs
-    in the training text.
+    Changes no random state. Shapes: batches (B, L) each, counts (V,): how often each id occurs in the training text.
     """
     losses, hits, hidden, verdicts, is_replaced, ids_seen = [], [], [], [], [], []
     model.eval()

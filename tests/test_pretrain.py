@@ -439,9 +439,9 @@ def test_two_processes_do_not_write_into_one_folder(text, tmp_path, capsys):
 
 def test_the_same_ids_in_other_documents_are_another_text(corpus):
     first, *rest = corpus.train
-    ids = [first[:5], first[5:], *rest]
+    cut = [first[:5], first[5:], *rest]
     assert replace(corpus, train=list(corpus.train)).digest == corpus.digest
-    assert replace(corpus, train=ids).digest != corpus.digest
+    assert replace(corpus, train=cut).digest != corpus.digest
     assert replace(corpus, train=corpus.train + corpus.heldout[:1], heldout=corpus.heldout[1:]).digest != corpus.digest
 
 
