@@ -273,7 +273,7 @@ RECIPES: dict[str, dict[str, tuple[int | float, str]]] = {   # recipe -> figure 
         "head_dropout": (0.0, "trials in docs/experiments.md"),
         "patience": (2, "an epoch's evaluations"),
         "evals_per_epoch": (2, "to see it learn"),
-        "max_length": (256, "longer than all but a few pairs of the sample"),
+        "max_length": (256, "no pair of the sample is longer"),
         "field_loss": (1.0, "trials in docs/experiments.md"),
     },
 }
