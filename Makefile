@@ -1,7 +1,7 @@
 # Everything runs in .venv, which the first command makes. `make help` lists the commands.
 PYTHON ?= python3
 ARGS ?=
-CSV ?= data/sample/test.csv
+CSV ?= data/synthetic/test.csv
 CORPUS ?= corpus
 PY := .venv/bin/python
 
@@ -35,6 +35,9 @@ parity: .venv/dev           ## layer by layer against transformers; writes docs/
 bench: .venv/dev            ## speed and memory beside transformers; writes docs/performance.md
 	$(PY) benchmarks/bench.py $(ARGS)
 
+same-numbers: .venv/runtime  ## train at an old commit and here; every number has to be the same: ARGS=COMMIT
+	$(PY) benchmarks/same_numbers.py $(ARGS)
+
 docs: .venv/dev             ## make every figure, generated table and notebook of README and docs again
 	$(PY) docs/build.py $(ARGS)
 
@@ -46,8 +49,8 @@ kill: .venv/dev             ## kill a training run hundreds of times and go on; 
 
 setup: .venv/dev            ## the environment with the test packages, and nothing else
 
-clean:       ## remove runs, caches and the generated sample; weights and your data stay
-	rm -rf runs submission.csv data/sample .pytest_cache .ruff_cache .hypothesis build *.egg-info
+clean:       ## remove runs, caches and the synthetic dataset; weights and your data stay
+	rm -rf runs submission.csv data/synthetic .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # Where this Python already has every pinned package, the environment takes them from there and needs no network.
@@ -61,4 +64,4 @@ clean:       ## remove runs, caches and the generated sample; weights and your d
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-.PHONY: help train predict test test-slow lint weights data parity bench docs pretrain kill setup clean
+.PHONY: help train predict test test-slow lint weights data parity bench docs pretrain kill same-numbers setup clean

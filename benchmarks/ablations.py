@@ -25,16 +25,16 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import train  # noqa: E402
-from minipref.judge import choose_device, choose_precision  # noqa: E402
+from minipref.runtime import choose_device, choose_precision  # noqa: E402
 
 FOLDER = Path("runs/ablations")
 VARIANTS = {  # name: (what is different, options of train.py)
-    "base": ("nothing: the recipe `tiny` with the command's figures", []),
-    "no-field-head": ("[CLS] learns from its own verdict alone", ["--field-loss", "0"]),
+    "base": ("nothing: the recipe `tiny` with the command's options", []),
+    "no-auxiliary-head": ("[CLS] learns from the labels alone", ["--aux-loss", "0"]),
     "no-swap": ("A and B are never exchanged in training", ["--no-swap"]),
     "no-warmup": ("the learning rate starts at its peak", ["--warmup", "0"]),
     "no-decay": ("no weight decay", ["--weight-decay", "0"]),
-    "frozen-words": ("the word table stays as pretrained", ["--freeze-embeddings"]),
+    "frozen-words": ("the word embeddings stay as pretrained", ["--freeze-embeddings"]),
     "fp32": ("no mixed precision", ["--precision", "fp32"]),
     "bf16": ("mixed precision", ["--precision", "bf16"]),
     "few-rows": ("2,000 rows, six times", ["--limit", "2000", "--epochs", "6"]),

@@ -13,6 +13,7 @@ that file alone. With `--device cuda` the sections run on a GPU.
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import platform
@@ -39,7 +40,7 @@ from performance_page import write_page  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from minipref.files import write_json  # noqa: E402
+from minipref.runtime import write_json  # noqa: E402
 
 BUNDLED = ROOT / "weights" / "minipref-tiny"
 FIGURES = ROOT / "benchmarks" / "performance.json"
@@ -55,15 +56,15 @@ def both_models(options) -> dict[str, nn.Module]:
     """A fresh v3-small, and transformers' model with the same weights; refused if they do not compute the same."""
     from helpers import reference_model
 
-    from minipref.classifier import PreferenceModel
     from minipref.config import EncoderConfig
-    from minipref.encoder import initialise
+    from minipref.fast import accelerate
+    from minipref.model import PreferenceModel, init_weights
     torch.manual_seed(0)
-    ours = PreferenceModel(EncoderConfig(**options.sizes))
-    initialise(ours, ours.config.init_std)
-    models = {US: ours.eval(), THEM: reference_model(ours.eval())}
-    ids, is_token = random_batch(2, min(options.lengths), options, device="cpu")
-    logits = [logits_of(model, ids, is_token).detach() for model in models.values()]
+    ours = PreferenceModel(EncoderConfig(**options.sizes)).eval()
+    init_weights(ours, ours.config.initializer_range)
+    models = {THEM: reference_model(ours), US: accelerate(ours)}
+    ids, attention_mask = random_batch(2, min(options.lengths), options, device="cpu")
+    logits = [logits_of(model, ids, attention_mask).detach() for model in models.values()]
     if (logits[0] - logits[1]).abs().max() > 1e-5:
         raise SystemExit("the two programs disagree, so there is nothing to compare: see `make parity`")
     return {name: model.to(options.device) for name, model in models.items()}
@@ -72,36 +73,36 @@ def both_models(options) -> dict[str, nn.Module]:
 def random_batch(batch: int, length: int, options, device: str = "") -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, options.sizes.get("vocab_size", 128_000), (batch, length), generator=generator)
-    is_token = torch.ones(batch, length, dtype=torch.bool)
-    return ids.to(device or options.device), is_token.to(device or options.device)
+    attention_mask = torch.ones(batch, length, dtype=torch.bool)
+    return ids.to(device or options.device), attention_mask.to(device or options.device)
 
 
-def logits_of(model: nn.Module, ids: Tensor, is_token: Tensor) -> Tensor:
+def logits_of(model: nn.Module, ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Either program's logits (B, 3)."""
-    out = model(ids, is_token) if is_ours(model) else model(input_ids=ids, attention_mask=is_token.long())
+    out = model(ids, attention_mask) if is_ours(model) else model(input_ids=ids, attention_mask=attention_mask.long())
     return out if is_ours(model) else out.logits
 
 
 def is_ours(model: nn.Module) -> bool:
-    return hasattr(model, "probabilities")
+    return hasattr(model, "classify")
 
 
 def autocast(device: str, precision: str):
     return torch.autocast(device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
-def forward(model: nn.Module, ids: Tensor, is_token: Tensor, precision: str) -> None:
+def forward(model: nn.Module, ids: Tensor, attention_mask: Tensor, precision: str) -> None:
     model.eval()
     with torch.no_grad(), autocast(ids.device.type, precision):
-        logits_of(model, ids, is_token)
+        logits_of(model, ids, attention_mask)
 
 
-def training_step(model: nn.Module, optimizer, ids: Tensor, is_token: Tensor, precision: str) -> None:
+def training_step(model: nn.Module, optimizer, ids: Tensor, attention_mask: Tensor, precision: str) -> None:
     """Forward, backward and AdamW, with v3-small's dropout."""
     model.train()
     labels = torch.arange(len(ids), device=ids.device) % 3
     with autocast(ids.device.type, precision):
-        logits = logits_of(model, ids, is_token)
+        logits = logits_of(model, ids, attention_mask)
     F.cross_entropy(logits.float(), labels).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -172,24 +173,38 @@ def forward_times(options) -> list[dict]:
 
 
 def with_compiled(models: dict[str, nn.Module], compiled: bool) -> Iterator[tuple[str, nn.Module]]:
-    """The models, and where asked for and possible each under torch.compile, which needs a C++ compiler."""
+    """The models, and where asked for and possible each under torch.compile, which needs a C++ compiler.
+
+    Of minipref the plain model is compiled, as train.py --compile does.
+    """
     yield from models.items()
     if compiled and (shutil.which("c++") or shutil.which("g++")):
         for name, model in models.items():
-            yield f"{name}, compiled", torch.compile(model)
+            yield f"{name}, compiled", torch.compile(plain_copy(model) if is_ours(model) else model)
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """An accelerated model's plain twin."""
+    from minipref.model import PreferenceModel
+    plain = PreferenceModel(model.config).to(next(model.parameters()).device)
+    plain.load_state_dict(model.state_dict())
+    return plain
 
 
 def training_times(options) -> list[dict]:
     """Whole steps of both, and of minipref with each switch of train.py that trades something."""
+    from minipref.fast import checkpoint_activations
     models = both_models(options)
-    optimizers = {name: optimizer_of(model) for name, model in models.items()}
+    variants = models | {"--checkpoint-activations": copy.deepcopy(models[US])}
+    checkpoint_activations(variants["--checkpoint-activations"])
+    for _, compiled in list(with_compiled({US: models[US]}, options.compile))[1:]:
+        variants["--compile"] = compiled
+    optimizers = {name: optimizer_of(model) for name, model in variants.items()}
     rows = []
 
-    def step(name: str, batch: tuple, precision: str, checkpoint: bool = False, freeze: bool = False,
-             model: nn.Module | None = None) -> None:
-        models[US].encoder.checkpoint_activations = checkpoint
-        models[US].encoder.word_table.weight.requires_grad_(not freeze)
-        training_step(models[name] if model is None else model, optimizers[name], *batch, precision)
+    def step(name: str, batch: tuple, precision: str, freeze: bool = False) -> None:
+        variants[US].encoder.word_embeddings.weight.requires_grad_(not freeze)
+        training_step(variants[name], optimizers[name], *batch, precision)
 
     torch.set_num_threads(options.threads[0])
     for length in (128, 512):
@@ -198,9 +213,7 @@ def training_times(options) -> list[dict]:
             contenders = {name: partial(step, name, batch, precision) for name in models}
             if length == MAX_LENGTH:
                 contenders["--freeze-embeddings"] = partial(step, US, batch, precision, freeze=True)
-                contenders["--checkpoint-activations"] = partial(step, US, batch, precision, checkpoint=True)
-                for _, model in list(with_compiled({US: models[US]}, options.compile))[1:]:
-                    contenders["--compile"] = partial(step, US, batch, precision, model=model)
+                contenders |= {name: partial(step, name, batch, precision) for name in variants.keys() - models.keys()}
             seconds = alternated(contenders, options.runs, options.device)
             rows.append({"batch": len(batch[0]), "length": length, "precision": precision,
                          "threads": options.threads[0], "seconds": seconds})
@@ -216,8 +229,8 @@ def prediction_times(options) -> list[dict]:
     Usually: batches of 32 rows in the file's order, padded to the longest, float32. Both cut rows to the same tokens
     with the same tokenizer, so that the same sequences go through both models.
     """
-    from minipref.data import encode_pairs, make_batch, read_pairs
-    from minipref.judge import Judge
+    from minipref.data import collate, encode_pairs, read_pairs
+    from minipref.predictor import Judge
     from minipref.tokenizer import load_tokenizer
     torch.set_num_threads(options.threads[0])
     models, tokenizer = both_models(options), load_tokenizer(options.tokenizer)
@@ -227,9 +240,10 @@ def prediction_times(options) -> list[dict]:
         examples, found = encode_pairs(pairs, tokenizer, MAX_LENGTH), []
         for begin in range(0, len(examples), 32):
             rows = range(begin, min(begin + 32, len(examples)))
-            ids, is_token, _ = make_batch(examples, rows, [False] * len(rows), tokenizer)
+            ids, attention_mask, _ = collate(examples, rows, [False] * len(rows), tokenizer)
             with torch.no_grad():
-                found.append(logits_of(models[THEM], ids.to(options.device), is_token.to(options.device)).softmax(-1))
+                logits = logits_of(models[THEM], ids.to(options.device), attention_mask.to(options.device))
+                found.append(logits.softmax(-1))
         return torch.cat(found).cpu().numpy()
 
     rows = []
@@ -281,21 +295,21 @@ def in_own_process(arguments: dict) -> int:
     torch.set_num_threads(arguments["threads"])
     device = arguments["device"]
     if arguments["name"] == US:
-        from minipref import load_classifier
-        from minipref.lean import give_back_freed_memory
-        give_back_freed_memory()                            # as train.py does
-        model = load_classifier(arguments["folder"], device=device)
+        from minipref import accelerate, load_classifier
+        from minipref.fast import tune_malloc
+        tune_malloc()                            # as train.py does
+        model = accelerate(load_classifier(arguments["folder"], device=device))
     else:
         from transformers import AutoModelForSequenceClassification
         model = AutoModelForSequenceClassification.from_pretrained(arguments["folder"], dtype=torch.float32).to(device)
     ids = torch.randint(5, model.config.vocab_size, (arguments["batch"], arguments["length"]), device=device)
-    is_token = torch.ones_like(ids, dtype=torch.bool)
+    attention_mask = torch.ones_like(ids, dtype=torch.bool)
     optimizer = optimizer_of(model)
     for _ in range(3):
         if arguments["task"] == "training":
-            training_step(model, optimizer, ids, is_token, arguments["precision"])
+            training_step(model, optimizer, ids, attention_mask, arguments["precision"])
         else:
-            forward(model, ids, is_token, arguments["precision"])
+            forward(model, ids, attention_mask, arguments["precision"])
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -326,7 +340,7 @@ def start_up(options) -> list[dict]:
 @contextlib.contextmanager
 def saved_model(options) -> Iterator[str]:
     """A folder with a fresh model and the bundled tokenizer: an spm.model would cost transformers another package."""
-    from minipref.judge import Judge
+    from minipref.predictor import Judge
     from minipref.tokenizer import load_tokenizer
     with tempfile.TemporaryDirectory() as folder:
         Judge(both_models(options)[US], load_tokenizer(BUNDLED), MAX_LENGTH).save(folder)
@@ -435,7 +449,8 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     options.lengths, options.tokens, options.sizes, options.compile = LENGTHS, TOKENS, {}, not options.tiny
     if options.tiny:
-        options.sizes = {"vocab_size": 128_100, "width": 32, "heads": 2, "layers": 2, "feed_forward": 64}
+        options.sizes = {"vocab_size": 128_100, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2,
+                         "intermediate_size": 64}
         options.lengths, options.tokens = (128, 512), 1024
     return options
 

@@ -1,6 +1,6 @@
 """Is pretraining worth it? Baselines and encoders on the same rows, several seeds: the tables of docs/experiments.md.
 
-    python benchmarks/experiments.py sample --train data/sample/train.csv
+    python benchmarks/experiments.py sample --train data/synthetic/train.csv
     python benchmarks/experiments.py autoj --train autoj.csv --options "--max-length 512" --encoders bundled random
     python benchmarks/experiments.py sample --train a.csv --encoders nes=runs/nes/model mlm=runs/mlm/model --seeds 1 2 3
     python benchmarks/experiments.py real --train a.csv b.csv --encoders --by model_a
@@ -40,14 +40,16 @@ import numpy as np  # noqa: E402 - these need the path
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
-import train as training  # noqa: E402
 from minipref import metrics  # noqa: E402
 from minipref.checkpoint import encoder_tensors, write_checkpoint  # noqa: E402
-from minipref.config import EncoderConfig, recipe  # noqa: E402
-from minipref.data import Pair, character_counts, field_texts, read_pairs, split_by_prompt  # noqa: E402
-from minipref.encoder import Encoder, initialise  # noqa: E402
-from minipref.files import write_json, write_text  # noqa: E402
-from minipref.judge import load_judge  # noqa: E402
+from minipref.config import EncoderConfig  # noqa: E402
+from minipref.data import Pair, character_counts, read_pairs, segment_texts, split_by_prompt  # noqa: E402
+from minipref.model import Encoder, init_weights  # noqa: E402
+from minipref.predictor import load_judge  # noqa: E402
+from minipref.recipes import recipe  # noqa: E402
+from minipref.run.folder import has_checkpoint  # noqa: E402
+from minipref.run.report import read_truth  # noqa: E402
+from minipref.runtime import write_json, write_text  # noqa: E402
 from minipref.tokenizer import load_tokenizer  # noqa: E402
 
 FIGURES, PAGE = ROOT / "benchmarks" / "experiments.json", ROOT / "docs" / "experiments.md"
@@ -106,11 +108,11 @@ def baselines(options: argparse.Namespace, seed: int) -> dict[str, dict]:
     found["TF-IDF of A minus B"] = metrics.evaluate(by_words(train, labels, valid, seed), valid_labels)
     if options.by:
         found[f"class prior by {options.by}"] = metrics.evaluate(by_kind(kinds, labels, valid_kinds), valid_labels)
-    best = read_reachable(files(options), valid)
+    best = read_bayes_optimal(files(options), valid)
     if best is not None:
-        found["best reachable"] = metrics.evaluate(best, valid_labels)
-    reachable = {"best_reachable": round(found["best reachable"]["log_loss"], 5)} if best is not None else {}
-    return {name: scores(result) | reachable for name, result in found.items()}
+        found["Bayes-optimal"] = metrics.evaluate(best, valid_labels)
+    bayes_optimal = {"bayes_optimal": round(found["Bayes-optimal"]["log_loss"], 5)} if best is not None else {}
+    return {name: scores(result) | bayes_optimal for name, result in found.items()}
 
 
 def files(options: argparse.Namespace) -> list[str]:
@@ -160,12 +162,12 @@ def by_words(train: list[Pair], labels: np.ndarray, valid: list[Pair], seed: int
 
 
 def answer(turns: tuple) -> str:
-    return "\n".join(field_texts(turns))
+    return "\n".join(segment_texts(turns))
 
 
-def read_reachable(paths: list[str], pairs: list[Pair]) -> np.ndarray | None:
-    """The sample's own probabilities of these rows, or None where a row is not the sample's. Shapes: -> (rows, 3)."""
-    truth = training.read_truth(paths)
+def read_bayes_optimal(paths: list[str], pairs: list[Pair]) -> np.ndarray | None:
+    """The rule's probabilities of these rows, or None where a row is not synthetic. Shapes: -> (rows, 3)."""
+    truth = read_truth(paths)
     found = [truth.get(pair.id) for pair in pairs]
     return None if any(p is None for p in found) else np.array(found)
 
@@ -187,7 +189,7 @@ def fine_tuned(name: str, folder: str, options: argparse.Namespace, seed: int) -
         command = [sys.executable, "train.py", "--train", *options.train, *valid, "--recipe", "tiny", "--encoder",
                    str(encoder), "--seed", str(seed), "--run", str(place / "run"), *shlex.split(options.options)]
         with keeping(ROOT / "runs" / "latest"):
-            subprocess.run(command + ["--resume"] * training.has_begun(place / "run"), cwd=ROOT, check=True,
+            subprocess.run(command + ["--resume"] * has_checkpoint(place / "run"), cwd=ROOT, check=True,
                            stdout=subprocess.DEVNULL)
         report = json.loads((place / "run" / "report.json").read_text(encoding="utf-8"))
         found = scores(report["results"]["model, calibrated"])
@@ -207,7 +209,7 @@ def fresh_encoder(like: Path, folder: Path, seed: int) -> Path:
     config = EncoderConfig.from_json(like / "config.json")
     torch.manual_seed(seed)
     encoder = Encoder(config)
-    initialise(encoder, config.init_std)
+    init_weights(encoder, config.initializer_range)
     load_tokenizer(like).save(folder)
     write_checkpoint(encoder_tensors(encoder), config.to_json(), folder, torch.float32)
     return folder
@@ -258,11 +260,11 @@ def as_table(name: str, table: dict) -> str:
 
 
 def gap_closed(by_seed: dict[str, dict], prior: dict[str, dict]) -> list[float]:
-    """Of each seed, the share of the way from the class prior's log loss to the best reachable; [] where that is not
+    """Of each seed, the share of the way from the class prior's log loss to the Bayes-optimal one; [] where that is not
     known, as of real rows."""
-    if not all("best_reachable" in prior[seed] for seed in by_seed):
+    if not all("bayes_optimal" in prior[seed] for seed in by_seed):
         return []
-    return [(prior[seed]["log_loss"] - scores["log_loss"]) / (prior[seed]["log_loss"] - prior[seed]["best_reachable"])
+    return [(prior[seed]["log_loss"] - scores["log_loss"]) / (prior[seed]["log_loss"] - prior[seed]["bayes_optimal"])
             for seed, scores in by_seed.items()]
 
 

@@ -39,12 +39,12 @@ from helpers import (  # noqa: E402
 from scaling import GB, SIZES, markdown, step_bytes  # noqa: E402
 from small import BUNDLED, write_encoder, write_rows  # noqa: E402
 
-from minipref.classifier import PreferenceModel  # noqa: E402
 from minipref.config import EncoderConfig  # noqa: E402
-from minipref.files import write_text  # noqa: E402
-from minipref.judge import autocast  # noqa: E402
+from minipref.fast import accelerate  # noqa: E402
+from minipref.model import PreferenceModel  # noqa: E402
 from minipref.optim import AdamW, decay_groups  # noqa: E402
-from minipref.sample import write_sample  # noqa: E402
+from minipref.runtime import autocast, write_text  # noqa: E402
+from minipref.synthetic import write_dataset  # noqa: E402
 
 REPORT = ROOT / "docs" / "gpu.md"
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -62,15 +62,15 @@ class Check:
 
 def compare(device: torch.device, config: EncoderConfig, length: int) -> list[Check]:
     """Logits and gradients beside transformers' float32 on the same device; in half precision beside its own half."""
-    model = large_model(config).to(device)
+    model = accelerate(large_model(config)).to(device)
     reference = reference_model(model).to(device)
-    ids, is_token = (t.to(device) for t in padded_batch(config, [length, length - 20]))
+    ids, attention_mask = (t.to(device) for t in padded_batch(config, [length, length - 20]))
     labels = torch.tensor([0, 2], device=device)
-    theirs = {precision: outcome(reference, lambda: reference(ids, attention_mask=is_token.long()).logits, labels,
+    theirs = {precision: outcome(reference, lambda: reference(ids, attention_mask=attention_mask.long()).logits, labels,
                                  precision) for precision in PRECISIONS}
     checks = []
     for precision in PRECISIONS:
-        logits, gradients = outcome(model, lambda: model(ids, is_token), labels, precision)
+        logits, gradients = outcome(model, lambda: model(ids, attention_mask), labels, precision)
         if precision == "fp32":
             value, (gradient, name) = relative(logits, theirs["fp32"][0]), worst_gradient(gradients, theirs["fp32"][1])
             checks.append(Check("values and gradients are transformers', fp32", value < 1e-4 and gradient < 2e-3,
@@ -127,7 +127,7 @@ def train_and_predict(device: str, folder: Path, small: bool) -> list[Check]:
     checks.append(Check(f"predict.py on {device} says what it says on the CPU", difference < 1e-3,
                         f"largest difference of 60 x 3 probabilities {difference:.1e}"))
     if not small:
-        write_sample(folder / "sample")
+        write_dataset(folder / "sample")
         started = time.monotonic()
         printed = run(str(ROOT / "train.py"), "--train", str(folder / "sample" / "train.csv"), "--encoder",
                       str(BUNDLED), "--run", "sample", "--recipe", "tiny", "--device", device, folder=folder)
@@ -184,18 +184,18 @@ def seconds_and_peak(step: Callable[[], None], device: torch.device, steps: int)
 def time_and_memory(device: torch.device, config: EncoderConfig, rows: int, length: int, steps: int) -> list[Check]:
     """A training step of ours and of transformers' model, and our peak of memory beside the computed one."""
     checks = []
-    ids, is_token = (t.to(device) for t in padded_batch(config, [length] * rows))
+    ids, attention_mask = (t.to(device) for t in padded_batch(config, [length] * rows))
     labels = torch.zeros(rows, dtype=torch.int64, device=device)
     for precision in PRECISIONS if device.type == "cuda" else PRECISIONS[:1]:
-        model = PreferenceModel(config).to(device)
+        model = accelerate(PreferenceModel(config)).to(device)
         reference = reference_model(model).to("cpu")
-        ours, peak = seconds_and_peak(step_of(model, lambda m=model: m(ids, is_token), labels, precision), device,
+        ours, peak = seconds_and_peak(step_of(model, lambda m=model: m(ids, attention_mask), labels, precision), device,
                                       steps)
         del model
         reference = reference.to(device)
         theirs, their_peak = seconds_and_peak(
-            step_of(reference, lambda m=reference: m(ids, attention_mask=is_token.long()).logits, labels, precision),
-            device, steps)
+            step_of(reference, lambda m=reference: m(ids, attention_mask=attention_mask.long()).logits, labels,
+                    precision), device, steps)
         del reference
         in_time = device.type == "cpu" or ours < 1.5 * theirs        # times of a shared CPU are told, not judged
         checks.append(Check(f"a step of {rows} x {length} tokens, {precision}", in_time,
@@ -225,7 +225,7 @@ def main() -> int:
     torch.manual_seed(0)
     config = resized(SIZES["v3-small"], vocab_size=1000, **NO_DROPOUT)
     if options.small:
-        config = resized(config, width=64, heads=4, layers=2, feed_forward=128)
+        config = resized(config, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, intermediate_size=128)
     checks = compare(device, config, 150 if options.small else 300)
     with tempfile.TemporaryDirectory() as folder:
         checks += train_and_predict(options.device, Path(folder), options.small)

@@ -35,9 +35,10 @@ from helpers import (  # noqa: E402
 )
 
 from minipref.checkpoint import load_classifier  # noqa: E402
-from minipref.classifier import PreferenceModel  # noqa: E402
 from minipref.config import EncoderConfig  # noqa: E402
-from minipref.files import write_text  # noqa: E402
+from minipref.fast import accelerate  # noqa: E402
+from minipref.model import PreferenceModel  # noqa: E402
+from minipref.runtime import write_text  # noqa: E402
 
 PUBLISHED = ROOT / "weights" / "deberta-v3-small"
 REPORT = ROOT / "docs" / "parity.md"
@@ -55,26 +56,27 @@ class Column:
     all_gradient: tuple[float, str]
 
 
-def compared(title: str, found: Outcome, wanted: Outcome, is_token: torch.Tensor) -> Column:
-    return Column(title, [relative(f[is_token], w[is_token]) for f, w in zip(found.layers, wanted.layers)],
+def compared(title: str, found: Outcome, wanted: Outcome, attention_mask: torch.Tensor) -> Column:
+    return Column(title, [relative(f[attention_mask], w[attention_mask]) for f, w in zip(found.layers, wanted.layers)],
                   relative(found.logits, wanted.logits), worst_gradient(found.loss_gradients, wanted.loss_gradients),
                   worst_gradient(found.all_gradients, wanted.all_gradients))
 
 
 def columns(model: PreferenceModel, length: int) -> list[Column]:
     """Everything that is compared for one model and length: float32 and, as the yardstick, float64."""
-    ids, is_token = padded_batch(model.config, [length, max(1, length - 20)])
-    arguments = ids, is_token, torch.tensor([0, 2])
+    ids, attention_mask = padded_batch(model.config, [length, max(1, length - 20)])
+    arguments = ids, attention_mask, torch.tensor([0, 2])
+    accelerate(model)                    # as train.py and predict.py run it; the tests compare the plain model as well
     ours, theirs = our_outcome(model, *arguments), their_outcome(model, *arguments)
-    exact_model = PreferenceModel(model.config).double().eval()
+    exact_model = accelerate(PreferenceModel(model.config)).double().eval()
     exact_model.load_state_dict(model.state_dict())
     ours_exact = our_outcome(exact_model, *arguments)
     with reference_scale_in_float64():
         theirs_exact = their_outcome(exact_model, *arguments)
-    return [compared(f"L {length}, float32", ours, theirs, is_token),
-            compared(f"L {length}, float64", ours_exact, theirs_exact, is_token),
-            compared(f"L {length}, minipref's rounding", ours, ours_exact, is_token),
-            compared(f"L {length}, transformers' rounding", theirs, theirs_exact, is_token)]
+    return [compared(f"L {length}, float32", ours, theirs, attention_mask),
+            compared(f"L {length}, float64", ours_exact, theirs_exact, attention_mask),
+            compared(f"L {length}, minipref's rounding", ours, ours_exact, attention_mask),
+            compared(f"L {length}, transformers' rounding", theirs, theirs_exact, attention_mask)]
 
 
 def table(found: list[Column]) -> str:

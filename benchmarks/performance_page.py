@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from minipref.files import write_text
+from minipref.runtime import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
@@ -22,11 +22,11 @@ this page from `benchmarks/performance.json`, where every single run is.
 WHY = """\
 ## What makes the difference
 
-`minipref/fused.py` derives it step by step. In short:
+`minipref/fast/attention.py` derives it step by step. In short:
 
 - **No gather.** transformers multiplies with all 512 rows of the relative table, copies the table for each row of the
-  batch, and picks L x L elements one by one, twice. Laid out by distance, the table gives products whose diagonals are
-  the bias: a view with strides, no index.
+  batch, and picks L x L elements one by one, twice. Laid out by distance, the table gives products of which a
+  view with strides (`relative_shift`) is the bias: no index.
 - **Blocks that stay in the cache.** The L x L scores of a head are made, used and overwritten in one buffer. Main
   memory sees queries, keys, values and the result.
 - **Nothing kept.** The backward pass makes the probabilities again, block by block, and the dropout from its seed. The

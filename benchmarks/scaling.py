@@ -1,34 +1,29 @@
 """What a run costs: memory by model and precision, time by rows, length, width and processes, a full run on paper.
 
-    python benchmarks/scaling.py                      everything; writes docs/scaling.md and docs/scaling.svg
-    python benchmarks/scaling.py memory paper         only these parts of it
-    python benchmarks/scaling.py reading --tokenizer weights/deberta-v3-small
+    python benchmarks/scaling.py                      every part; writes them into docs/scaling.md, and docs/scaling.svg
+    python benchmarks/scaling.py memory paper         only these parts
 
 Three kinds of figures, and the page says which is which. `memory` is computed: the real model takes a real step on
 tensors without content (torch's fake tensors), in the form of attention that a GPU runs, and every allocation is
-counted. `growth` and `reading` are measured on the machine at hand. `paper` is arithmetic on vendors' figures.
+counted. `growth` is measured on the machine at hand. `paper` is arithmetic on vendors' figures.
 """
 
 import argparse
 import contextlib
-import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402 - these need the path
-import reading  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -36,19 +31,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from minipref import distributed  # noqa: E402
-from minipref.classifier import PreferenceModel  # noqa: E402
-from minipref.config import EncoderConfig, recipe  # noqa: E402
-from minipref.files import replacing, write_text  # noqa: E402
+from minipref.config import EncoderConfig  # noqa: E402
+from minipref.fast import accelerate, checkpoint_activations  # noqa: E402
+from minipref.model import PreferenceModel, distance_buckets  # noqa: E402
 from minipref.optim import AdamW, decay_groups  # noqa: E402
-from minipref.positions import distance_rows  # noqa: E402
+from minipref.recipes import recipe  # noqa: E402
+from minipref.run import distributed  # noqa: E402
+from minipref.runtime import atomic_write, write_text  # noqa: E402
 
 PAGE, FIGURE = ROOT / "docs" / "scaling.md", ROOT / "docs" / "scaling.svg"
 SIZES = {  # the published v3 encoders: one architecture, four sizes
-    "v3-xsmall": EncoderConfig(width=384, layers=12, heads=6, feed_forward=1536),
+    "v3-xsmall": EncoderConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536),
     "v3-small": EncoderConfig(),
-    "v3-base": EncoderConfig(width=768, layers=12, heads=12, feed_forward=3072),
-    "v3-large": EncoderConfig(width=1024, layers=24, heads=16, feed_forward=4096),
+    "v3-base": EncoderConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
+    "v3-large": EncoderConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
 }
 GB = 2**30
 CARDS = (8, 16, 24, 80)          # GB
@@ -93,12 +89,12 @@ def as_on_a_gpu(config: EncoderConfig, length: int) -> Iterator[LiveBytes]:
     Attention takes the batched form and torch's memory-efficient kernel; dropout keeps a mask, not a seed; autocast
     computes LayerNorm in float32. The relative table's rows are looked up beforehand: fake tensors hold no numbers.
     """
-    rows = distance_rows(length, config.span, config.max_distance)
-    lowest, highest = int(rows[0]), int(rows[-1])
+    buckets = distance_buckets(length, config.position_buckets, config.max_distance)
+    lowest, highest = int(buckets[0]), int(buckets[-1])
     layer_norm = F.layer_norm
 
     def relative_table(encoder, length):
-        table = encoder.rel_norm(encoder.rel_table.weight[lowest:highest + 1])
+        table = encoder.rel_norm(encoder.rel_embeddings.weight[lowest:highest + 1])
         return table, torch.empty(2 * length - 1, dtype=torch.int64)
 
     def attention(q, k, v, attn_mask, dropout_p, scale):
@@ -109,9 +105,9 @@ def as_on_a_gpu(config: EncoderConfig, length: int) -> Iterator[LiveBytes]:
         with torch.autocast("cpu", enabled=False):
             return layer_norm(x.float(), *arguments, **options)
 
-    with (mock.patch("minipref.attention.choose_path", lambda device: "batched"),
-          mock.patch("minipref.encoder.Encoder.relative_table", relative_table),
-          mock.patch("minipref.lean.Dropout.forward", nn.Dropout.forward),
+    with (mock.patch("minipref.fast.attention.select_backend", lambda device: "batched"),
+          mock.patch("minipref.fast.FastEncoder.relative_table", relative_table),
+          mock.patch("minipref.fast.layers.FastDropout.forward", nn.Dropout.forward),
           mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
           mock.patch("torch.nn.functional.layer_norm", layer_norm_in_float32),
           FakeTensorMode(), LiveBytes() as live):
@@ -125,12 +121,13 @@ def step_bytes(config: EncoderConfig, rows: int, length: int, precision: str, ch
     works on a whole tensor with two temporary ones of its size.
     """
     with as_on_a_gpu(config, length) as live:
-        model = PreferenceModel(config).train()
-        model.encoder.checkpoint_activations = checkpoint
+        model = accelerate(PreferenceModel(config)).train()
+        if checkpoint:
+            checkpoint_activations(model)
         weights = live.now
-        ids, is_token = torch.ones(rows, length, dtype=torch.int64), torch.ones(rows, length, dtype=torch.bool)
+        ids, attention_mask = torch.ones(rows, length, dtype=torch.int64), torch.ones(rows, length, dtype=torch.bool)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
-            logits = model(ids, is_token)
+            logits = model(ids, attention_mask)
         F.cross_entropy(logits.float(), torch.zeros(rows, dtype=torch.int64)).backward()
         peak = live.peak
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters())
@@ -180,19 +177,20 @@ def step_seconds(rows: int, length: int, width: int, steps: int = 3) -> float:
     Under torchrun each process has its share of the rows, and the step ends when all have ended it.
     """
     torch.manual_seed(0)
-    config = EncoderConfig(vocab_size=8000, width=width, heads=max(1, width // 64), layers=4, feed_forward=4 * width)
-    plain = PreferenceModel(config).train()
-    model, optimizer = distributed.parallel(plain, torch.device("cpu")), AdamW(decay_groups(plain, 0.01), lr=1e-5)
-    ids = torch.randint(4, 8000, (len(distributed.share(range(rows))), length))
-    is_token, labels = torch.ones_like(ids, dtype=torch.bool), torch.zeros(len(ids), dtype=torch.int64)
+    config = EncoderConfig(vocab_size=8000, hidden_size=width, num_attention_heads=max(1, width // 64),
+                           num_hidden_layers=4, intermediate_size=4 * width)
+    alone = accelerate(PreferenceModel(config)).train()
+    model, optimizer = distributed.wrap_ddp(alone, torch.device("cpu")), AdamW(decay_groups(alone, 0.01), lr=1e-5)
+    ids = torch.randint(4, 8000, (len(distributed.shard(range(rows))), length))
+    attention_mask, labels = torch.ones_like(ids, dtype=torch.bool), torch.zeros(len(ids), dtype=torch.int64)
     times = []
     for _ in range(steps + 1):                           # the first one makes buffers
-        distributed.wait()
+        distributed.barrier()
         started = time.monotonic()
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(ids, is_token), labels).backward()
+        F.cross_entropy(model(ids, attention_mask), labels).backward()
         optimizer.step()
-        distributed.wait()
+        distributed.barrier()
         times.append(time.monotonic() - started)
     return min(times[1:])
 
@@ -244,36 +242,16 @@ def draw(measured: dict[str, list[tuple[int, float]]]) -> None:
     panels[0].set_ylabel("ms a step")
     panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     figure.tight_layout()
-    with replacing(FIGURE) as temporary:
+    with atomic_write(FIGURE) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
     pyplot.close(figure)
-
-
-# --- reading: measured ------------------------------------------------------------------------------------------------
-
-def rows_to_tokens(tokenizer: Path) -> str:
-    parts = []
-    with TemporaryDirectory() as folder:
-        for rows in (reading.ROWS // 16, reading.ROWS // 4, reading.ROWS):
-            path = reading.write_full_size(Path(folder) / "train.csv", rows)
-            parts.append(reading.in_a_process_of_its_own("minipref", path, tokenizer)
-                         | reading.in_a_process_of_its_own("pandas", path, tokenizer))
-            print(json.dumps(parts[-1]), flush=True)
-    columns = {"rows": "rows", "MB": "file_mb", "pandas reads, s": "pandas_seconds",
-               "minipref reads, s": "read_seconds",
-               "tokenises, s": "tokenise_seconds", "batches an epoch, s": "batch_seconds", "peak MB": "peak_mb"}
-    table = [list(columns), ["---:"] * len(columns)]
-    table += [[f"{part[key]:,}" for key in columns.values()] for part in parts]
-    whole = parts[-1]
-    return READING.format(machine=machine(), table=markdown(table), mean=whole["mean_tokens"],
-                          longer=f"{whole['longer_than_the_budget']:.0%}", padding=f"{whole['padding_share']:.1%}",
-                          imports=whole["imports_mb"], tokenizer=tokenizer.name)
 
 
 # --- on paper ---------------------------------------------------------------------------------------------------------
 
 # Vendors' figures: dense half-precision operations a second with float32 sums, and bytes a second of memory.
 MACHINES = {"one T4": (1, 65e12, 320e9), "one A100": (1, 312e12, 1555e9), "eight H100": (8, 989e12, 3350e9)}
+COMPETITION_ROWS = 57_477    # in the competition's train.csv
 REACHED = 0.25               # the share of those operations that training is assumed to reach
 LINK = 450e9                 # bytes a second, one way, between H100s of one machine
 
@@ -284,17 +262,18 @@ def forward_operations(config: EncoderConfig, length: int, rows: int = 1) -> flo
     The last layer computes [CLS] alone: all keys and values, and next to nothing else. The relative table's rows go
     through two projections in every layer, once a pass.
     """
-    D, L, table = config.width, length, min(2 * length - 1, 2 * config.span - 1)
+    D, L, table = config.hidden_size, length, min(2 * length - 1, 2 * config.position_buckets - 1)
     projections = 8 * D * D * L                                     # q, k, v, out: 2 D^2 each for each token
     attention = 12 * L * L * D                                      # c2c, values 2; c2p, p2c 4: 2 L distances
-    feed_forward = 4 * D * config.feed_forward * L
+    feed_forward = 4 * D * config.intermediate_size * L
     layer = projections + attention + feed_forward
-    return rows * ((config.layers - 1) * layer + 4 * D * D * L) + config.layers * 4 * table * D * D
+    table_projections = config.num_hidden_layers * 4 * table * D * D
+    return rows * ((config.num_hidden_layers - 1) * layer + 4 * D * D * L) + table_projections
 
 
 def paper() -> str:
     figures, lines = recipe("microsoft"), []
-    train_rows, valid_rows = round(reading.ROWS * 0.9), round(reading.ROWS * 0.1)
+    train_rows, valid_rows = round(COMPETITION_ROWS * 0.9), round(COMPETITION_ROWS * 0.1)
     steps = figures.epochs * -(-train_rows // figures.batch_size)
     evaluated = valid_rows * (figures.epochs * figures.evals_per_epoch + 2)         # both orders at the end
     header = ["encoder", "parameters", "operations", *MACHINES, "GPU-hours"]
@@ -319,7 +298,8 @@ def paper() -> str:
                       " / ".join(f"{m / 60 * MACHINES[kind][0]:.2f}" for kind, m in minutes.items())])
     small = SIZES["v3-small"]
     return PAPER.format(table=markdown(table), lines="\n".join(lines), steps=f"{steps:,}", rows=f"{train_rows:,}",
-                        batch=figures.batch_size, epochs=figures.epochs, evaluated=f"{evaluated:,}", reached=REACHED,
+                        competition=f"{COMPETITION_ROWS:,}", batch=figures.batch_size, epochs=figures.epochs,
+                        evaluated=f"{evaluated:,}", reached=REACHED,
                         forward=f"{forward_operations(small, 512) / 1e9:.0f}")
 
 
@@ -335,73 +315,37 @@ def machine() -> str:
 
 
 def write_page(parts: dict[str, str]) -> None:
-    """Put these parts into the page; those that are not made anew stay as they are."""
-    old = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
-    there = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- end -->", old, re.DOTALL))
-    there |= parts
-    missing = [name for name in PARTS if name not in there]
-    if missing:
-        raise SystemExit(f"{PAGE.name} has no {', '.join(missing)} yet: make the whole page first")
-    body = "\n\n".join(f"<!-- {name} -->\n{there[name].strip()}\n<!-- end -->" for name in PARTS)
-    write_text(PAGE, f"{INTRODUCTION.strip()}\n\n{body}\n")
+    """Put these parts between their marks in the page, whose other text stays as it is."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        begin, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+        before, found, after = text.partition(begin)
+        _, found_end, after = after.partition(end)
+        if not (found and found_end):
+            raise SystemExit(f"{PAGE.name} has no place marked <!-- {name} --> ... <!-- end -->")
+        text = before + begin + part.strip() + end + after
+    write_text(PAGE, text)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--tokenizer", type=Path, default=reading.BUNDLED, metavar="DIR", help="for reading")
     parser.add_argument("--worker", type=int, metavar="ROWS", help="a process of `growth`, started by torchrun")
     options = parser.parse_args()
     if options.worker:
         torch.set_num_threads(1)
-        with distributed.joined():
+        with distributed.process_group():
             print(step_seconds(options.worker, BASE["length"], BASE["width"]))
         return 0
     if unknown := set(options.parts) - PARTS.keys():
         parser.error(f"{', '.join(sorted(unknown))}: expected {', '.join(PARTS)}")
-    made = {name: PARTS[name](options) for name in PARTS if name in options.parts or not options.parts}
+    made = {name: PARTS[name]() for name in PARTS if name in options.parts or not options.parts}
     write_page(made)
     print(f"wrote {PAGE.relative_to(ROOT)}")
     return 0
 
 
-PARTS: dict[str, Callable] = {"memory": lambda _: memory(), "growth": lambda _: growth(),
-                              "reading": lambda options: rows_to_tokens(options.tokenizer), "paper": lambda _: paper()}
-
-INTRODUCTION = """
-# Scale
-
-Written by `python benchmarks/scaling.py`. From a laptop to several GPUs it is the same `train.py`; this page says how
-to start it on more than one processor, what fits where, and what it costs. No GPU was at hand when it was made: what is
-said of GPUs below is computed or estimated, and marked so. `benchmarks/gpu_check.py` measures it on yours.
-
-## Several processes
-
-```
-torchrun --standalone --nproc-per-node 4 -- train.py --encoder weights/deberta-v3-base --run runs/four
-torchrun --standalone --nproc-per-node 4 -- train.py --resume --run runs/four
-torchrun --standalone --nproc-per-node 4 -- predict.py data/test.csv
-```
-
-The `--` keeps torchrun from taking `--run` for an option of its own. One process for each GPU; on CPUs as many as you
-like, with `OMP_NUM_THREADS` set to cores / processes. Everything that a run of one process promises still holds:
-
-- `--batch-size` is the batch of all processes together, so the same command is the same run. Rows are shared out, every
-  gradient is weighted by rows: 8 rows on 3 processes are 3, 3 and 2, and the step is that of 8 rows on one. Tests hold
-  20 steps at learning rate 2e-5 without dropout to within 1e-6 of one process in every weight. With dropout, each
-  process draws its own.
-- Evaluation deals out whole batches, so its figures are exactly those of one process with the same weights.
-- Process 0 alone writes, and shows one progress bar. A state holds every process's random generator: stopped and
-  resumed on as many processes, a run ends bit for bit as if it had not been. On another number of them it goes on, and
-  says that it is not bit for bit.
-- Early stopping, SIGINT, SIGTERM and a loss that is not finite stop all together. torchrun passes a signal on and kills
-  what is still there 30 seconds later (`--shutdown-timeout`): with a large model on a slow disk give it more.
-- A process that dies ends the run: the others say so and stop, torchrun names the signal, the last saved state is
-  whole.
-- Several machines work as torchrun has it (`--nnodes`, `--rdzv-endpoint`), if all see the run's folder under one path.
-
-How it is done, and why every process must take the same decisions, is told in `minipref/distributed.py`.
-"""
+PARTS: dict[str, Callable[[], str]] = {"memory": memory, "growth": growth, "paper": paper}
 
 MEMORY = """
 ## What fits (computed, not measured on a GPU)
@@ -433,24 +377,10 @@ Expected from the operations: rows x 2; length between x 2 (projections) and x 4
 width between x 2 (few, narrow products) and x 4 (wide ones); processes x 1/2 as long as each has a core of its own.
 """
 
-READING = """
-## Reading and tokenising (measured)
-
-{machine}; other programs used the cores at the same time. A made-up file of the competition's shape
-(`benchmarks/reading.py`), the tokenizer in `{tokenizer}`, a budget of 512 tokens.
-
-{table}
-
-{longer} of the rows are longer than the budget; the mean row has {mean} tokens after it, and batches of similar lengths
-waste {padding} on padding. {imports} MB of the peak are Python and torch. Token ids are kept in the run's folder and
-used again for the same file, tokenizer and budget; of several processes the first makes them. `tests/test_scale.py`
-holds the peak under 2 GB.
-"""
-
 PAPER = """
 ## A full run on paper (an estimate)
 
-The recipe `microsoft` on 57,477 rows: {rows} to train on, {epochs} epochs of batch {batch} are {steps} steps;
+The recipe `microsoft` on {competition} rows: {rows} to train on, {epochs} epochs of batch {batch} are {steps} steps;
 evaluations and the end judge {evaluated} sequences. All sequences are counted as 512 tokens long, which is an upper
 bound. v3-small's forward pass takes {forward} G operations for one of them, a training step three times as many.
 Assumed: products reach {reached} of the vendor's figure for dense half precision (T4 fp16, others bf16); AdamW moves 28

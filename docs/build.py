@@ -24,13 +24,13 @@ import torch  # noqa: E402
 
 from minipref import metrics  # noqa: E402
 from minipref.checkpoint import load_classifier  # noqa: E402
-from minipref.config import RECIPES  # noqa: E402
 from minipref.data import Pair  # noqa: E402
 from minipref.explain import explain, figure  # noqa: E402
-from minipref.files import write_text  # noqa: E402
-from minipref.judge import Judge  # noqa: E402
+from minipref.model import log_bucket  # noqa: E402
 from minipref.optim import cosine_with_warmup  # noqa: E402
-from minipref.positions import log_bucket  # noqa: E402
+from minipref.predictor import Judge  # noqa: E402
+from minipref.recipes import RECIPES  # noqa: E402
+from minipref.runtime import write_text  # noqa: E402
 from minipref.tokenizer import load_tokenizer  # noqa: E402
 
 TINY = ROOT / "weights" / "minipref-tiny"
@@ -107,7 +107,7 @@ def reliability() -> str:
     temperature = metrics.fit_temperature(logits, labels)
     lines = {}
     for name, t in (("as it is", 1.0), (f"divided by the fitted temperature, {temperature:.2f}", temperature)):
-        bins = metrics.evaluate(metrics.averaged(logits, t), labels)["calibration"]
+        bins = metrics.evaluate(metrics.swap_averaged(logits, t), labels)["calibration"]
         lines[name] = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
     lines["honest"] = [0.3, 1], [0.3, 1]
     tenths = [n / 10 for n in range(2, 11)]
@@ -134,22 +134,23 @@ def pretraining() -> str:
 
 def one_head() -> tuple[str, str]:
     """The README's figure and its caption: of the bundled encoder, the head whose weakest term is the strongest."""
-    torch.manual_seed(0)                                    # the fresh head's; it is not looked at
-    seen = explain(Judge(load_classifier(TINY), load_tokenizer(TINY), 96), SHOWN, 96)
-    weakest = seen.scores.std((-1, -2)).min(-1)                                                # (N, H)
+    torch.manual_seed(0)                                    # for the fresh classifier, which is not used
+    explanation = explain(Judge(load_classifier(TINY), load_tokenizer(TINY), 96), SHOWN, 96)
+    weakest = explanation.scores.std((-1, -2)).min(-1)                                         # (N, H)
     layer, head = (int(n) for n in np.unravel_index(weakest.argmax(), weakest.shape))
-    caption = f"""Layer {layer + 1}, head {head + 1} of the bundled encoder on '{SHOWN.prompt[0]}' and two answers.
-Rows are queries, columns keys; orange draws attention to the key, blue keeps it away. The fourth picture is the sum of
-the other three, on their scale."""
-    return figure(seen, layer, head, ("c2c", "c2p", "p2c", "sum")), caption
+    caption = f"""Layer {layer + 1}, head {head + 1} of the bundled encoder on '{SHOWN.prompt[0]}' and two responses.
+Rows are queries, columns keys. Orange: a score above its row's mean; blue: below. The fourth picture is the sum of the
+other three, on their scale."""
+    return figure(explanation, layer, head, ("c2c", "c2p", "p2c", "sum")), caption
 
 
 # --- tables and the notebook ------------------------------------------------------------------------------------------
 
 def recipes() -> str:
     """The recipes' figures and their sources as Markdown."""
-    lines = ["| figure | " + " | ".join(f"`{name}`" for name in RECIPES) + " |", "|---|" + "---:|" * len(RECIPES)]
-    for name in RECIPES["seed"]:
+    lines = ["| hyperparameter | " + " | ".join(f"`{name}`" for name in RECIPES) + " |",
+             "|---|" + "---:|" * len(RECIPES)]
+    for name in RECIPES["baseline"]:
         lines.append(f"| {name} | " + " | ".join(f"{RECIPES[r][name][0]:g}" for r in RECIPES) + " |")
     return "\n".join(lines)
 

@@ -16,18 +16,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402 - these need the path
 import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import nn  # noqa: E402
 
 import minipref  # noqa: E402
-from minipref import attention as attention_module  # noqa: E402
 from minipref.checkpoint import load_classifier  # noqa: E402
 from minipref.data import Pair  # noqa: E402
-from minipref.errors import InputError  # noqa: E402
 from minipref.explain import explain  # noqa: E402
-from minipref.fused import cls_attention  # noqa: E402
-from minipref.judge import Judge  # noqa: E402
-from minipref.metrics import averaged, evaluate  # noqa: E402
-from minipref.positions import distance_rows  # noqa: E402
+from minipref.metrics import evaluate, swap_averaged  # noqa: E402
+from minipref.model import DisentangledSelfAttention, distance_buckets  # noqa: E402
+from minipref.predictor import Judge  # noqa: E402
+from minipref.runtime import InputError  # noqa: E402
 
 TINY = ROOT / "weights" / "minipref-tiny"
 TEXT = ("Which of the two planets is larger, Venus or Mars?", "Venus is the larger one; its radius is 6,052 km.",
@@ -44,28 +42,29 @@ def right(condition: bool, otherwise: str) -> None:
 
 
 def buckets(log_bucket: Callable) -> str:
-    """`log_bucket(distance, span, max_distance)`: int64 tensor -> int64 tensor."""
-    for span, max_distance in ((256, 512), (8, 24), (16, 64)):
+    """`log_bucket(distance, position_buckets, max_distance)`: int64 tensor -> int64 tensor."""
+    for position_buckets, max_distance in ((256, 512), (8, 24), (16, 64)):
         distance = torch.arange(-3 * max_distance, 3 * max_distance)
-        found, wanted = log_bucket(distance, span, max_distance), minipref.log_bucket(distance, span, max_distance)
+        found, wanted = (function(distance, position_buckets, max_distance)
+                         for function in (log_bucket, minipref.log_bucket))
         wrong = distance[found != wanted]
-        right(not len(wrong), f"span {span}, max_distance {max_distance}: {len(wrong)} distances are in another "
-              f"bucket, {wrong[:5].tolist()} among them")
+        right(not len(wrong), f"{position_buckets} buckets, max_distance {max_distance}: {len(wrong)} distances are in "
+              f"another bucket, {wrong[:5].tolist()} among them")
     return "every distance is in its bucket"
 
 
 def attention(mine: Callable) -> str:
-    """`attention(q, k, v, pos_q, pos_k, is_token, rows)` -> (B, H, L, d), differentiable; shapes as in fused.py."""
-    span, max_distance = 8, 24
+    """`attention(q, k, v, pos_q, pos_k, attention_mask, buckets)` -> (B, H, L, d), differentiable."""
+    position_buckets, max_distance = 8, 24
     for lengths in ([1], [2, 5], [20, 13], [31]):
         generator = torch.Generator().manual_seed(len(lengths))
         L, shape = max(lengths), (len(lengths), 2, max(lengths), 6)
         inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_()
-                  for s in [shape] * 3 + [(2, 2 * span, 6)] * 2]
-        is_token = torch.arange(L) < torch.tensor(lengths)[:, None]
-        found = mine(*inputs, is_token, distance_rows(L, span, max_distance))
-        wanted = minipref.attention_by_definition(*inputs, is_token, span, max_distance)
-        weights = torch.randn(shape, generator=generator, dtype=torch.float64) * is_token[:, None, :, None]
+                  for s in [shape] * 3 + [(2, 2 * position_buckets, 6)] * 2]
+        attention_mask = torch.arange(L) < torch.tensor(lengths)[:, None]
+        found = mine(*inputs, attention_mask, distance_buckets(L, position_buckets, max_distance))
+        wanted = minipref.attention_by_definition(*inputs, attention_mask, position_buckets, max_distance)
+        weights = torch.randn(shape, generator=generator, dtype=torch.float64) * attention_mask[:, None, :, None]
         names = ("values", *(f"gradient of {name}" for name in ("q", "k", "v", "pos_q", "pos_k")))
         pairs = [(found * weights.bool(), wanted * weights.bool()),
                  *zip(*(torch.autograd.grad((out * weights).sum(), inputs) for out in (found, wanted)))]
@@ -82,20 +81,14 @@ def parity(mine: Callable) -> str:
     from helpers import SMALL
     from test_parity import assert_parity
 
-    def in_a_layer(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor, is_token: Tensor, rows: Tensor,
-                   dropout: float, path: str) -> Tensor:
-        if q.shape[2] < k.shape[2]:                        # [CLS] alone: not part of the exercise
-            return cls_attention(q, k, v, pos_q, pos_k, is_token, rows, dropout)
-        return mine(q, k, v, pos_q, pos_k, is_token, rows)
-
-    kept = attention_module.choose_path, attention_module.fast_attention
-    attention_module.choose_path, attention_module.fast_attention = lambda device: "mine", in_a_layer
+    plain = DisentangledSelfAttention.attend
+    DisentangledSelfAttention.attend = lambda layer, *arguments: mine(*arguments)
     try:
         assert_parity(SMALL, [20, 13], torch.float64)
     except AssertionError as problem:
         raise NotYet(f"it equals the definition, but not transformers: {str(problem).splitlines()[0]}") from None
     finally:
-        attention_module.choose_path, attention_module.fast_attention = kept
+        DisentangledSelfAttention.attend = plain
     return ", and a model with it is transformers'"
 
 
@@ -126,9 +119,9 @@ def temperature(fit_temperature: Callable) -> str:
     draw = np.random.default_rng(0)
     for factor in (0.5, 1.0, 3.0):
         honest = draw.normal(size=(4000, 2, 3))
-        labels = (draw.random((4000, 1)) > averaged(honest, 1.0).cumsum(1)).sum(1).clip(max=2)
+        labels = (draw.random((4000, 1)) > swap_averaged(honest, 1.0).cumsum(1)).sum(1).clip(max=2)
         logits = factor * honest
-        found, best = (evaluate(averaged(logits, t), labels)["log_loss"] for t in
+        found, best = (evaluate(swap_averaged(logits, t), labels)["log_loss"] for t in
                        (fit_temperature(logits, labels), minipref.metrics.fit_temperature(logits, labels)))
         right(found < best + 1e-4, f"logits {factor} times as sure as they should be: your temperature's log loss is "
               f"{found:.5f}, and {best:.5f} can be had")

@@ -80,12 +80,12 @@ assert predict.main([str(rows / "test.csv"), "--model", str(trained), "--output"
 print(pd.read_csv("submission.csv", dtype={"id": str}).head().to_string(index=False))
 
 # %% [markdown]
-# ## One pair, looked at
+# ## One pair, explained
 #
-# Which tokens moved the verdict, and what the heads attend to. `look.html` among the notebook's outputs can be opened
-# on its own.
+# Token attributions for the prediction, and what the heads attend to. `explain.html` among the notebook's outputs can
+# be opened on its own.
 
 # %%
-from minipref import explain
+from minipref.explain.__main__ import main as explain
 
-assert explain.main([str(rows / "test.csv"), "--row", "1", "--model", str(trained), "--output", "look.html"]) == 0
+assert explain([str(rows / "test.csv"), "--row", "1", "--model", str(trained), "--output", "explain.html"]) == 0

@@ -1,35 +1,39 @@
-"""minipref: DeBERTa-v3 written out by hand in PyTorch, and put to predicting human preference.
+"""minipref: DeBERTa-v3 from scratch in PyTorch, applied to predicting human preferences.
 
-In the order in which it is best read:
+The files in the order in which they are best read:
 
-    positions.py     from a distance to a row of the relative table
-    attention.py     disentangled attention: the definition, then the module
-    encoder.py       embeddings, layers
-    classifier.py    [CLS] to three logits
+    model.py         the whole model: buckets, attention, encoder, classifier
+    config.py        its configuration, and what makes it v3
     checkpoint.py    the published file format, as a table of names
-    config.py        what makes it v3; the training recipes
+    tokenizer.py     text to ids;  sentencepiece_model.py  the vocabulary's file
     data.py          a CSV row to a padded batch
-    optim.py         AdamW, the schedule, clipping
-    ../train.py      the loop
-    metrics.py       what the score means;  report.py  what is said of it
-    judge.py         a trained model in use;  ../predict.py  the submission
-    explain.py       what a head attends to, what moved a decision;  plots.py  a run's page
-    pretrain.py      how such an encoder is made: replaced-token detection
+    recipes.py       hyperparameters and their sources
+    optim.py         AdamW, the learning-rate schedule, clipping
+    ../train.py      options, data, model, loop, report
+    metrics.py       scores, baselines, calibration
+    predictor.py     a trained model in use;  ../predict.py  the submission
 
-and beside the path: fused.py (the attention again, fast), lean.py (the other steps, lean), tokenizer.py, runs.py (state
-that survives), sample.py (the generated task), hub.py (fetching), distributed.py (several processes), files.py and
-errors.py.
+Side rooms, each of which can be skipped:
+
+    fast/            the same numbers, sooner: `accelerate(model)`
+    auxiliary.py     a second head that helps a small encoder to train
+    run/             state on disk, resume, signals, several processes, the report
+    pretrain/        how such an encoder is pretrained: replaced-token detection
+    explain/         what a head attends to, and token attributions for a prediction
+    synthetic/       the synthetic dataset
+    hub.py           fetches weights and data
+    runtime.py       what every command shares: errors, devices, atomic files
 """
 
-__version__ = "0.1.0"      # a run goes on only with the version that began it
+__version__ = "0.2.0"      # a run resumes only with the version that began it
 
-from minipref.attention import attention_by_definition
 from minipref.checkpoint import load_classifier, load_encoder, save_classifier
-from minipref.judge import load_judge
+from minipref.fast import accelerate
 from minipref.metrics import evaluate
+from minipref.model import attention_by_definition, log_bucket
 from minipref.optim import AdamW, cosine_with_warmup
-from minipref.positions import log_bucket
+from minipref.predictor import load_judge
 from minipref.tokenizer import load_tokenizer
 
-__all__ = ["AdamW", "attention_by_definition", "cosine_with_warmup", "evaluate", "load_classifier", "load_encoder",
-           "load_judge", "load_tokenizer", "log_bucket", "save_classifier"]
+__all__ = ["AdamW", "accelerate", "attention_by_definition", "cosine_with_warmup", "evaluate", "load_classifier",
+           "load_encoder", "load_judge", "load_tokenizer", "log_bucket", "save_classifier"]

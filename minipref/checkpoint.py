@@ -12,18 +12,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minipref.classifier import PreferenceModel
 from minipref.config import EncoderConfig
-from minipref.encoder import Encoder, initialise
-from minipref.errors import InputError, shown
-from minipref.files import read_json, replacing, write_json
+from minipref.model import Encoder, PreferenceModel, init_weights
+from minipref.runtime import InputError, atomic_write, read_json, short_repr, write_json
 
 # minipref's name -> Hugging Face's name, `{}` for the layer's number. Each stands for a .weight and, but for the two
 # tables, a .bias: 3 + 3 tensors around the layers and 16 in each, 102 for v3-small's six.
 BODY_NAMES = {
-    "word_table": "embeddings.word_embeddings",
+    "word_embeddings": "embeddings.word_embeddings",
     "word_norm": "embeddings.LayerNorm",
-    "rel_table": "encoder.rel_embeddings",
+    "rel_embeddings": "encoder.rel_embeddings",
     "rel_norm": "encoder.LayerNorm",
     "layers.{}.attention.q_proj": "encoder.layer.{}.attention.self.query_proj",
     "layers.{}.attention.k_proj": "encoder.layer.{}.attention.self.key_proj",
@@ -35,19 +33,19 @@ BODY_NAMES = {
     "layers.{}.ff_norm": "encoder.layer.{}.output.LayerNorm",
 }
 BODY_PREFIX = "deberta."               # in a classifier's file; an encoder's own file may go without
-HEAD_NAMES = {"pooler": "pooler.dense", "head": "classifier"}
+HEAD_NAMES = {"pooler": "pooler.dense", "classifier": "classifier"}
 
 PRETRAINING_HEADS = ("lm_predictions.", "mask_predictions.", "cls.")
 LEFTOVERS = {  # in some published files, and of no use: name -> why
     "embeddings.position_ids": "a counter 0, 1, 2, ...",
     "embeddings.position_embeddings.weight": "absolute positions, which v3 trained with but does not use at the input",
-    "embeddings.word_embeddings._weight": "the discriminator's difference, already added to the word table",
+    "embeddings.word_embeddings._weight": "the discriminator's difference, already added to the word embeddings",
 }
 
 
 @dataclass
 class LoadReport:
-    """What became of every tensor of a checkpoint; `str()` says it in one line."""
+    """What became of every tensor of a checkpoint; `str()` is one line."""
 
     loaded: int = 0
     body: int = 0
@@ -92,8 +90,8 @@ def load_classifier(folder: str | Path, dtype: torch.dtype = torch.float32, devi
                     ) -> PreferenceModel:
     """Encoder, pooler and head of a Hugging Face folder, in eval mode.
 
-    A file without `pooler.*` or `classifier.*` (the published one has neither) gets fresh ones, N(0, init_std) from
-    torch's global generator: seed it first. `model.load_report` says which.
+    A file without `pooler.*` or `classifier.*` (the published one has neither) gets fresh ones from torch's global
+    generator, N(0, initializer_range): seed it first. `model.load_report` says which.
     Errors: as `load_encoder`, and a classifier that does not have three classes.
     """
     folder = Path(folder)
@@ -110,7 +108,7 @@ def load_classifier(folder: str | Path, dtype: torch.dtype = torch.float32, devi
             else:
                 report.new.append(HEAD_NAMES[part].split(".")[0])
                 fresh = getattr(model, part).to_empty(device="cpu")
-                initialise(fresh, config.init_std)
+                init_weights(fresh, config.initializer_range)
                 tensors |= {f"{part}.{name}": value for name, value in fresh.state_dict().items()}
         _fill(model, tensors, dtype, device)
     model.load_report = report
@@ -133,7 +131,7 @@ def write_checkpoint(tensors: dict[str, Tensor], config_fields: dict, folder: st
     """Write tensors under their Hugging Face names, and config.json last: it is what makes a folder a checkpoint."""
     folder = Path(folder)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-    with replacing(folder / "model.safetensors") as temporary:
+    with atomic_write(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(folder / "config.json", config_fields)
 
@@ -147,8 +145,8 @@ def _body_names(config: EncoderConfig) -> dict[str, str]:
     """The rename table written out: minipref's parameter name -> Hugging Face's, in the model's order."""
     names = {}
     for ours, theirs in BODY_NAMES.items():
-        kinds = ("weight",) if ours in ("word_table", "rel_table") else ("weight", "bias")
-        for layer in range(config.layers) if "{}" in ours else (0,):
+        kinds = ("weight",) if ours in ("word_embeddings", "rel_embeddings") else ("weight", "bias")
+        for layer in range(config.num_hidden_layers) if "{}" in ours else (0,):
             names |= {f"{ours.format(layer)}.{kind}": f"{theirs.format(layer)}.{kind}" for kind in kinds}
     return names
 
@@ -159,9 +157,10 @@ def _sort_tensors(checkpoint: "_Checkpoint", config: EncoderConfig) -> tuple[Loa
     Errors: `InputError` naming the tensor for a missing, misshapen or unknown one.
     """
     report = LoadReport()
-    if 16 * config.layers > len(checkpoint.shapes):      # seen here, before a module of a million layers is built
+    layers = config.num_hidden_layers
+    if 16 * layers > len(checkpoint.shapes):      # checked here, before a module of a million layers is built
         raise InputError(file=checkpoint.path, found=f"{len(checkpoint.shapes)} tensors",
-                         expected=f"at least {16 * config.layers:,}, for the {config.layers:,} layers of config.json")
+                         expected=f"at least {16 * layers:,}, for the {layers:,} layers of config.json")
     prefix = BODY_PREFIX if any(name.startswith(BODY_PREFIX) for name in checkpoint.shapes) else ""
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in PreferenceModel(config).named_parameters()}
@@ -182,8 +181,8 @@ def _sort_tensors(checkpoint: "_Checkpoint", config: EncoderConfig) -> tuple[Loa
         elif name.removeprefix(prefix) in LEFTOVERS:
             report.leftovers_skipped.append(name)
         else:
-            raise InputError(file=checkpoint.path, found=f"tensor {name}, which DeBERTa-v3 with {config.layers} "
-                             "layers does not have", expected="only the encoder's, the classifier's and the "
+            raise InputError(file=checkpoint.path, found=f"tensor {name}, which DeBERTa-v3 with {layers} layers "
+                             "does not have", expected="only the encoder's, the classifier's and the "
                              "pre-training heads' tensors")
     report.loaded = report.body = len(body)
     return report, body, head
@@ -244,7 +243,8 @@ def _open_checkpoint(folder: Path) -> _Checkpoint:
         raise InputError(file=index, found="not an index of safetensors files",
                          expected='{"weight_map": {tensor: file}}') from None
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise InputError(file=index, found=f"file names {shown(names)}", expected="names of files in the same folder")
+        raise InputError(file=index, found=f"file names {short_repr(names)}",
+                         expected="names of files in the same folder")
     return _Checkpoint(index, [folder / name for name in names])
 
 

@@ -2,20 +2,19 @@
 
     row      id, prompt, response_a, response_b and, for training, three one-hot label columns (Kaggle's layout)
     turns    each text cell is a JSON list of turns; anything else is one turn of plain text
-    fields   the token ids of prompt, A and B, each cut to its share of the budget
+    segments the token ids of prompt, A and B, each truncated to its share of the budget
     batch    [CLS] prompt [SEP] A [SEP] B [SEP], rows of similar length together, padded to the longest
 
-Unusual here:
-- **Fields are cut before they are put together**, so that a long prompt cannot push answer B out of sight. A field that
-  is too long keeps its head and its tail: whether an answer was ever finished shows at its end.
-- **Swapping A and B is free**: the budget treats the two answers alike, so one encoding serves both orders.
+What is unusual here:
+- **Segments are truncated before they are joined**, so that a long prompt cannot push response B out of the sequence.
+  A segment that is too long keeps its head and its tail: its end shows whether a response was ever finished.
+- **Swapping A and B is free**: the budget treats the two responses alike, so one encoding serves both orders.
 - **The split is by prompt.** One row in six shares its prompt with another; split by row, the validation score lies.
 - **An epoch's order is a function of (seed, epoch)**, not of a generator's state: a resumed run needs just the number
   of the batch it had reached.
 """
 
 import csv
-import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,13 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from minipref.errors import InputError, shown
-from minipref.files import check_ordinary, replacing
+from minipref.runtime import InputError, check_regular_file, short_repr
 from minipref.tokenizer import Tokenizer
 
 TEXT_COLUMNS = ("prompt", "response_a", "response_b")
@@ -47,7 +43,7 @@ Turns = tuple[str | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One row: a prompt, two answers, and what a person said (0 A, 1 B, 2 tie; None where the file has no labels)."""
+    """One row: a prompt, two responses, and the annotator's choice (0 A, 1 B, 2 tie; None without labels)."""
 
     id: str
     prompt: Turns
@@ -86,12 +82,12 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
             label = _one_hot([record[column] for column in LABEL_COLUMNS], path, row)
         if unique_ids:
             if not record["id"].strip() or "\r" in record["id"]:
-                found = shown(record["id"]) if record["id"].strip() else "a blank id"
+                found = short_repr(record["id"]) if record["id"].strip() else "a blank id"
                 raise InputError(file=path, row=row, column="id", found=found,
                                  expected="any non-empty text without a carriage return")
             if record["id"] in seen:
                 raise InputError(file=path, row=row, column="id",
-                                 found=f"{shown(record['id'])}, which row {seen[record['id']]} has already",
+                                 found=f"{short_repr(record['id'])}, which row {seen[record['id']]} has already",
                                  expected="ids that are unique in the file")
             seen[record["id"]] = row
         yield Pair(record["id"], *(parse_turns(record[column]) for column in TEXT_COLUMNS), label)
@@ -99,7 +95,7 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
 
 def _records(path: Path, labels: str) -> Iterator[tuple[int, dict[str, str]]]:
     """(row number, {column: cell}) of a CSV file, with only the columns that are needed."""
-    check_ordinary(path, "a CSV file")
+    check_regular_file(path, "a CSV file")
     limit = csv.field_size_limit(LONGEST_CELL)      # a module-wide setting; answers longer than its 131,072 exist
     row = 0
     try:
@@ -144,7 +140,7 @@ def _places(header: list[str] | None, path: Path, labels: str) -> dict[str, int]
     for column in needed:
         if header.count(column) != 1:
             times = "no column" if column not in header else "more than one column"
-            raise InputError(file=path, column=column, found=f"{times} of this name among {shown(header, 120)}",
+            raise InputError(file=path, column=column, found=f"{times} of this name among {short_repr(header, 120)}",
                              expected=", ".join(needed))
     return {column: header.index(column) for column in needed}
 
@@ -154,10 +150,10 @@ def _one_hot(cells: list[str], path: str | Path, row: int) -> int:
     values = []
     for column, cell in zip(LABEL_COLUMNS, cells):
         if cell.strip() not in ("0", "1", "0.0", "1.0"):
-            raise InputError(file=path, row=row, column=column, found=shown(cell), expected="0 or 1")
+            raise InputError(file=path, row=row, column=column, found=short_repr(cell), expected="0 or 1")
         values.append(cell.strip()[0] == "1")
     if sum(values) != 1:
-        raise InputError(file=path, row=row, column=", ".join(LABEL_COLUMNS), found=shown(",".join(cells)),
+        raise InputError(file=path, row=row, column=", ".join(LABEL_COLUMNS), found=short_repr(",".join(cells)),
                          expected="exactly one 1")
     return values.index(True)
 
@@ -200,39 +196,39 @@ def split_by_prompt(prompts: Sequence[Turns], labels: Sequence[int], shares: Seq
 
 # --- token ids --------------------------------------------------------------------------------------------------------
 
-def field_budgets(lengths: Sequence[int], room: int) -> list[int]:
-    """How many tokens each of prompt, A and B may keep of its own, in `room` tokens together.
+def truncation_budgets(lengths: Sequence[int], room: int) -> list[int]:
+    """How many of its tokens each of prompt, A and B may keep, in `room` tokens together.
 
-    Shares are 1 : 2 : 2. What a short field leaves is shared out among the others in the same proportion; the odd
+    Shares are 1 : 2 : 2. What a short segment leaves unused is divided among the others in the same proportion; the odd
     token goes to the prompt or stays unused, so that A and B are always treated alike.
     """
-    budgets, open_fields = list(lengths), {0, 1, 2}
+    budgets, open_segments = list(lengths), {0, 1, 2}
     if sum(lengths) <= room:
         return budgets
     while True:
-        weight = sum(SHARES[f] for f in open_fields)
-        fitting = {f for f in open_fields if lengths[f] * weight <= room * SHARES[f]}
+        weight = sum(SHARES[f] for f in open_segments)
+        fitting = {f for f in open_segments if lengths[f] * weight <= room * SHARES[f]}
         if not fitting:
             break
         room -= sum(lengths[f] for f in fitting)
-        open_fields -= fitting
-    for f in open_fields:
+        open_segments -= fitting
+    for f in open_segments:
         budgets[f] = room * SHARES[f] // weight
-    if 0 in open_fields:
-        budgets[0] = min(lengths[0], room - sum(budgets[f] for f in open_fields - {0}))
+    if 0 in open_segments:
+        budgets[0] = min(lengths[0], room - sum(budgets[f] for f in open_segments - {0}))
     return budgets
 
 
-def head_and_tail(ids: list[int], budget: int) -> list[int]:
-    """The first and the last tokens of a field that is too long, half and half."""
+def truncate_head_tail(ids: list[int], budget: int) -> list[int]:
+    """The first and the last tokens of a segment that is too long, half and half."""
     if len(ids) <= budget:
         return ids
     tail = budget // 2
     return ids[:budget - tail] + ids[len(ids) - tail:]
 
 
-def field_texts(turns: Turns) -> list[str]:
-    """A field as texts to tokenise, one after the other. Several turns are numbered, so that they stay apart."""
+def segment_texts(turns: Turns) -> list[str]:
+    """A segment as texts to tokenize, one after the other. Several turns are numbered, so that they stay apart."""
     texts = [NO_ANSWER if turn is None else turn for turn in turns]
     if len(texts) == 1:
         return texts
@@ -240,106 +236,76 @@ def field_texts(turns: Turns) -> list[str]:
 
 
 @dataclass
-class Examples:
-    """Encoded rows: their fields' token ids, one after the other in one array, and where each begins.
+class TokenizedPairs:
+    """Rows as token ids: all segments one after the other in one array, and where each begins.
 
-    tokens (T,) int32; starts (N, 4) int64: row n's prompt, A and B lie between starts[n, 0..3]; labels (N,) int64, -1
-    for none. `cut` (N,) int64 counts the tokens that each row lost to the budget.
+    tokens (T,) int32; offsets (N, 4) int64: row n's prompt, A and B lie between offsets[n, 0..3]; labels (N,) int64,
+    -1 for none; num_truncated (N,) int64 counts the tokens that each row lost to truncation.
     """
 
     tokens: np.ndarray
-    starts: np.ndarray
+    offsets: np.ndarray
     labels: np.ndarray
-    cut: np.ndarray
+    num_truncated: np.ndarray
     max_length: int
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.offsets)
 
     @property
     def lengths(self) -> np.ndarray:
         """(N,) tokens of each row's whole sequence, the four special ones included."""
-        return self.starts[:, 3] - self.starts[:, 0] + SPECIALS
+        return self.offsets[:, 3] - self.offsets[:, 0] + SPECIALS
 
-    def fields(self, row: int) -> list[np.ndarray]:
-        begin = self.starts[row]
+    def segments(self, row: int) -> list[np.ndarray]:
+        begin = self.offsets[row]
         return [self.tokens[begin[f]:begin[f + 1]] for f in range(3)]
 
     def truncation(self) -> str:
-        """In words, how many rows the budget has cut and by how much."""
-        rows = self.cut[self.cut > 0]
+        """One line: how many rows the budget has truncated, and by how much."""
+        rows = self.num_truncated[self.num_truncated > 0]
         if not len(rows):
             return f"no row is longer than {self.max_length} tokens"
-        share = np.median(rows / (self.cut + self.lengths)[self.cut > 0])
-        return (f"{len(rows):,} of {len(self):,} rows ({len(rows) / len(self):.0%}) cut to {self.max_length} tokens; "
-                f"the median cut row loses {int(np.median(rows)):,} tokens ({share:.0%}), the worst {rows.max():,}")
+        share = np.median(rows / (self.num_truncated + self.lengths)[self.num_truncated > 0])
+        return (f"{len(rows):,} of {len(self):,} rows ({len(rows) / len(self):.0%}) truncated to {self.max_length} "
+                f"tokens; the median of them loses {int(np.median(rows)):,} tokens ({share:.0%}), the worst "
+                f"{rows.max():,}")
 
-    def take(self, rows: np.ndarray) -> "Examples":
+    def take(self, rows: np.ndarray) -> "TokenizedPairs":
         """Some of the rows, in the order given; the tokens are shared, not copied."""
-        return Examples(self.tokens, self.starts[rows], self.labels[rows], self.cut[rows], self.max_length)
+        return TokenizedPairs(self.tokens, self.offsets[rows], self.labels[rows], self.num_truncated[rows],
+                              self.max_length)
 
 
-def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int, progress: bool = False) -> Examples:
-    """Tokenise rows and cut them to `max_length` tokens. Rows are taken in blocks, so that memory stays bounded."""
+def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int, progress: bool = False
+                 ) -> TokenizedPairs:
+    """Tokenize rows and truncate them to `max_length` tokens. Rows go in blocks, so that memory stays bounded."""
     if max_length < SPECIALS + 3:
         raise InputError(found=f"a maximum length of {max_length}", expected=f"at least {SPECIALS + 3} tokens")
-    chunks, lengths, cut = [], [], []
-    for begin in tqdm(range(0, len(pairs), 1000), desc="tokenising", unit="k rows", leave=False, disable=not progress):
+    chunks, lengths, num_truncated = [], [], []
+    for begin in tqdm(range(0, len(pairs), 1000), desc="tokenizing", unit="k rows", leave=False, disable=not progress):
         block = pairs[begin:begin + 1000]
-        fields = [turns for pair in block for turns in (pair.prompt, pair.response_a, pair.response_b)]
-        encoded = iter(_encode_fields(fields, tokenizer))
+        segments = [turns for pair in block for turns in (pair.prompt, pair.response_a, pair.response_b)]
+        encoded = iter(_encode_segments(segments, tokenizer))
         for prompt, a, b in zip(encoded, encoded, encoded):
-            whole = [len(prompt), len(a), len(b)]
-            budgets = field_budgets(whole, max_length - SPECIALS)
-            kept = [head_and_tail(ids, budget) for ids, budget in zip((prompt, a, b), budgets)]
+            full = [len(prompt), len(a), len(b)]
+            budgets = truncation_budgets(full, max_length - SPECIALS)
+            kept = [truncate_head_tail(ids, budget) for ids, budget in zip((prompt, a, b), budgets)]
             chunks.extend(np.array(ids, dtype=np.int32) for ids in kept)
             lengths.append([len(ids) for ids in kept])
-            cut.append(sum(whole) - sum(lengths[-1]))
+            num_truncated.append(sum(full) - sum(lengths[-1]))
     ends = np.cumsum(np.array(lengths, dtype=np.int64).reshape(-1)).reshape(-1, 3)
-    starts = np.column_stack([np.concatenate([[0], ends[:-1, 2]]), ends])
+    offsets = np.column_stack([np.concatenate([[0], ends[:-1, 2]]), ends])
     labels = np.array([-1 if pair.label is None else pair.label for pair in pairs], dtype=np.int64)
-    return Examples(np.concatenate(chunks), starts, labels, np.array(cut, dtype=np.int64), max_length)
+    return TokenizedPairs(np.concatenate(chunks), offsets, labels, np.array(num_truncated, dtype=np.int64),
+                          max_length)
 
 
-def _encode_fields(fields: list[Turns], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    texts = [field_texts(turns) for turns in fields]
-    encoded = iter(tokenizer.encode_batch([text for field in texts for text in field]))
-    for field in texts:
-        yield [token for _ in field for token in next(encoded)]
-
-
-def encode_cached(pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int, cache: Path, source: str,
-                  progress: bool = False) -> tuple[Examples, bool]:
-    """`encode_pairs`, kept in the file `cache` for the next time that the same rows meet the same tokenizer and budget.
-
-    `source` identifies the rows (a hash of their files and of which were taken). Returns the examples and whether they
-    came from the cache. A cache that is damaged or of something else is made anew: its key is a hash of what went in
-    and of what came out.
-    """
-    made_of = json.dumps([source, tokenizer.fingerprint, max_length, SHARES, NO_ANSWER])
-    try:
-        stored = load_file(cache)
-    except (SafetensorError, OSError):
-        stored = {}
-    if stored.keys() == {*CACHED, "key"} and bytes(stored["key"]) == _cache_key(made_of, stored):
-        return Examples(*(stored[name] for name in CACHED), max_length), True
-    examples = encode_pairs(pairs, tokenizer, max_length, progress)
-    arrays = {name: getattr(examples, name) for name in CACHED}
-    with replacing(cache) as temporary:
-        save_file(arrays | {"key": np.frombuffer(_cache_key(made_of, arrays), dtype=np.uint8).copy()}, temporary)
-    return examples, False
-
-
-CACHED = ("tokens", "starts", "labels", "cut")
-
-
-def _cache_key(made_of: str, arrays: dict[str, np.ndarray]) -> bytes:
-    digest = hashlib.sha256(made_of.encode())
-    for name in CACHED:
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array)
-    return digest.digest()
+def _encode_segments(segments: list[Turns], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    texts = [segment_texts(turns) for turns in segments]
+    encoded = iter(tokenizer.encode_batch([text for segment in texts for text in segment]))
+    for segment in texts:
+        yield [token for _ in segment for token in next(encoded)]
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -361,7 +327,7 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def epoch_swaps(rows: int, seed: int, epoch: int) -> np.ndarray:
+def swap_mask(rows: int, seed: int, epoch: int) -> np.ndarray:
     """Which rows show B before A in this epoch: a fair coin for each. Shapes: -> (rows,) bool."""
     return np.random.default_rng([seed, 3, epoch]).random(rows) < 0.5
 
@@ -376,29 +342,28 @@ def batches_by_tokens(lengths: np.ndarray, batch_tokens: int, most_rows: int = 2
         begin += rows
 
 
-def make_batch(examples: Examples, rows: Iterable[int], swapped: Iterable[bool], tokenizer: Tokenizer,
-               multiple_of: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Sequences of the given rows, padded to the longest: B before A, and the label turned with it, where `swapped`.
+def collate(tokenized: TokenizedPairs, rows: Iterable[int], swapped: Iterable[bool], tokenizer: Tokenizer,
+            multiple_of: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """One padded batch. Where `swapped`, B stands before A, and the label is exchanged with them.
 
-    With `multiple_of` padded further, to a multiple of that many tokens.
-
-    Shapes: -> ids (B, L) int64, is_token (B, L) bool, labels (B,) int64 (-1 for none).
+    L is the longest sequence's length, rounded up to a multiple of `multiple_of`.
+    Shapes: -> input_ids (B, L) int64, attention_mask (B, L) bool, labels (B,) int64 (-1 for none).
     """
     sequences, labels = [], []
     for row, swap in zip(rows, swapped):
-        prompt, a, b = examples.fields(row)
+        prompt, a, b = tokenized.segments(row)
         first, second = (b, a) if swap else (a, b)
         sep = [tokenizer.sep_id]
         sequences.append(np.concatenate([[tokenizer.cls_id], prompt, sep, first, sep, second, sep]))
-        label = int(examples.labels[row])
+        label = int(tokenized.labels[row])
         labels.append({0: 1, 1: 0}.get(label, label) if swap else label)
     longest = -(-max(map(len, sequences)) // multiple_of) * multiple_of
-    ids = np.full((len(sequences), longest), tokenizer.pad_id, dtype=np.int64)
-    is_token = np.zeros((len(sequences), longest), dtype=bool)
+    input_ids = np.full((len(sequences), longest), tokenizer.pad_id, dtype=np.int64)
+    attention_mask = np.zeros((len(sequences), longest), dtype=bool)
     for i, sequence in enumerate(sequences):
-        ids[i, :len(sequence)] = sequence
-        is_token[i, :len(sequence)] = True
-    return torch.from_numpy(ids), torch.from_numpy(is_token), torch.tensor(labels)
+        input_ids[i, :len(sequence)] = sequence
+        attention_mask[i, :len(sequence)] = True
+    return torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.tensor(labels)
 
 
 def swap_classes(probabilities: np.ndarray) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""How good three probabilities are, what they must beat, and a temperature that makes them honest.
+"""Scores, the baselines that they must beat, calibration by temperature, and the conclusions drawn from them.
 
-Unusual here: a score never stands alone. It is printed beside what one gets for nothing (uniform, class prior) and for
-counting characters (a logistic regression on lengths alone, a strong baseline: people prefer longer answers).
-Every figure is computed in float64.
+What is unusual here: a score never stands alone. It is printed beside two trivial baselines (uniform, class prior) and
+a strong one (a logistic regression on lengths alone: annotators prefer longer responses). All is float64.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch
 from minipref.config import LABELS
 
 CLASSES = len(LABELS)
-BINS = 15              # of the calibration figures, equally wide over the confidence 0..1
+BINS = 15              # of the calibration error, equally wide over the confidence 0..1
 
 
 def evaluate(probabilities: np.ndarray, labels: np.ndarray) -> dict:
@@ -81,16 +82,16 @@ def _calibration(confidence: np.ndarray, right: np.ndarray) -> tuple[list[dict],
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 def class_prior(labels: np.ndarray) -> np.ndarray:
-    """The share of each class, every class counted once more so that none is impossible. Shapes: (N,) -> (3,)."""
+    """The share of each class, with Laplace smoothing. Shapes: (N,) -> (3,)."""
     counts = np.bincount(labels, minlength=CLASSES) + 1
     return counts / counts.sum()
 
 
 def length_features(lengths: np.ndarray) -> np.ndarray:
-    """What one knows of a pair by counting characters alone.
+    """Features of a pair that depend on its lengths alone.
 
-    Shapes: lengths (N, 3) of prompt, A and B -> (N, 5): how much longer A is (as a log ratio), by how much they differ,
-    and the three log lengths.
+    Shapes: lengths (N, 3) in characters of prompt, A and B -> (N, 5): the log ratio of A to B, its absolute value, and
+    the three log lengths.
     """
     logs = np.log1p(np.asarray(lengths, dtype=np.float64))
     longer = logs[:, 1] - logs[:, 2]
@@ -143,8 +144,8 @@ def baselines(train_lengths: np.ndarray, train_labels: np.ndarray, valid_lengths
     }
 
 
-def collapsed(probabilities: np.ndarray) -> bool:
-    """Whether the model says nearly the same of every row, the common failure: it has learnt the class prior only."""
+def is_constant(probabilities: np.ndarray) -> bool:
+    """Whether the predictions hardly vary between rows: the common failure of learning only the class prior."""
     return bool(np.asarray(probabilities).std(axis=0).max() < 0.01)
 
 
@@ -157,7 +158,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def averaged(logits: np.ndarray, temperature: float) -> np.ndarray:
+def swap_averaged(logits: np.ndarray, temperature: float) -> np.ndarray:
     """Probabilities from the logits of one or both orders: each order's softmax at `temperature`, then their mean.
 
     Shapes: (N, orders, 3), already turned so that the classes of every order agree -> (N, 3).
@@ -166,14 +167,14 @@ def averaged(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature, from 1/20 to 20, under which `averaged` has the least log loss on these rows.
+    """The temperature, from 1/20 to 20, under which `swap_averaged` has the least log loss on these rows.
 
     A weak prior, (log T)^2 / 2 over all rows together, keeps it finite where few rows are all right; from some
     hundred rows on it moves nothing. Shapes: (N, orders, 3), (N,) -> float. A golden-section search over log T.
     Paper: Guo et al., On Calibration of Modern Neural Networks (arXiv 1706.04599).
     """
     def loss(log_t: float) -> float:
-        chosen = averaged(logits, np.exp(log_t))[np.arange(len(labels)), labels]
+        chosen = swap_averaged(logits, np.exp(log_t))[np.arange(len(labels)), labels]
         return -np.log(chosen.clip(min=np.finfo(np.float64).tiny)).sum() + log_t**2 / 2
 
     low, high = -np.log(20), np.log(20)
@@ -192,10 +193,10 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp((low + high) / 2))
 
 
-def cross_fitted(logits: np.ndarray, labels: np.ndarray, seed: int, folds: int = 5) -> np.ndarray:
-    """Calibrated probabilities of rows that the temperature was not fitted on: each fold's is fitted on the others.
+def cross_fit_temperature(logits: np.ndarray, labels: np.ndarray, seed: int, folds: int = 5) -> np.ndarray:
+    """Calibrated probabilities, each fold's with a temperature fitted on the other folds.
 
-    What `fit_temperature` gains on its own rows flatters it a little; this is the honest figure to report beside it.
+    `fit_temperature` is slightly optimistic on the rows it was fitted on; this is the estimate to report.
     Shapes: (N, orders, 3), (N,) -> (N, 3).
     """
     fold = np.random.default_rng([seed, 4]).permutation(len(labels)) % min(folds, len(labels))
@@ -203,11 +204,80 @@ def cross_fitted(logits: np.ndarray, labels: np.ndarray, seed: int, folds: int =
     for f in np.unique(fold):
         held, rest = fold == f, fold != f
         temperature = fit_temperature(logits[rest], labels[rest]) if rest.any() else 1.0
-        probabilities[held] = averaged(logits[held], temperature)
+        probabilities[held] = swap_averaged(logits[held], temperature)
     return probabilities
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- conclusions ------------------------------------------------------------------------------------------------------
+
+def score_logits(logits: np.ndarray, labels: np.ndarray, lengths: np.ndarray, train_labels: np.ndarray,
+                 train_lengths: np.ndarray, seed: int, bayes_optimal: np.ndarray | None = None) -> dict:
+    """A model's validation scores beside the baselines on the same rows.
+
+    Shapes: logits (N, 2, 3) in both orders; labels (N,); lengths (N, 3) in characters of prompt, A and B; the same of
+    the M training rows; bayes_optimal (N, 3), the probabilities that the labels were drawn from, where they are known.
+    Returns `results`, {name: `evaluate`'s dict}, and `conclusions`, sentences. The calibrated scores are cross-fitted.
+    """
+    results = baselines(train_lengths, train_labels, lengths, labels)
+    results["model, one order"] = evaluate(swap_averaged(logits[:, :1], 1.0), labels)
+    results["model, both orders"] = evaluate(swap_averaged(logits, 1.0), labels)
+    calibrated = cross_fit_temperature(logits, labels, seed)
+    results["model, calibrated"] = evaluate(calibrated, labels)
+    if bayes_optimal is not None:
+        results["Bayes-optimal"] = evaluate(bayes_optimal, labels)
+    return {"results": results, "conclusions": conclusions(calibrated, swap_averaged(logits, 1.0), labels, results)}
+
+
+def conclusions(probabilities: np.ndarray, raw: np.ndarray, labels: np.ndarray, results: dict[str, dict]) -> list[str]:
+    """What the scores mean, in sentences derived from them. `results` needs "class prior" and "length only".
+
+    `raw` are the probabilities before the temperature, which may have flattened confident and worthless predictions.
+    """
+    score = evaluate(probabilities, labels)["log_loss"]
+    prior, by_length = results["class prior"]["log_loss"], results["length only"]["log_loss"]
+    losses = -np.log(probabilities[np.arange(len(labels)), labels].clip(min=np.finfo(float).eps))
+    error = losses.std() / math.sqrt(len(losses))
+    sentences = []
+    if is_constant(raw):
+        sentences.append("CONSTANT PREDICTIONS: the model predicts nearly the same for every row; it has learnt only "
+                         "the class prior. Another --lr, more --epochs or another --seed may help.")
+    sentences.append(f"{'Better' if score < by_length else 'NOT better'} than the length-only baseline: {score:.4f} "
+                     f"against {by_length:.4f} (standard error of the score: {error:.4f}).")
+    if score >= prior:
+        sentences.append(f"NOT better than the class-prior baseline: {score:.4f} against {prior:.4f}.")
+    if "Bayes-optimal" in results:
+        closed = (prior - score) / (prior - results["Bayes-optimal"]["log_loss"])
+        sentences.append(f"Gap closed between the class prior and the Bayes-optimal score: {closed:.0%}.")
+    return sentences
+
+
+def results_text(scored: dict, name: str = "model, calibrated") -> str:
+    """`score_logits`'s result as the terminal shows it: the table, the confusion matrix of `name`, the conclusions."""
+    results = scored["results"]
+    return "\n\n".join([score_table(results), confusion_table(results[name]), "\n".join(scored["conclusions"])])
+
+
+def score_folds(logits: list[np.ndarray], splits: list[tuple[np.ndarray, np.ndarray]], labels: np.ndarray,
+                lengths: np.ndarray, seed: int) -> dict:
+    """Out-of-fold scores: every row predicted by the model that did not see it, beside baselines fitted likewise.
+
+    Shapes: per fold logits (rows, 2, 3) and (training rows, validation rows); labels (N,), lengths (N, 3) of all rows.
+    """
+    held = np.concatenate([valid for _, valid in splits])
+    truth = labels[held]
+    prior = [np.tile(class_prior(labels[train]), (len(valid), 1)) for train, valid in splits]
+    features = length_features(lengths)
+    by_length = [logistic_regression(features[train], labels[train])(features[valid])
+                 for train, valid in splits]
+    logits = np.concatenate(logits)
+    probabilities = cross_fit_temperature(logits, truth, seed)
+    results = {"class prior": evaluate(np.concatenate(prior), truth),
+               "length only": evaluate(np.concatenate(by_length), truth),
+               "out of fold": evaluate(probabilities, truth)}
+    return {"results": results, "conclusions": conclusions(probabilities, swap_averaged(logits, 1.0), truth, results)}
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 def score_table(results: dict[str, dict]) -> str:
     """Results of `evaluate` under each other, a line each, as the terminal shows them."""
@@ -220,8 +290,8 @@ def score_table(results: dict[str, dict]) -> str:
 
 
 def confusion_table(result: dict) -> str:
-    """The confusion matrix, rows what people said, columns what the model said."""
-    lines = ["people \\ model" + "".join(f"{label:>8}" for label in LABELS)]
-    lines += [f"{label:<14}" + "".join(f"{count:8,}" for count in row)
+    """The confusion matrix: rows are the annotators' labels, columns the model's predictions."""
+    lines = ["label \\ prediction" + "".join(f"{label:>8}" for label in LABELS)]
+    lines += [f"{label:<18}" + "".join(f"{count:8,}" for count in row)
               for label, row in zip(LABELS, result["confusion"])]
     return "\n".join(lines)

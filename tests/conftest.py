@@ -5,6 +5,7 @@ that is skipped for lack of one of them fails instead. `MINIPREF_REFERENCE_DIR` 
 published `spm.model`, rows of the competition); the summary at the end lists what was not proven for lack of it.
 """
 
+import copy
 import os
 import shutil
 import subprocess
@@ -71,11 +72,21 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.fixture(params=["plain", "blocks", "batched"])
-def path(request, monkeypatch) -> str:
-    """One after the other, every form in which attention can be computed; whoever asks for it runs once in each."""
-    monkeypatch.setattr("minipref.attention.choose_path", lambda device: request.param)
-    return request.param
+@pytest.fixture(params=["plain", "fast", "batched"])
+def form(request, monkeypatch):
+    """One after the other, every form of the model: plain, accelerated, accelerated as on a GPU.
+
+    A function that gives a copy of a plain model in that form; whoever asks for it runs once in each.
+    """
+    if request.param == "batched":
+        monkeypatch.setattr("minipref.fast.attention.select_backend", lambda device: "batched")
+
+    def formed(model):
+        from minipref.fast import accelerate
+        model = copy.deepcopy(model)
+        return model if request.param == "plain" else accelerate(model)
+
+    return formed
 
 
 def _fail_if_required(report) -> None:

@@ -14,17 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipref.attention import attention_by_definition
 from minipref.checkpoint import HEAD_NAMES, encoder_tensors
-from minipref.classifier import PreferenceModel
 from minipref.config import EncoderConfig
+from minipref.model import PreferenceModel, attention_by_definition
 
-NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "pooler_dropout": 0.0, "head_dropout": 0.0}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pooler_dropout": 0.0,
+              "cls_dropout": 0.0}
 
 # Small enough for seconds, and with a span that puts 20 tokens deep into the logarithmic buckets. With d = 12 the scale
 # sqrt(3 d) is 6, exact in every precision.
-SMALL = EncoderConfig(vocab_size=60, width=24, heads=2, layers=2, feed_forward=40, span=8, max_distance=24,
-                      norm_eps=1e-7, **NO_DROPOUT)
+SMALL = EncoderConfig(vocab_size=60, hidden_size=24, num_attention_heads=2, num_hidden_layers=2, intermediate_size=40,
+                      position_buckets=8, max_distance=24,
+                      layer_norm_eps=1e-7, **NO_DROPOUT)
 # v3-small in everything but the vocabulary, whose rows are looked up and never multiplied.
 V3_SMALL = EncoderConfig(vocab_size=500, **NO_DROPOUT)
 
@@ -32,7 +33,7 @@ V3_SMALL = EncoderConfig(vocab_size=500, **NO_DROPOUT)
 def large_weights(module: nn.Module, seed: int = 0) -> nn.Module:
     """Draw every parameter anew: matrices, tables and biases N(0, 1.6 / sqrt(D)), norms around 1 and 0. Returns it."""
     generator = torch.Generator().manual_seed(seed)
-    std = 1.6 / math.sqrt(module.config.width)
+    std = 1.6 / math.sqrt(module.config.hidden_size)
     with torch.no_grad():
         for part in module.modules():
             for name, parameter in part.named_parameters(recurse=False):
@@ -50,12 +51,15 @@ def large_model(config: EncoderConfig, seed: int = 0, dtype: torch.dtype = torch
 
 
 def padded_batch(config: EncoderConfig, lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random ids with [CLS]'s 1 in front, one row of each length, padded to the longest. -> ids, is_token (B, L)."""
+    """Random input_ids with [CLS]'s 1 in front, one row of each length, padded, and their attention_mask.
+
+    Shapes: -> (B, L), (B, L).
+    """
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(4, config.vocab_size, (len(lengths), max(lengths)), generator=generator)
-    ids[:, 0] = 1
-    is_token = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return ids.masked_fill(~is_token, config.pad_id), is_token
+    input_ids = torch.randint(4, config.vocab_size, (len(lengths), max(lengths)), generator=generator)
+    input_ids[:, 0] = 1
+    attention_mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return input_ids.masked_fill(~attention_mask, config.pad_token_id), attention_mask
 
 
 def relative(found: Tensor, wanted: Tensor, at_least: float = 0.0) -> float:
@@ -85,13 +89,13 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
 
 
-def projection(outputs: Iterator[Tensor] | list[Tensor], is_token: Tensor, seed: int = 0) -> Tensor:
+def projection(outputs: Iterator[Tensor] | list[Tensor], attention_mask: Tensor, seed: int = 0) -> Tensor:
     """A number that depends on every entry of every output at the real tokens: a fixed random weight for each."""
     generator = torch.Generator().manual_seed(seed)
     total = 0
     for output in outputs:
         weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
-        total = total + (weights * output)[is_token].sum()
+        total = total + (weights * output)[attention_mask].sum()
     return total
 
 
@@ -163,44 +167,45 @@ class Outcome:
     all_gradients: dict[str, Tensor]      # of a projection of every layer's output
 
 
-def our_outcome(model: PreferenceModel, ids: Tensor, is_token: Tensor, labels: Tensor) -> Outcome:
+def our_outcome(model: PreferenceModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Outcome:
     model.zero_grad()
-    logits = model(ids, is_token)
+    logits = model(input_ids, attention_mask)
     loss = F.cross_entropy(logits, labels)
     loss.backward()
     loss_gradients = {name: g.clone() for name, g in gradients_by_reference_name(model).items()}
     model.zero_grad()
-    layers = list(model.encoder.layer_outputs(ids, is_token))
-    projection(layers, is_token).backward()
+    layers = list(model.encoder.hidden_states(input_ids, attention_mask))
+    projection(layers, attention_mask).backward()
     return Outcome([x.detach() for x in layers], logits.detach(), loss.detach(), loss_gradients,
                    gradients_by_reference_name(model))
 
 
-def their_outcome(model: PreferenceModel, ids: Tensor, is_token: Tensor, labels: Tensor) -> Outcome:
+def their_outcome(model: PreferenceModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Outcome:
     """The same of transformers' model with `model`'s weights."""
     reference = reference_model(model)
-    out = reference(ids, attention_mask=is_token.long(), labels=labels, output_hidden_states=True)
+    out = reference(input_ids, attention_mask=attention_mask.long(), labels=labels, output_hidden_states=True)
     out.loss.backward(retain_graph=True)
     loss_gradients = {name: g.clone() for name, g in gradients(reference).items()}
     reference.zero_grad()
-    projection(out.hidden_states, is_token).backward()
+    projection(out.hidden_states, attention_mask).backward()
     return Outcome([x.detach() for x in out.hidden_states], out.logits.detach(), out.loss.detach(), loss_gradients,
                    gradients(reference))
 
 
-def layers_by_definition(model: PreferenceModel, ids: Tensor, is_token: Tensor) -> list[Tensor]:
-    """`Encoder.layer_outputs` from nothing but the model's parameters, `attention_by_definition` and arithmetic."""
+def layers_by_definition(model: PreferenceModel, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+    """`Encoder.hidden_states` from nothing but the model's parameters, `attention_by_definition` and arithmetic."""
     config, encoder = model.config, model.encoder
-    H = config.heads
-    x = norm_by_definition(encoder.word_norm, encoder.word_table.weight[ids]) * is_token[..., None]
-    rel = norm_by_definition(encoder.rel_norm, encoder.rel_table.weight)
+    H = config.num_attention_heads
+    x = norm_by_definition(encoder.word_norm, encoder.word_embeddings.weight[input_ids]) * attention_mask[..., None]
+    rel = norm_by_definition(encoder.rel_norm, encoder.rel_embeddings.weight)
     outputs = [x]
     for layer in encoder.layers:
         attention = layer.attention
         q, k, v = (heads(linear(projection, x), H) for projection in
                    (attention.q_proj, attention.k_proj, attention.v_proj))
         pos_q, pos_k = heads(linear(attention.q_proj, rel), H), heads(linear(attention.k_proj, rel), H)
-        mixed = attention_by_definition(q, k, v, pos_q, pos_k, is_token, config.span, config.max_distance)
+        mixed = attention_by_definition(q, k, v, pos_q, pos_k, attention_mask, config.position_buckets,
+                                        config.max_distance)
         mixed = torch.cat([mixed[:, h] for h in range(H)], dim=-1)
         x = norm_by_definition(layer.attn_norm, x + linear(attention.out_proj, mixed))
         hidden = gelu_by_definition(linear(layer.ff_in, x))
@@ -209,10 +214,10 @@ def layers_by_definition(model: PreferenceModel, ids: Tensor, is_token: Tensor) 
     return outputs
 
 
-def logits_by_definition(model: PreferenceModel, ids: Tensor, is_token: Tensor) -> Tensor:
+def logits_by_definition(model: PreferenceModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The classifier's answer, in the same spirit."""
-    cls = layers_by_definition(model, ids, is_token)[-1][:, 0]
-    return linear(model.head, gelu_by_definition(linear(model.pooler, cls)))
+    cls = layers_by_definition(model, input_ids, attention_mask)[-1][:, 0]
+    return linear(model.classifier, gelu_by_definition(linear(model.pooler, cls)))
 
 
 def linear(projection: nn.Linear, x: Tensor) -> Tensor:

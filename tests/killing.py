@@ -1,12 +1,12 @@
-"""Kill a training run with SIGKILL again and again, go on each time, and see whether it ends as if it had not been.
+"""Kill a training run with SIGKILL again and again, resume it each time, and see whether it ends as if never killed.
 
     make kill                        some 300 kills, minutes; writes what it found into docs/reliability.md
     python tests/killing.py --small  the hundred and more that tests/test_reliability.py runs
 
 Three ways to die, all of them by SIGKILL, which no program can catch:
-- *everywhere*: a run is killed at one chosen event and then goes on to its end. An event is a call that matters to what
-  is on the disk or in the random generators: a file half written, flushed, moved; a pass forward and backward, AdamW in
-  the middle of its parameters, a batch of an evaluation.
+- *everywhere*: a run is killed at one chosen event and then resumed to its end. An event is a call that matters to what
+  is on the disk or in the random generators: a file half written, flushed, moved; a micro-batch forward and backward,
+  AdamW in the middle of its parameters, a batch of an evaluation.
 - *often*: one run is killed at random events, ten times and more, before it is left alone.
 - *at any moment*: the clock decides, not the program. Half of these are processes of their own (`python train.py`), so
   that start-up and imports are hit as well.
@@ -41,13 +41,12 @@ from small import write_encoder, write_rows  # noqa: E402
 
 import minipref.checkpoint  # noqa: E402
 import minipref.data  # noqa: E402
-import minipref.files  # noqa: E402
-import minipref.judge  # noqa: E402
+import minipref.predictor  # noqa: E402
 import predict  # noqa: E402
 import train  # noqa: E402
-from minipref import runs  # noqa: E402
-from minipref.files import write_text  # noqa: E402
 from minipref.optim import AdamW  # noqa: E402
+from minipref.run import state  # noqa: E402
+from minipref.runtime import write_text  # noqa: E402
 
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- written by make kill -->", "<!-- to here -->"
@@ -66,9 +65,9 @@ LONG = [*BASE, "--epochs", "150", "--evals-per-epoch", "1", "--patience", "0", "
 
 
 # Functions of train.py, and what the time in which they run is called.
-PARTS = {"encode_cached": "the token cache", "load_state": "going on", "fit": "the loop", "take_step": "a step",
-         "predict_logits": "an evaluation", "note_evaluation": "an evaluation", "save_state": "saving a state",
-         "keep_best": "writing model/, best so far", "finish": "writing model/ and the report, at the end"}
+PARTS = {"load_state": "resuming", "fit": "the loop",
+         "predict_logits": "an evaluation", "record_evaluation": "an evaluation", "save_state": "saving a state",
+         "save_best": "writing model/, best so far", "final_report": "writing model/ and the report, at the end"}
 WRITING = HALF_WRITTEN, BEFORE_FLUSH, BEFORE_MOVE, AFTER_MOVE = ("tensors half written", "before a flush",
                                                                  "before a file is moved", "after a file is moved")
 
@@ -110,27 +109,39 @@ class Watch:
         self._inside_a_step()
         self._inside_a_write()
         self.around(train, "clip_gradients", before="after backward", after="gradients clipped, AdamW not begun")
-        self.around(train, "note_evaluation", before="scored, not noted", after="noted, not saved")
-        self.around(minipref.judge, "make_batch", before="before a batch")
+        self.around(train, "record_evaluation", before="predicted, not scored", after="recorded, not saved")
+        self.around(minipref.predictor, "collate", before="before a batch")
         for name, part in PARTS.items():
             self.around(train, name, part)
         self.around(predict, "predict_file", "the submission")
-        for module in (runs, minipref.checkpoint, minipref.data):
+        for module in (state, minipref.checkpoint, minipref.data):
             self._half_written(module)
 
     def _inside_a_step(self) -> None:
-        """Between the passes of an accumulated step, in the middle of AdamW, and before the step is counted."""
-        calls, real_step, real_batch, real_update = Counter(), train.take_step, train.make_batch, AdamW._update
+        """Between the micro-batches of a step, in the middle of AdamW, and before and after the step is counted.
 
-        def take_step(*args):
+        A step is a stretch of the loop in `train.fit`: it begins with the learning rate and ends with the time left.
+        """
+        calls, real_lr, real_eta = Counter(), train.cosine_with_warmup, train.log.log_eta
+        real_batch, real_update, real_scaler = train.collate, AdamW._update, torch.amp.GradScaler.update
+
+        def cosine_with_warmup(*args):
             calls.clear()
-            value = real_step(*args)
-            self.here("taken, not counted")
-            return value
+            self.part = "a step"
+            return real_lr(*args)
 
-        def make_batch(*args):
+        def scaler_update(*args):
+            real_scaler(*args)
+            self.here("taken, not counted")
+
+        def log_eta(*args):
+            real_eta(*args)
+            self.here("counted, not saved")
+            self.part = PARTS["fit"]
+
+        def collate(*args):
             calls["batch"] += 1
-            self.here("begun" if calls["batch"] == 1 else "one pass accumulated, one to come")
+            self.here("begun" if calls["batch"] == 1 else "one micro-batch accumulated, one to come")
             return real_batch(*args)
 
         def update(*args):
@@ -139,7 +150,8 @@ class Watch:
                 self.here("AdamW has moved six parameters and not the others")
             return real_update(*args)
 
-        train.take_step, train.make_batch, AdamW._update = take_step, make_batch, update
+        train.cosine_with_warmup, train.log.log_eta = cosine_with_warmup, log_eta
+        train.collate, AdamW._update, torch.amp.GradScaler.update = collate, update, scaler_update
 
     def _inside_a_write(self) -> None:
         """Before each flush, and before and after each file takes its place."""
@@ -175,7 +187,7 @@ class Sitting:
 
 
 def sit(folder: Path, arguments: list[str], die_at: int | None = None, seconds: float | None = None) -> Sitting:
-    """Begin the run in `folder`/run, or go on with it, in a child of this process that dies at an event or a moment."""
+    """Begin the run in `folder`/run, or resume it, in a child of this process that dies at an event or a moment."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -222,7 +234,7 @@ def differences(found: Path, wanted: Path) -> list[str]:
         name = str(file.relative_to(wanted))
         if name.endswith(SAME) and not ((found / name).is_file() and filecmp.cmp(found / name, file, shallow=False)):
             wrong.append(name)
-        if file.name == runs.CURRENT and not same_state(found / name, file):
+        if file.name == state.CURRENT and not same_state(found / name, file):
             wrong.append(name)
     return wrong + [str(file.relative_to(found)) for file in sorted(found.rglob("*"))
                     if file.name.endswith(".tmp") or file.name.startswith(".tmp")]
@@ -230,8 +242,8 @@ def differences(found: Path, wanted: Path) -> list[str]:
 
 def same_state(found: Path, wanted: Path) -> bool:
     """Tensors and facts, but for the clock's."""
-    (tensors, facts), (wanted_tensors, wanted_facts) = (runs.load_state(path.parent) for path in (found, wanted))
-    for progress in (facts["progress"], wanted_facts["progress"]):
+    (tensors, facts), (wanted_tensors, wanted_facts) = (state.read_state(path.parent) for path in (found, wanted))
+    for progress in (facts["state"], wanted_facts["state"]):
         del progress["seconds"], progress["timing"]
     return (facts == wanted_facts and tensors.keys() == wanted_tensors.keys()
             and all(torch.equal(tensors[name], wanted_tensors[name]) for name in tensors))
@@ -245,7 +257,7 @@ class Tally:
 
     places: Counter = field(default_factory=Counter)       # where a process died -> how often
     ways: Counter = field(default_factory=Counter)         # everywhere, often, at any moment -> kills
-    runs: int = 0                                          # that were killed, and went on to their end
+    runs: int = 0                                          # that were killed, and resumed to their end
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
 

@@ -64,7 +64,7 @@ def mutated(file: str, source: str) -> Iterator[None]:
     All modules that could hold on to the real one (minipref's, the programs', the tests') are imported afresh inside
     the block, and are back to what they were after it.
     """
-    fullname = file.removesuffix(".py").replace("/", ".")
+    fullname = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     finder = _Finder(fullname, ROOT / file, source)
     kept = {name: module for name, module in sys.modules.items() if _is_ours(module, name)}
     for name in kept:

@@ -105,15 +105,15 @@ def poison_at_step(number: int, victim: int) -> Callable[[int], None]:
 
 def _at_step(number: int, victim: int, accident: Callable[[], None], rank: int) -> None:
     import train
-    make_batch, taken = train.make_batch, 0
+    collate, taken = train.collate, 0
 
     def counting(*arguments):
         nonlocal taken
         taken += 1
         if taken == number and rank == victim:
             accident()
-        return make_batch(*arguments)
-    train.make_batch = counting
+        return collate(*arguments)
+    train.collate = counting
 
 
 def _kill_this_process() -> None:

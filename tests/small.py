@@ -7,20 +7,21 @@ import torch
 
 from minipref.checkpoint import encoder_tensors, write_checkpoint
 from minipref.config import EncoderConfig
-from minipref.encoder import Encoder, initialise
+from minipref.model import Encoder, init_weights
 from minipref.tokenizer import load_tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[1] / "weights" / "minipref-tiny"
 
 
 def write_encoder(folder: Path, dropout: float = 0.1, seed: int = 0) -> Path:
-    """Write a random encoder of width 32 in the Hugging Face layout, with the bundled encoder's tokenizer."""
+    """Write a random encoder with 32 hidden units in the Hugging Face layout, with the bundled encoder's tokenizer."""
     tokenizer = load_tokenizer(BUNDLED)
-    config = EncoderConfig(vocab_size=tokenizer.vocab_size, width=32, heads=2, layers=2, feed_forward=64, span=16,
-                           max_distance=64, hidden_dropout=dropout, attention_dropout=dropout)
+    config = EncoderConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_attention_heads=2,
+                           num_hidden_layers=2, intermediate_size=64, position_buckets=16, max_distance=64,
+                           hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     torch.manual_seed(seed)
     encoder = Encoder(config)
-    initialise(encoder, 0.1)
+    init_weights(encoder, 0.1)
     write_checkpoint(encoder_tensors(encoder), config.to_json(), folder)
     tokenizer.save(folder)
     return folder

@@ -27,59 +27,62 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # as in conftest.py, 
 import torch
 from mutation import failures, mutated, source_of
 
-SECONDS = 300           # a mutant that runs longer has an endless loop, which is noticed too
+SECONDS = 1200          # a mutant that runs longer has an endless loop, which is noticed too
 
 # File -> the tests that stand in its way, the likeliest first.
 TESTS = {
-    "minipref/positions.py": ["test_positions", "test_attention"],
-    "minipref/attention.py": ["test_attention", "test_encoder", "test_golden", "test_parity"],
-    "minipref/fused.py": ["test_fused", "test_attention", "test_encoder", "test_golden", "test_parity"],
-    "minipref/lean.py": ["test_fused", "test_encoder", "test_attention"],
-    "minipref/encoder.py": ["test_encoder", "test_fused", "test_parity"],
-    "minipref/classifier.py": ["test_encoder", "test_golden"],
+    "minipref/model.py": ["test_positions", "test_attention", "test_encoder", "test_golden", "test_fast",
+                          "test_parity"],
+    "minipref/auxiliary.py": ["test_encoder"],
+    "minipref/fast/__init__.py": ["test_fast", "test_encoder", "test_golden", "test_parity"],
+    "minipref/fast/attention.py": ["test_fast", "test_attention", "test_encoder", "test_golden", "test_parity"],
+    "minipref/fast/layers.py": ["test_fast", "test_encoder", "test_attention"],
     "minipref/optim.py": ["test_optim"],
 }
 
 # What no test can notice, and why: (file, change), or (file, expression) for every way of turning the expression.
-CUT = "how the work is cut into blocks and strips: only speed depends on it"
+CUT = "how the work is cut into blocks and tiles: only speed depends on it"
 ROOM = "how much spare room a table has: any is enough"
 FORM = "which of two dropouts draws: the law is the same, only what is remembered differs"
 EQUIVALENT = {
-    ("minipref/attention.py", "log_bucket(torch.tensor(i - j), span, max_distance) + span"):
-        "the table has 2 * span rows: a negative index counts from its end and finds the same row",
-    ("minipref/positions.py", "distance.abs() <= half -> distance.abs() < half"):
-        "at half a span the logarithm is 0 and the formula gives half a span too",
-    ("minipref/classifier.py", "-1"): "logits have two dimensions: the last is dimension 1",
+    ("minipref/model.py", "log_bucket(torch.tensor(i - j), position_buckets, max_distance) + position_buckets"):
+        "the table has 2 * position_buckets rows: a negative index counts from its end and finds the same row",
+    ("minipref/model.py", "distance.abs() <= exact -> distance.abs() < exact"):
+        "at the last exact distance the logarithm is 0 and the formula gives that distance too",
+    ("minipref/auxiliary.py", "-1"): "logits have two dimensions: the last is dimension 1",
     ("minipref/optim.py", "norm > max_norm -> norm >= max_norm"): "where they are equal, gradients are multiplied by 1",
-    ("minipref/fused.py", "q.dtype if is_one_block(L, q.dtype) else wide"): "only the rounding of bfloat16 sums",
-    ("minipref/fused.py", "L * L * dtype.itemsize <= BLOCK_BYTES"): "only the rounding of bfloat16 sums",
-    ("minipref/fused.py", "L * L * dtype.itemsize"): "only the rounding of bfloat16 sums",
-    ("minipref/fused.py", "L * L"): "only the rounding of bfloat16 sums",
-    ("minipref/fused.py", "BLOCK_BYTES // q.itemsize"): CUT,
-    ("minipref/fused.py", "most // (len(keys) * n)"): CUT,
-    ("minipref/fused.py", "max(n, ends[stop]) ** 2 * (stop + 1 - start) <= most_scores"): CUT,
-    ("minipref/fused.py", "max(n, ends[stop]) ** 2 * (stop + 1 - start)"): CUT,
-    ("minipref/fused.py", "stop + 1 - start"): CUT,
-    ("minipref/fused.py", "stop + 1 -> stop - 1"): CUT,
-    ("minipref/fused.py", "min(max(others // 4, 64), 128) if dtype.itemsize > 2 else min(max(others, 64), 512)"): CUT,
-    ("minipref/fused.py", "dtype.itemsize > 2"): CUT,
-    ("minipref/fused.py", "others // 4"): CUT,
-    ("minipref/fused.py", "width % 512 == 0"): ROOM,
-    ("minipref/fused.py", "width += LANES"): ROOM,
-    ("minipref/fused.py", "-(b - a + others - 1) // LANES"): ROOM,
-    ("minipref/fused.py", "b - a + others - 1"): ROOM,
-    ("minipref/fused.py", "b - a"): ROOM,
-    ("minipref/fused.py", "2 * L - 1"): ROOM,
-    ("minipref/fused.py", "(len(rows) + 1) // 2"): ROOM,
-    ("minipref/fused.py", "len(rows) + 1"): ROOM,
-    ("minipref/fused.py", "others + c"): "an assertion that holds with room to spare",
-    ("minipref/fused.py", "len(self.buffers[name]) < size"): "a buffer of just the size is taken, or made anew",
-    ("minipref/lean.py", "2 ** 16 - 1"): "a rate above 0.99999",
-    ("minipref/lean.py", "-out.numel() // 4"): "more numbers are drawn than needed",
-    ("minipref/lean.py", "self.dropped - 2 ** 15"): "numbers of 16 bits: both sums are the same modulo 2^16",
-    ("minipref/lean.py", "self.p > 0"): FORM,
-    ("minipref/lean.py", "x.device.type == 'cpu'"): FORM,
-    ("minipref/lean.py", "not torch.compiler.is_compiling()"): FORM,
+    ("minipref/fast/attention.py", "q.dtype if is_one_block(L, q.dtype) else wide"):
+        "only the rounding of bfloat16 sums",
+    ("minipref/fast/attention.py", "L * L * dtype.itemsize <= BLOCK_BYTES"): "only the rounding of bfloat16 sums",
+    ("minipref/fast/attention.py", "L * L * dtype.itemsize"): "only the rounding of bfloat16 sums",
+    ("minipref/fast/attention.py", "L * L"): "only the rounding of bfloat16 sums",
+    ("minipref/fast/attention.py", "BLOCK_BYTES // q.itemsize"): CUT,
+    ("minipref/fast/attention.py", "most // (len(keys) * n)"): CUT,
+    ("minipref/fast/attention.py", "max(n, ends[stop]) ** 2 * (stop + 1 - start) <= most_scores"): CUT,
+    ("minipref/fast/attention.py", "max(n, ends[stop]) ** 2 * (stop + 1 - start)"): CUT,
+    ("minipref/fast/attention.py", "stop + 1 - start"): CUT,
+    ("minipref/fast/attention.py", "stop + 1 -> stop - 1"): CUT,
+    ("minipref/fast/attention.py",
+     "min(max(others // 4, 64), 128) if dtype.itemsize > 2 else min(max(others, 64), 512)"):
+        CUT,
+    ("minipref/fast/attention.py", "dtype.itemsize > 2"): CUT,
+    ("minipref/fast/attention.py", "others // 4"): CUT,
+    ("minipref/fast/attention.py", "width % 512 == 0"): ROOM,
+    ("minipref/fast/attention.py", "width += LANES"): ROOM,
+    ("minipref/fast/attention.py", "-(b - a + others - 1) // LANES"): ROOM,
+    ("minipref/fast/attention.py", "b - a + others - 1"): ROOM,
+    ("minipref/fast/attention.py", "b - a"): ROOM,
+    ("minipref/fast/attention.py", "2 * L - 1"): ROOM,
+    ("minipref/fast/attention.py", "(len(buckets) + 1) // 2"): ROOM,
+    ("minipref/fast/attention.py", "len(buckets) + 1"): ROOM,
+    ("minipref/fast/attention.py", "others + c"): "an assertion that holds with room to spare",
+    ("minipref/fast/attention.py", "len(self.buffers[name]) < size"):
+        "a buffer of just the size is taken, or made anew",
+    ("minipref/fast/layers.py", "2 ** 16 - 1"): "a rate above 0.99999",
+    ("minipref/fast/layers.py", "-out.numel() // 4"): "more numbers are drawn than needed",
+    ("minipref/fast/layers.py", "self.dropped - 2 ** 15"): "numbers of 16 bits: both sums are the same modulo 2^16",
+    ("minipref/fast/layers.py", "self.p > 0"): FORM,
+    ("minipref/fast/layers.py", "x.device.type == 'cpu'"): FORM,
 }
 
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}

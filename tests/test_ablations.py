@@ -10,7 +10,7 @@ from small import write_encoder, write_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minipref
-from minipref.judge import autocast
+from minipref.predictor import autocast
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablations

@@ -9,34 +9,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from minipref.attention import DisentangledAttention, attention_by_definition, disentangled_scores, masked_softmax
-from minipref.fused import fast_attention
-from minipref.positions import distance_rows, log_bucket, relative_index
+from minipref.fast.attention import batched_attention, blockwise_attention, cls_attention
+from minipref.model import (
+    DisentangledSelfAttention,
+    attention_by_definition,
+    attention_scores,
+    distance_buckets,
+    log_bucket,
+    masked_softmax,
+    relative_index,
+)
 
 
-def attention_in_terms(q, k, v, pos_q, pos_k, is_token, span, max_distance):
+def attention_in_terms(q, k, v, pos_q, pos_k, attention_mask, position_buckets, max_distance):
     """The three terms as matrices, summed, masked, and averaged over: what a layer does step by step."""
-    rel_index = relative_index(distance_rows(q.shape[2], span, max_distance))
-    c2c, c2p, p2c = disentangled_scores(q, k, pos_q, pos_k, rel_index)
-    return masked_softmax(c2c + c2p + p2c, is_token).to(v.dtype) @ v
+    index = relative_index(distance_buckets(q.shape[2], position_buckets, max_distance))
+    c2c, c2p, p2c = attention_scores(q, k, pos_q, pos_k, index)
+    return masked_softmax(c2c + c2p + p2c, attention_mask).to(v.dtype) @ v
 
 
-def fast(path: str):
-    """One of the fast forms, with the definition's arguments."""
-    def attention(q, k, v, pos_q, pos_k, is_token, span, max_distance):
-        rows = distance_rows(k.shape[2], span, max_distance)
-        return fast_attention(q, k, v, pos_q, pos_k, is_token, rows, 0.0, path)
+def fast(form):
+    """One of the fast forms, with the definition's arguments; for a single query the form for [CLS] alone."""
+    def attention(q, k, v, pos_q, pos_k, attention_mask, position_buckets, max_distance):
+        buckets = distance_buckets(k.shape[2], position_buckets, max_distance)
+        function = form if q.shape[2] == k.shape[2] else cls_attention
+        return function(q, k, v, pos_q, pos_k, attention_mask, buckets)
     return attention
 
 
-PATHS = {"plain": attention_in_terms, "blocks": fast("blocks"), "batched": fast("batched")}
+PATHS = {"plain": attention_in_terms, "blocks": fast(blockwise_attention), "batched": fast(batched_attention)}
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 
 
-def random_inputs(B: int, H: int, L: int, d: int, span: int, seed: int, dtype=torch.float64, size: float = 1.5):
+def random_inputs(B: int, H: int, L: int, d: int, position_buckets: int, seed: int, dtype=torch.float64,
+                  size: float = 1.5):
     """q, k, v, pos_q, pos_k that want gradients, with entries large enough for the softmax to have opinions."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(B, H, L, d)] * 3 + [(H, 2 * span, d)] * 2
+    shapes = [(B, H, L, d)] * 3 + [(H, 2 * position_buckets, d)] * 2
     return [(size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
             for shape in shapes]
 
@@ -45,10 +54,10 @@ def tokens(lengths: list[int]) -> Tensor:
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-def value_and_gradients(function, inputs, is_token, span, max_distance, rows=None) -> list[Tensor]:
+def value_and_gradients(function, inputs, attention_mask, position_buckets, max_distance, rows=None) -> list[Tensor]:
     """The output with padding rows zeroed, and the gradients of a random projection of its (first) real rows."""
-    real = is_token[:, None, :rows, None]
-    out = function(*inputs, is_token, span, max_distance) * real
+    real = attention_mask[:, None, :rows, None]
+    out = function(*inputs, attention_mask, position_buckets, max_distance) * real
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     return [out, *torch.autograd.grad((out * weights.to(out.dtype)).sum(), inputs)]
 
@@ -59,7 +68,7 @@ NAMES = ("value", "gradient of q", "gradient of k", "gradient of v", "gradient o
 # The definition itself, and each term.
 
 def test_definition_gives_the_numbers_worked_out_by_hand():
-    # Two tokens, one head, width 1, span 2 per direction: rows 0..3 stand for distances -2 (never), -1, 0, 1.
+    # Two tokens, one head, width 1, 2 buckets per direction: rows 0..3 stand for distances -2 (never), -1, 0, 1.
     q, k, v = (torch.tensor(x, dtype=torch.float64).view(1, 1, 2, 1) for x in ([1., 2.], [3., -1.], [10., 20.]))
     pos_q = torch.tensor([99., .5, -1., 2.], dtype=torch.float64).view(1, 4, 1)
     pos_k = torch.tensor([99., 4., .25, -3.], dtype=torch.float64).view(1, 4, 1)
@@ -77,9 +86,9 @@ def test_definition_gives_the_numbers_worked_out_by_hand():
 @pytest.fixture(scope="module")
 def terms():
     """The terms of one random head-pair over 19 tokens, with everything that made them."""
-    q, k, _, pos_q, pos_k = random_inputs(B=2, H=2, L=19, d=5, span=8, seed=1)
-    row = relative_index(distance_rows(19, 8, 24))
-    return q, k, pos_q, pos_k, disentangled_scores(q, k, pos_q, pos_k, row)
+    q, k, _, pos_q, pos_k = random_inputs(B=2, H=2, L=19, d=5, position_buckets=8, seed=1)
+    row = relative_index(distance_buckets(19, 8, 24))
+    return q, k, pos_q, pos_k, attention_scores(q, k, pos_q, pos_k, row)
 
 
 def row(i: int, j: int) -> int:
@@ -119,8 +128,8 @@ def test_p2c_is_the_key_times_the_row_of_i_minus_j_not_of_j_minus_i(terms):
 
 def test_padding_keys_get_no_probability_and_padding_queries_stay_finite():
     scores = 5 * torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(0))
-    is_token = tokens([7, 4])
-    probs = masked_softmax(scores, is_token)
+    attention_mask = tokens([7, 4])
+    probs = masked_softmax(scores, attention_mask)
     assert (probs[1, :, :, 4:] == 0).all()
     assert relative(probs.sum(-1), torch.ones(2, 3, 7)) < 1e-6
     assert relative(probs[1, :, :, :4], torch.softmax(scores[1, :, :, :4], -1)) < 1e-6, "queries are not masked"
@@ -149,11 +158,12 @@ def problems(draw, shortest=1):
     """Sizes, a mask with padding at the end and holes anywhere (but a token in every row), and inputs."""
     B, H, L, d = (draw(st.integers(1, most)) for most in (2, 3, 13, 5))
     L = max(L, shortest)
-    span, reach = draw(st.integers(4, 9)), draw(st.integers(2, 12))
-    is_token = tokens([L, max(1, L - draw(st.integers(0, 12)))][:B])
+    position_buckets, reach = draw(st.integers(4, 9)), draw(st.integers(2, 12))
+    attention_mask = tokens([L, max(1, L - draw(st.integers(0, 12)))][:B])
     for b, j in draw(st.lists(st.tuples(st.integers(0, B - 1), st.integers(0, L - 1)), max_size=4)):
-        is_token[b, j] &= is_token[b].sum() == 1
-    return random_inputs(B, H, L, d, span, draw(st.integers(0, 2**16))), is_token, span, span // 2 + reach
+        attention_mask[b, j] &= attention_mask[b].sum() == 1
+    inputs = random_inputs(B, H, L, d, position_buckets, draw(st.integers(0, 2**16)))
+    return inputs, attention_mask, position_buckets, position_buckets // 2 + reach
 
 
 @every_path
@@ -167,10 +177,10 @@ def test_path_equals_the_definition_in_value_and_gradient(path, problem):
 
 @every_path
 def test_path_equals_the_definition_past_the_largest_distance(path):
-    is_token = tokens([40])
-    inputs = random_inputs(1, 1, 40, 3, span=6, seed=3)
-    found = value_and_gradients(path, inputs, is_token, 6, 16)
-    wanted = value_and_gradients(attention_by_definition, inputs, is_token, 6, 16)
+    attention_mask = tokens([40])
+    inputs = random_inputs(1, 1, 40, 3, position_buckets=6, seed=3)
+    found = value_and_gradients(path, inputs, attention_mask, 6, 16)
+    wanted = value_and_gradients(attention_by_definition, inputs, attention_mask, 6, 16)
     for name, f, w in zip(NAMES, found, wanted):
         assert relative(f, w) < 1e-12, name
     for gradient in found[4:]:
@@ -178,15 +188,15 @@ def test_path_equals_the_definition_past_the_largest_distance(path):
 
 
 @every_path
-@pytest.mark.parametrize("B, H, L, d, span, max_distance, lengths", [
+@pytest.mark.parametrize("B, H, L, d, position_buckets, max_distance, lengths", [
     (1, 2, 7, 3, 4, 8, [7]), (2, 1, 6, 2, 5, 7, [6, 3]), (1, 1, 1, 2, 4, 8, [1]),
 ])
-def test_path_passes_gradcheck(path, B, H, L, d, span, max_distance, lengths):
-    is_token = tokens(lengths)
-    inputs = random_inputs(B, H, L, d, span, seed=5, size=0.8)
+def test_path_passes_gradcheck(path, B, H, L, d, position_buckets, max_distance, lengths):
+    attention_mask = tokens(lengths)
+    inputs = random_inputs(B, H, L, d, position_buckets, seed=5, size=0.8)
 
     def real_rows(*inputs):
-        return path(*inputs, is_token, span, max_distance) * is_token[:, None, :, None]
+        return path(*inputs, attention_mask, position_buckets, max_distance) * attention_mask[:, None, :, None]
 
     assert torch.autograd.gradcheck(real_rows, inputs, eps=1e-6, atol=1e-7, rtol=1e-5)
 
@@ -194,7 +204,7 @@ def test_path_passes_gradcheck(path, B, H, L, d, span, max_distance, lengths):
 @every_path
 def test_path_at_one_token_gives_zero_gradients_to_all_that_cannot_matter(path):
     # One key has probability 1 whatever its score: q, k and the table have gradients of exactly 0.
-    inputs = random_inputs(2, 2, 1, 4, span=4, seed=2)
+    inputs = random_inputs(2, 2, 1, 4, position_buckets=4, seed=2)
     out, dq, dk, dv, dpos_q, dpos_k = value_and_gradients(path, inputs, tokens([1, 1]), 4, 8)
     assert torch.equal(out, inputs[2])
     assert dv.abs().min() > 0
@@ -204,13 +214,13 @@ def test_path_at_one_token_gives_zero_gradients_to_all_that_cannot_matter(path):
 
 @every_path
 def test_path_takes_inputs_that_are_not_contiguous(path):
-    is_token = tokens([11, 9])
-    inputs = random_inputs(2, 3, 11, 4, span=6, seed=4)
+    attention_mask = tokens([11, 9])
+    inputs = random_inputs(2, 3, 11, 4, position_buckets=6, seed=4)
     strided = [(x.mT.contiguous().mT if i % 2 else x.transpose(0, 1).contiguous().transpose(0, 1)).detach()
                .requires_grad_() for i, x in enumerate(inputs)]
     assert not any(x.is_contiguous() for x in strided)
-    found = value_and_gradients(path, strided, is_token, 6, 16)
-    wanted = value_and_gradients(path, inputs, is_token, 6, 16)
+    found = value_and_gradients(path, strided, attention_mask, 6, 16)
+    wanted = value_and_gradients(path, inputs, attention_mask, 6, 16)
     for name, f, w in zip(NAMES, found, wanted):
         assert relative(f, w) < 1e-13, name
 
@@ -218,12 +228,12 @@ def test_path_takes_inputs_that_are_not_contiguous(path):
 @every_path
 @pytest.mark.parametrize("lengths", [[300, 260], [700]])      # past a block of scores, too
 def test_path_in_float32_is_within_rounding_of_float64_at_v3s_spans(path, lengths):
-    is_token = tokens(lengths)
-    exact = random_inputs(len(lengths), 2, max(lengths), 16, span=256, seed=6, size=0.7)
+    attention_mask = tokens(lengths)
+    exact = random_inputs(len(lengths), 2, max(lengths), 16, position_buckets=256, seed=6, size=0.7)
     rounded = [x.detach().float().requires_grad_() for x in exact]
     exact = [x.detach().double().requires_grad_() for x in rounded]
-    found = value_and_gradients(path, rounded, is_token, 256, 512)
-    wanted = value_and_gradients(attention_in_terms, exact, is_token, 256, 512)
+    found = value_and_gradients(path, rounded, attention_mask, 256, 512)
+    wanted = value_and_gradients(attention_in_terms, exact, attention_mask, 256, 512)
     assert relative(found[0], wanted[0]) < 1e-5
     for name, f, w in zip(NAMES[1:], found[1:], wanted[1:]):
         assert relative(f, w) < 1e-4, name
@@ -231,13 +241,13 @@ def test_path_in_float32_is_within_rounding_of_float64_at_v3s_spans(path, length
 
 @every_path
 def test_path_never_lets_padding_touch_real_tokens(path):
-    is_token = tokens([12, 5])
-    inputs = random_inputs(2, 2, 12, 3, span=6, seed=8)
-    found = value_and_gradients(path, inputs, is_token, 6, 16)
+    attention_mask = tokens([12, 5])
+    inputs = random_inputs(2, 2, 12, 3, position_buckets=6, seed=8)
+    found = value_and_gradients(path, inputs, attention_mask, 6, 16)
     with torch.no_grad():
         for x in inputs[:3]:
             x[1, :, 5:] = 1e3 * torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(1))
-    changed = value_and_gradients(path, inputs, is_token, 6, 16)
+    changed = value_and_gradients(path, inputs, attention_mask, 6, 16)
     assert torch.equal(found[0], changed[0])
     for name, f, c in zip(NAMES[1:4], found[1:4], changed[1:4]):
         assert (f[1, :, 5:] == 0).all(), f"{name}: padding has none"
@@ -247,25 +257,25 @@ def test_path_never_lets_padding_touch_real_tokens(path):
 @given(problem=problems(shortest=2))
 @settings(max_examples=40)
 def test_attention_of_cls_alone_is_the_definitions_first_row(problem):
-    (q, *others), is_token, *sizes = problem
-    is_token[:, 0] = True
+    (q, *others), attention_mask, *sizes = problem
+    attention_mask[:, 0] = True
     first = q.detach()[:, :, :1].clone().requires_grad_()
 
     def definition(first, *rest):
         return attention_by_definition(torch.cat([first, q.detach()[:, :, 1:]], 2), *rest)[:, :, :1]
 
-    found = value_and_gradients(PATHS["blocks"], [first, *others], is_token, *sizes, rows=1)
-    wanted = value_and_gradients(definition, [first, *others], is_token, *sizes, rows=1)
+    found = value_and_gradients(PATHS["blocks"], [first, *others], attention_mask, *sizes, rows=1)
+    wanted = value_and_gradients(definition, [first, *others], attention_mask, *sizes, rows=1)
     for name, f, w in zip(NAMES, found, wanted):
         assert relative(f, w, at_least=1e-3) < 1e-12, name
 
 
 @every_path
 def test_path_with_a_sequence_of_padding_only_stays_finite_and_spoils_no_other(path):
-    inputs = random_inputs(3, 2, 9, 4, span=6, seed=11)
-    is_token = tokens([9, 0, 4])
-    found = value_and_gradients(path, inputs, is_token, 6, 16)
-    wanted = value_and_gradients(path, [x[[0, 2]] if x.ndim == 4 else x for x in inputs], is_token[[0, 2]], 6, 16)
+    inputs = random_inputs(3, 2, 9, 4, position_buckets=6, seed=11)
+    attention_mask = tokens([9, 0, 4])
+    found = value_and_gradients(path, inputs, attention_mask, 6, 16)
+    wanted = value_and_gradients(path, [x[[0, 2]] if x.ndim == 4 else x for x in inputs], attention_mask[[0, 2]], 6, 16)
     assert all(torch.isfinite(x).all() for x in found)
     assert relative(found[0][[0, 2]], wanted[0]) < 1e-13
     assert all((gradient[1] == 0).all() for gradient in found[1:4])
@@ -276,11 +286,12 @@ def test_path_with_a_sequence_of_padding_only_stays_finite_and_spoils_no_other(p
 @every_path
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 def test_path_in_half_precision_is_within_its_rounding(path, dtype, tolerance):
-    is_token = tokens([150, 90])
-    rounded = [x.detach().to(dtype).requires_grad_() for x in random_inputs(2, 2, 150, 12, span=16, seed=12, size=0.7)]
+    attention_mask = tokens([150, 90])
+    rounded = [x.detach().to(dtype).requires_grad_() for x in random_inputs(2, 2, 150, 12, position_buckets=16, seed=12,
+                                                                      size=0.7)]
     exact = [x.detach().double().requires_grad_() for x in rounded]
-    found = value_and_gradients(path, rounded, is_token, 16, 64)
-    wanted = value_and_gradients(path, exact, is_token, 16, 64)
+    found = value_and_gradients(path, rounded, attention_mask, 16, 64)
+    wanted = value_and_gradients(path, exact, attention_mask, 16, 64)
     for name, f, w in zip(NAMES, found, wanted):
         assert f.dtype == dtype
         assert relative(f, w) < tolerance, name
@@ -299,32 +310,32 @@ def test_path_scales_before_scores_can_overflow(path):
 
 # Dropout. The forms draw differently; for each, a seed makes it a function, and on average nothing changes.
 
-dropping = pytest.mark.parametrize("path, queries", [("blocks", 6), ("batched", 6), ("blocks", 1)],
-                                   ids=["blocks", "batched", "cls"])
+dropping = pytest.mark.parametrize("form, queries", [(blockwise_attention, 6), (batched_attention, 6),
+                                                    (cls_attention, 1)], ids=["blocks", "batched", "cls"])
 
 
-def dropped(path: str, queries: int, rate: float, is_token: Tensor):
+def dropped(form, queries: int, rate: float, attention_mask: Tensor):
     """q, k, v, pos_q, pos_k -> the output under dropout, the same for the same seed."""
     def attention(q, k, v, pos_q, pos_k, seed=0):
         torch.manual_seed(seed)
-        rows = distance_rows(6, 4, 8)
-        return fast_attention(q[:, :, :queries], k, v, pos_q, pos_k, is_token, rows, rate, path)
+        buckets = distance_buckets(6, 4, 8)
+        return form(q[:, :, :queries], k, v, pos_q, pos_k, attention_mask, buckets, rate)
     return attention
 
 
 @dropping
-def test_dropout_has_the_gradient_of_what_it_dropped(path, queries):
-    inputs = random_inputs(2, 1, 6, 3, span=4, seed=13, size=0.8)
-    assert torch.autograd.gradcheck(dropped(path, queries, 0.4, tokens([6, 6])), inputs, atol=1e-7, rtol=1e-5)
+def test_dropout_has_the_gradient_of_what_it_dropped(form, queries):
+    inputs = random_inputs(2, 1, 6, 3, position_buckets=4, seed=13, size=0.8)
+    assert torch.autograd.gradcheck(dropped(form, queries, 0.4, tokens([6, 6])), inputs, atol=1e-7, rtol=1e-5)
 
 
 @dropping
-def test_dropout_keeps_the_mean_and_drops_the_share_it_should(path, queries):
+def test_dropout_keeps_the_mean_and_drops_the_share_it_should(form, queries):
     # With v the unit vectors, the output is the probabilities: a dropped one is 0, a kept one 1 / (1 - rate) as large.
-    q, k, _, pos_q, pos_k = (x.detach() for x in random_inputs(2, 2, 6, 6, span=4, seed=14, size=0.7))
+    q, k, _, pos_q, pos_k = (x.detach() for x in random_inputs(2, 2, 6, 6, position_buckets=4, seed=14, size=0.7))
     v = torch.eye(6, dtype=torch.float64).expand(2, 2, 6, 6)
-    attention = dropped(path, queries, 0.25, tokens([6, 6]))
-    probs = dropped(path, queries, 0.0, tokens([6, 6]))(q, k, v, pos_q, pos_k)
+    attention = dropped(form, queries, 0.25, tokens([6, 6]))
+    probs = dropped(form, queries, 0.0, tokens([6, 6]))(q, k, v, pos_q, pos_k)
     draws = torch.stack([attention(q, k, v, pos_q, pos_k, seed) for seed in range(500)])
     assert relative(draws.max(0).values, probs / 0.75) < 1e-4
     count = draws.numel()
@@ -336,9 +347,9 @@ def test_dropout_keeps_the_mean_and_drops_the_share_it_should(path, queries):
 # The module's own part: the projections.
 
 @pytest.fixture(scope="module")
-def layer() -> DisentangledAttention:
-    module = DisentangledAttention(resized(SMALL, width=12, heads=3)).double()
-    module.config = resized(SMALL, width=12, heads=3)
+def layer() -> DisentangledSelfAttention:
+    module = DisentangledSelfAttention(resized(SMALL, hidden_size=12, num_attention_heads=3)).double()
+    module.config = resized(SMALL, hidden_size=12, num_attention_heads=3)
     return large_weights(module, seed=9).eval()
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from minipref import load_classifier, load_encoder, save_classifier
 from minipref.checkpoint import BODY_NAMES, encoder_tensors
-from minipref.errors import InputError
+from minipref.runtime import InputError
 
 
 @pytest.fixture
@@ -56,8 +56,8 @@ def test_a_classifier_survives_being_saved_and_loaded_bit_for_bit(model, saved):
 
 def test_the_encoder_of_a_classifiers_folder_says_that_it_left_the_head_out(model, saved):
     encoder = load_encoder(saved)
-    ids, is_token = padded_batch(SMALL, [9, 5])
-    assert torch.equal(encoder(ids, is_token)[is_token], model.encoder(ids, is_token)[is_token])
+    ids, attention_mask = padded_batch(SMALL, [9, 5])
+    assert torch.equal(encoder(ids, attention_mask)[attention_mask], model.encoder(ids, attention_mask)[attention_mask])
     assert not encoder.training
     assert encoder.load_report.classifier_skipped == ["pooler.dense.weight", "pooler.dense.bias", "classifier.weight",
                                                       "classifier.bias"]
@@ -70,9 +70,9 @@ def test_transformers_loads_what_we_save_and_answers_the_same(model, saved):
     theirs, info = AutoModelForSequenceClassification.from_pretrained(saved, dtype=torch.float32,
                                                                       output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    ids, is_token = padded_batch(SMALL, [20, 9])
-    logits = theirs.eval()(ids, attention_mask=is_token.long()).logits
-    assert relative(model(ids, is_token), logits) < 1e-5
+    ids, attention_mask = padded_batch(SMALL, [20, 9])
+    logits = theirs.eval()(ids, attention_mask=attention_mask.long()).logits
+    assert relative(model(ids, attention_mask), logits) < 1e-5
     assert theirs.config.id2label == {0: "A", 1: "B", 2: "tie"}
 
 
@@ -80,18 +80,18 @@ def test_we_load_what_transformers_saves_and_answer_the_same(model, tmp_path):
     pytest.importorskip("transformers")
     theirs = reference_model(model)
     theirs.save_pretrained(tmp_path)
-    ids, is_token = padded_batch(SMALL, [20, 9])
+    ids, attention_mask = padded_batch(SMALL, [20, 9])
     loaded = load_classifier(tmp_path)
     assert loaded.config == model.config
-    assert relative(loaded(ids, is_token), theirs(ids, attention_mask=is_token.long()).logits) < 1e-5
+    assert relative(loaded(ids, attention_mask), theirs(ids, attention_mask=attention_mask.long()).logits) < 1e-5
 
 
 def test_we_load_the_bare_encoder_that_transformers_saves(model, tmp_path):
     pytest.importorskip("transformers")
     reference_model(model).deberta.save_pretrained(tmp_path)
-    ids, is_token = padded_batch(SMALL, [20, 9])
+    ids, attention_mask = padded_batch(SMALL, [20, 9])
     encoder = load_encoder(tmp_path)
-    assert torch.equal(encoder(ids, is_token), model.encoder(ids, is_token))
+    assert torch.equal(encoder(ids, attention_mask), model.encoder(ids, attention_mask))
     assert str(encoder.load_report) == "loaded 38 of 38 body tensors"
 
 
@@ -112,14 +112,14 @@ def test_the_saved_file_is_float32_and_says_it_is_from_torch(model, tmp_path):
 
 def test_saving_over_a_model_replaces_it(model, saved):
     with torch.no_grad():
-        model.head.bias += 1
+        model.classifier.bias += 1
     save_classifier(model, saved)
-    assert torch.equal(load_classifier(saved).head.bias, model.head.bias)
+    assert torch.equal(load_classifier(saved).classifier.bias, model.classifier.bias)
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_save_that_fails_leaves_the_old_model_whole(model, saved, monkeypatch):
-    before = load_classifier(saved).head.bias.clone()
+    before = load_classifier(saved).classifier.bias.clone()
 
     def half_a_file(tensors, path, metadata=None):
         path.write_bytes(b"half")
@@ -127,10 +127,10 @@ def test_a_save_that_fails_leaves_the_old_model_whole(model, saved, monkeypatch)
 
     monkeypatch.setattr("minipref.checkpoint.save_file", half_a_file)
     with torch.no_grad():
-        model.head.bias += 1
+        model.classifier.bias += 1
     with pytest.raises(OSError, match="disk full"):
         save_classifier(model, saved)
-    assert torch.equal(load_classifier(saved).head.bias, before)
+    assert torch.equal(load_classifier(saved).classifier.bias, before)
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -170,7 +170,7 @@ def test_a_file_without_head_gets_a_fresh_one_and_says_so(saved):
     torch.manual_seed(1)
     second = load_classifier(saved)
     assert str(first.load_report) == "loaded 38 of 38 body tensors; new: pooler, classifier"
-    for part in (first.pooler, first.head):
+    for part in (first.pooler, first.classifier):
         assert (part.bias == 0).all()
         assert part.weight.std().item() == pytest.approx(0.02, rel=0.25)
     assert torch.equal(first.pooler.weight, second.pooler.weight), "the seed decides"
@@ -340,7 +340,7 @@ def test_an_index_that_is_none_is_one_line_of_error(sharded, index):
 def test_the_single_file_wins_over_an_index(model, sharded):
     save_classifier(model, sharded)
     (sharded / "model.safetensors.index.json").write_text("nonsense")
-    assert torch.equal(load_classifier(sharded).head.weight, model.head.weight)
+    assert torch.equal(load_classifier(sharded).classifier.weight, model.classifier.weight)
 
 
 def test_sizes_come_from_the_configuration_and_a_wrong_one_is_found_out(model, saved):
@@ -355,8 +355,9 @@ def test_sizes_come_from_the_configuration_and_a_wrong_one_is_found_out(model, s
 
 
 def test_any_v3_shaped_classifier_goes_in_and_out(tmp_path):
-    for number, sizes in enumerate(({"layers": 1, "heads": 1}, {"width": 36, "heads": 3, "span": 5},
-                                    {"vocab_size": 9, "feed_forward": 1}, {"pad_id": 7})):
+    for number, sizes in enumerate(({"num_hidden_layers": 1, "num_attention_heads": 1},
+                                    {"hidden_size": 36, "num_attention_heads": 3, "position_buckets": 5},
+                                    {"vocab_size": 9, "intermediate_size": 1}, {"pad_token_id": 7})):
         model = large_model(resized(SMALL, **sizes))
         save_classifier(model, tmp_path / str(number))
         loaded = load_classifier(tmp_path / str(number))

@@ -1,12 +1,14 @@
 """config.json in and out: v3 is read, everything else is refused by the name of the field."""
 
+import dataclasses
 import json
 
 import pytest
 from helpers import SMALL, reference_config, resized
 
-from minipref.config import RECIPES, V3_FACTS, EncoderConfig, TrainConfig, recipe
-from minipref.errors import InputError
+from minipref.config import V3_FACTS, EncoderConfig
+from minipref.recipes import RECIPES, TrainConfig, recipe
+from minipref.runtime import InputError
 
 # Written as Microsoft's files are: p2c|c2p in one string, -1 for 'as many as positions', and no field that only
 # transformers knows.
@@ -44,10 +46,11 @@ def test_every_size_has_its_own_field(read):
                   position_buckets=32, max_relative_positions=99, layer_norm_eps=1e-6, hidden_dropout_prob=0.01,
                   attention_probs_dropout_prob=0.02, pooler_dropout=0.03, cls_dropout=0.04, initializer_range=0.05,
                   pad_token_id=6)
-    assert config == EncoderConfig(vocab_size=111, width=60, heads=5, layers=7, feed_forward=88, span=32,
-                                   max_distance=99, norm_eps=1e-6, hidden_dropout=0.01, attention_dropout=0.02,
-                                   pooler_dropout=0.03, head_dropout=0.04, init_std=0.05, pad_id=6)
-    assert config.head_width == 12
+    assert config == EncoderConfig(vocab_size=111, hidden_size=60, num_attention_heads=5, num_hidden_layers=7,
+                                   intermediate_size=88, position_buckets=32, max_distance=99, layer_norm_eps=1e-6,
+                                   hidden_dropout_prob=0.01, attention_probs_dropout_prob=0.02, pooler_dropout=0.03,
+                                   cls_dropout=0.04, initializer_range=0.05, pad_token_id=6)
+    assert config.head_size == 12
 
 
 def test_the_largest_distance_is_the_number_of_positions_unless_it_is_given(read):
@@ -56,10 +59,10 @@ def test_the_largest_distance_is_the_number_of_positions_unless_it_is_given(read
     assert read(max_relative_positions=300, max_position_embeddings=1024).max_distance == 300
 
 
-def test_the_head_drops_out_as_the_hidden_layers_do_unless_it_is_given(read):
-    assert read(hidden_dropout_prob=0.3).head_dropout == 0.3
-    assert read(hidden_dropout_prob=0.3, cls_dropout=0.0).head_dropout == 0.0
-    assert read(hidden_dropout_prob=0.3, cls_dropout=None).head_dropout == 0.3
+def test_the_classifier_drops_out_as_the_hidden_layers_do_unless_it_is_given(read):
+    assert read(hidden_dropout_prob=0.3).cls_dropout == 0.3
+    assert read(hidden_dropout_prob=0.3, cls_dropout=0.0).cls_dropout == 0.0
+    assert read(hidden_dropout_prob=0.3, cls_dropout=None).cls_dropout == 0.3
 
 
 @pytest.mark.parametrize("written", ["p2c|c2p", "c2p|p2c", " P2C | c2p ", ["p2c", "c2p"], ["c2p", "p2c"]])
@@ -82,7 +85,7 @@ def test_what_is_not_v3_is_refused_by_name(read, field, wrong):
 @pytest.mark.parametrize("field", sorted(set(V3_FACTS) - {"model_type", "hidden_act", "pooler_hidden_act",
                                                           "type_vocab_size", "conv_kernel_size"}))
 def test_an_absent_field_means_what_transformers_takes_it_for(read, field):
-    with pytest.raises(InputError, match=f"{field} is nothing; expected"):
+    with pytest.raises(InputError, match=f"{field} is absent; expected"):
         read(**{field: MISSING})
 
 
@@ -115,11 +118,12 @@ def test_a_number_out_of_range_is_refused_by_name(read, field, wrong):
 def test_the_ends_of_the_ranges_are_accepted(read):
     config = read(hidden_dropout_prob=0, attention_probs_dropout_prob=0.0, position_buckets=4, pad_token_id=0,
                   max_relative_positions=4)
-    assert (config.hidden_dropout, config.attention_dropout, config.span, config.max_distance) == (0.0, 0.0, 4, 4)
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.0, 0.0)
+    assert (config.position_buckets, config.max_distance) == (4, 4)
 
 
 @pytest.mark.parametrize("changes, says", [
-    ({"hidden_size": 100, "num_attention_heads": 12}, "multiple of the heads"),
+    ({"hidden_size": 100, "num_attention_heads": 12}, "multiple of num_attention_heads"),
     ({"position_buckets": 256, "max_relative_positions": 129}, "no logarithmic region"),
     ({"vocab_size": 10, "pad_token_id": 10}, "below vocab_size"),
 ])
@@ -152,7 +156,8 @@ def test_no_file_says_what_folder_is_wanted(tmp_path):
         EncoderConfig.from_json(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("config", [EncoderConfig(), SMALL, resized(SMALL, head_dropout=0.2, norm_eps=1e-5, pad_id=3)])
+@pytest.mark.parametrize("config", [EncoderConfig(), SMALL,
+                                    resized(SMALL, cls_dropout=0.2, layer_norm_eps=1e-5, pad_token_id=3)])
 def test_a_configuration_survives_being_written_and_read(config, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.to_json()))
@@ -161,9 +166,10 @@ def test_a_configuration_survives_being_written_and_read(config, tmp_path):
 
 def test_transformers_reads_what_we_write_and_we_read_what_it_writes(tmp_path):
     pytest.importorskip("transformers")
-    config = resized(SMALL, head_dropout=0.2, hidden_dropout=0.3, attention_dropout=0.15, init_std=0.03)
+    config = resized(SMALL, cls_dropout=0.2, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.15,
+                     initializer_range=0.03)
     theirs = reference_config(config)
-    assert theirs.hidden_size == config.width
+    assert theirs.hidden_size == config.hidden_size
     assert theirs.cls_dropout == 0.2
     assert theirs.num_labels == 3
     assert theirs.id2label == {0: "A", 1: "B", 2: "tie"}
@@ -174,7 +180,7 @@ def test_transformers_reads_what_we_write_and_we_read_what_it_writes(tmp_path):
 # Recipes.
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_every_recipe_is_complete_and_every_figure_names_its_source(name):
+def test_every_recipe_is_complete_and_every_value_names_its_source(name):
     assert isinstance(recipe(name), TrainConfig)
     assert all(source for _, source in RECIPES[name].values())
 
@@ -183,6 +189,5 @@ def test_every_recipe_is_complete_and_every_figure_names_its_source(name):
     (0.0, 100, 0), (0.08, 1000, 80), (0.5, 1000, 100), (1, 1000, 1), (50, 1000, 50), (1500, 18408, 1500),
     (1500, 1000, 100), (0.1, 5, 0), (3, 5, 1),
 ])
-def test_warmup_is_steps_or_a_share_and_at_most_a_tenth_of_the_run(warmup, total, wanted):
-    fields = {figure: value for figure, (value, _) in RECIPES["tiny"].items()} | {"warmup": warmup}
-    assert TrainConfig(**fields).warmup_steps(total) == wanted
+def test_warmup_is_steps_or_a_fraction_and_at_most_a_tenth_of_the_run(warmup, total, wanted):
+    assert dataclasses.replace(recipe("tiny"), warmup=warmup).warmup_steps(total) == wanted

@@ -12,21 +12,20 @@ from minipref.data import (
     Pair,
     batches_by_tokens,
     character_counts,
-    encode_cached,
+    collate,
     encode_pairs,
     epoch_batches,
-    epoch_swaps,
-    field_budgets,
-    field_texts,
-    head_and_tail,
-    make_batch,
     parse_turns,
     prompt_key,
     read_pairs,
+    segment_texts,
     split_by_prompt,
     swap_classes,
+    swap_mask,
+    truncate_head_tail,
+    truncation_budgets,
 )
-from minipref.errors import InputError
+from minipref.runtime import InputError
 
 HEADER = "id,model_a,model_b,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie\n"
 GOOD = '1,x,y,"[""p""]","[""a""]","[""b""]",1,0,0\n'
@@ -196,8 +195,8 @@ lengths = st.tuples(*[st.integers(0, 3000)] * 3)
 
 
 @hypothesis.given(lengths, st.integers(3, 1020))
-def test_budgets_fit_the_room_waste_at_most_one_token_and_treat_answers_alike(whole, room):
-    budgets = field_budgets(whole, room)
+def test_budgets_fit_the_room_waste_at_most_one_token_and_treat_responses_alike(whole, room):
+    budgets = truncation_budgets(whole, room)
     assert all(0 <= kept <= length for kept, length in zip(budgets, whole))
     assert sum(budgets) <= room
     if sum(whole) <= room:
@@ -205,26 +204,26 @@ def test_budgets_fit_the_room_waste_at_most_one_token_and_treat_answers_alike(wh
     else:
         assert sum(budgets) >= room - 1
     prompt, a, b = whole
-    assert field_budgets((prompt, b, a), room) == [budgets[0], budgets[2], budgets[1]]
+    assert truncation_budgets((prompt, b, a), room) == [budgets[0], budgets[2], budgets[1]]
 
 
-def test_long_fields_share_one_to_two_to_two_and_short_ones_leave_theirs_to_the_others():
-    assert field_budgets((9999, 9999, 9999), 500) == [100, 200, 200]
-    assert field_budgets((10, 9999, 9999), 500) == [10, 245, 245]
-    assert field_budgets((9999, 20, 9999), 500) == [160, 20, 320]
-    assert field_budgets((9999, 20, 30), 500) == [450, 20, 30]
+def test_long_segments_share_one_to_two_to_two_and_short_ones_leave_theirs_to_the_others():
+    assert truncation_budgets((9999, 9999, 9999), 500) == [100, 200, 200]
+    assert truncation_budgets((10, 9999, 9999), 500) == [10, 245, 245]
+    assert truncation_budgets((9999, 20, 9999), 500) == [160, 20, 320]
+    assert truncation_budgets((9999, 20, 30), 500) == [450, 20, 30]
 
 
-def test_a_field_that_is_cut_keeps_its_head_and_its_tail():
-    assert head_and_tail([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], 5) == [0, 1, 2, 8, 9]
-    assert head_and_tail([0, 1, 2], 3) == [0, 1, 2]
-    assert head_and_tail([0, 1, 2], 1) == [0]
-    assert head_and_tail([0, 1, 2], 0) == []
+def test_a_segment_that_is_truncated_keeps_its_head_and_its_tail():
+    assert truncate_head_tail([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], 5) == [0, 1, 2, 8, 9]
+    assert truncate_head_tail([0, 1, 2], 3) == [0, 1, 2]
+    assert truncate_head_tail([0, 1, 2], 1) == [0]
+    assert truncate_head_tail([0, 1, 2], 0) == []
 
 
 def test_several_turns_are_numbered_and_a_missing_answer_is_words():
-    assert field_texts(("only",)) == ["only"]
-    assert field_texts(("one", None)) == ["Turn 1:", "one", "Turn 2:", "(no answer)"]
+    assert segment_texts(("only",)) == ["only"]
+    assert segment_texts(("one", None)) == ["Turn 1:", "one", "Turn 2:", "(no answer)"]
 
 
 # --- sequences and batches
@@ -240,61 +239,48 @@ ROWS = [Pair("1", ("what is up",), ("the sky",), ("not much dear",), 0),
 
 
 def test_a_sequence_is_cls_prompt_sep_a_sep_b_sep_padded_to_the_longest_of_its_batch():
-    examples, words = encoded(ROWS)
-    ids, is_token, labels = make_batch(examples, [0, 1], [False, False], words)
+    tokenized, words = encoded(ROWS)
+    ids, attention_mask, labels = collate(tokenized, [0, 1], [False, False], words)
     assert words.words(ids[0]) == "[CLS] what is up [SEP] the sky [SEP] not much dear [SEP]" + " [PAD]" * 5
     assert words.words(ids[1]) == ("[CLS] count [SEP] one two three four five six seven eight nine ten [SEP] "
                                    "(no answer) [SEP]")
-    assert is_token.sum(1).tolist() == examples.lengths[:2].tolist() == [12, 17]
+    assert attention_mask.sum(1).tolist() == tokenized.lengths[:2].tolist() == [12, 17]
     assert labels.tolist() == [0, 1]
-    further, is_token_there, _ = make_batch(examples, [0, 1], [False, False], words, multiple_of=8)
+    further, is_token_there, _ = collate(tokenized, [0, 1], [False, False], words, multiple_of=8)
     assert further.shape == (2, 24) and (further[:, :17] == ids).all() and (further[:, 17:] == words.pad_id).all()
-    assert (is_token_there[:, :17] == is_token).all() and not is_token_there[:, 17:].any()
+    assert (is_token_there[:, :17] == attention_mask).all() and not is_token_there[:, 17:].any()
 
 
 def test_a_swapped_row_shows_b_first_and_turns_its_label():
-    examples, words = encoded(ROWS)
-    ids, _, labels = make_batch(examples, [0, 1, 2], [True, True, True], words)
+    tokenized, words = encoded(ROWS)
+    ids, _, labels = collate(tokenized, [0, 1, 2], [True, True, True], words)
     assert words.words(ids[0]).startswith("[CLS] what is up [SEP] not much dear [SEP] the sky [SEP]")
     assert labels.tolist() == [1, 0, 2]
 
 
 def test_turns_stay_in_order_and_apart():
-    examples, words = encoded(ROWS)
-    ids, _, _ = make_batch(examples, [2], [False], words)
+    tokenized, words = encoded(ROWS)
+    ids, _, _ = collate(tokenized, [2], [False], words)
     assert words.words(ids[0]) == ("[CLS] Turn 1: hi Turn 2: and bye [SEP] Turn 1: hello Turn 2: so long [SEP] "
                                    "Turn 1: hey Turn 2: ciao [SEP]")
 
 
 def test_answer_b_is_there_whatever_the_length_of_prompt_and_a():
     long = " ".join(f"w{i}" for i in range(500))
-    examples, words = encoded([Pair("1", (long,), (long,), (" ".join(f"b{i}" for i in range(300)),), 0)])
-    ids, is_token, _ = make_batch(examples, [0], [False], words)
+    tokenized, words = encoded([Pair("1", (long,), (long,), (" ".join(f"b{i}" for i in range(300)),), 0)])
+    ids, attention_mask, _ = collate(tokenized, [0], [False], words)
     text = words.words(ids[0])
-    assert ids.shape[1] == 64 and is_token.all()
+    assert ids.shape[1] == 64 and attention_mask.all()
     assert " b0 b1 " in text and text.endswith("b298 b299 [SEP]") and text.count("[SEP]") == 3
-    assert examples.cut[0] == 1300 - 60 and "1 of 1 rows (100%) cut to 64 tokens" in examples.truncation()
+    assert tokenized.num_truncated[0] == 1300 - 60
+    assert "1 of 1 rows (100%) truncated to 64 tokens" in tokenized.truncation()
 
 
-def test_examples_taken_are_the_rows_asked_for():
-    examples, words = encoded(ROWS)
-    some = examples.take(np.array([2, 0]))
+def test_rows_taken_are_the_rows_asked_for():
+    tokenized, words = encoded(ROWS)
+    some = tokenized.take(np.array([2, 0]))
     assert some.labels.tolist() == [2, 0]
-    assert words.words(some.fields(1)[1]) == "the sky"
-
-
-def test_the_cache_is_used_for_the_same_rows_only_and_a_damaged_one_is_made_anew(tmp_path):
-    cache, words = tmp_path / "tokens.safetensors", Words()
-    first, cached = encode_cached(ROWS, words, 64, cache, "source")
-    assert not cached
-    again, cached = encode_cached(ROWS, words, 64, cache, "source")
-    assert cached and all((getattr(first, f) == getattr(again, f)).all() for f in ("tokens", "starts", "labels", "cut"))
-    for source, length in (("other", 64), ("source", 32)):
-        assert not encode_cached(ROWS, words, length, cache, source)[1]
-    cache.write_bytes(cache.read_bytes()[:-3])
-    mended, cached = encode_cached(ROWS, words, 64, cache, "source")
-    assert not cached and (mended.tokens == first.tokens).all()
-    assert encode_cached(ROWS, words, 64, cache, "source")[1]
+    assert words.words(some.segments(1)[1]) == "the sky"
 
 
 @hypothesis.given(st.integers(1, 400), st.integers(1, 33), st.integers(0, 5))
@@ -310,8 +296,8 @@ def test_epochs_differ_seeds_differ_and_the_same_comes_again():
     def order(seed, epoch):
         return np.concatenate(epoch_batches(lengths, 8, seed, epoch)).tolist()
     assert order(1, 0) == order(1, 0) and order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
-    assert (epoch_swaps(1000, 1, 0) == epoch_swaps(1000, 1, 0)).all()
-    assert 0.4 < (epoch_swaps(1000, 1, 0) != epoch_swaps(1000, 1, 1)).mean() < 0.6
+    assert (swap_mask(1000, 1, 0) == swap_mask(1000, 1, 0)).all()
+    assert 0.4 < (swap_mask(1000, 1, 0) != swap_mask(1000, 1, 1)).mean() < 0.6
 
 
 def test_batches_of_similar_lengths_need_little_padding_and_come_shuffled():

@@ -19,10 +19,11 @@ from small import write_encoder, write_rows
 import minipref
 import predict
 import train
-from minipref import distributed, metrics, runs
-from minipref.classifier import PreferenceModel
+from minipref import metrics
 from minipref.data import encode_pairs, read_pairs
-from minipref.judge import predict_logits
+from minipref.model import PreferenceModel
+from minipref.predictor import predict_logits
+from minipref.run import distributed, state
 
 # 33 rows in batches of 8: five steps an epoch, the last of a single row, for which most ranks have nothing to do.
 TWENTY_STEPS = ["--train", "t.csv", "--valid", "v.csv", "--recipe", "tiny", "--precision", "fp32", "--epochs", "4",
@@ -58,8 +59,8 @@ def assert_all_ended_well(ranks):
 
 def assert_same_run(one: str, several: str, weights: float, moments: float) -> None:
     """The states of two runs: every weight and, relative to its tensor's largest, every mean of gradients."""
-    (one, facts), (several, others) = (runs.load_state(Path(run, "state")) for run in (one, several))
-    assert facts["step"] == others["step"] and facts["lr"] == others["lr"]
+    (one, facts), (several, others) = (state.read_state(Path(run, "state")) for run in (one, several))
+    assert facts["step"] == others["step"] and facts["state"]["lr"] == others["state"]["lr"]
     for name, value in one.items():
         difference = (value.double() - several[name].double()).abs().max().item()
         if name.startswith("model."):
@@ -76,13 +77,13 @@ def test_the_run_is_that_of_one_process(still, size):
     assert train.main([*arguments, "--run", "one"]) == 0
     ranks = run_ranks(size, "train", [*arguments, "--run", "several"])
     assert_all_ended_well(ranks)
-    assert runs.load_state("several/state")[1]["step"] == 20
+    assert state.read_state("several/state")[1]["step"] == 20
     assert_same_run("one", "several", weights=1e-6, moments=1e-4)
     one, several = (pd.read_csv(f"{run}/metrics.csv") for run in ("one", "several"))
     assert np.allclose(one, several, rtol=1e-6, atol=0)
 
 
-def test_only_the_first_process_speaks_and_writes(still):
+def test_only_the_main_process_prints_and_writes(still):
     ranks = run_ranks(3, "train", [*TWENTY_STEPS, "--encoder", str(still)])
     assert_all_ended_well(ranks)
     assert "3 processes" in ranks[0].out and ranks[0].out.count("ended:") == 1
@@ -90,12 +91,11 @@ def test_only_the_first_process_speaks_and_writes(still):
     run, = (path for path in Path("runs").iterdir() if path.is_dir())           # one name, though each has its clock
     assert Path("runs/latest").read_text() == f"{run.resolve()}\n"
     assert {path.name for path in run.iterdir()} == {"config.json", "metrics.csv", "timing.csv", "report.json", "model",
-                                                     "state", "valid_predictions.csv", "tokens.safetensors",
-                                                     "report.html"}
+                                                     "state", "valid_predictions.csv", "report.html"}
 
 
-def test_accumulated_passes_of_several_processes_are_one_large_batch(still):
-    """33 rows in passes of 5, two to a step: the last step has one pass of 3 rows, for 2 ranks."""
+def test_accumulated_micro_batches_of_several_processes_are_one_large_batch(still):
+    """33 rows in micro-batches of 5, two to a step: the last step has one of 3 rows, for 2 ranks."""
     base = [*TWENTY_STEPS, "--encoder", str(still), "--lr", "1e-3", "--epochs", "1"]
     small = ["--batch-size", "5", "--accumulate", "2"]
     assert train.main([*base, *small, "--run", "one"]) == 0
@@ -116,9 +116,9 @@ def whole(encoder, tmp_path_factory):
 
 def test_the_score_is_that_of_one_process_on_the_same_weights(whole):
     judge = minipref.load_judge(whole / "model")
-    examples = encode_pairs(list(read_pairs("v.csv")), judge.tokenizer, judge.max_length)
-    logits = predict_logits(judge.model, examples, judge.tokenizer, 128 * judge.max_length, 128)
-    wanted = metrics.evaluate(metrics.averaged(logits, 1.0), examples.labels)
+    tokenized = encode_pairs(list(read_pairs("v.csv")), judge.tokenizer, judge.max_length)
+    logits = predict_logits(judge.model, tokenized, judge.tokenizer, 128 * judge.max_length, 128)
+    wanted = metrics.evaluate(metrics.swap_averaged(logits, 1.0), tokenized.labels)
     found = json.loads((whole / "report.json").read_text())["results"]["model, both orders"]
     assert found["rows"] == 150 and found["confusion"] == wanted["confusion"]
     for name in ("log_loss", "accuracy", "precision", "recall", "f1", "ece"):
@@ -134,7 +134,7 @@ def test_early_stopping_stops_all(encoder):
 
 
 @pytest.mark.slow
-def test_folds_give_every_row_a_verdict(encoder):
+def test_folds_give_every_row_a_prediction(encoder):
     write_rows(Path("t.csv"), 90)
     arguments = [*SHORT, "--encoder", str(encoder), "--run", "r", "--folds", "3"]
     del arguments[2:4]                                                           # folds validate on their own rows
@@ -165,7 +165,7 @@ def test_every_parameter_has_a_gradient_or_ddp_would_wait_for_it():
 
     The second forward pass is where it would notice.
     """
-    model = PreferenceModel(resized(SMALL, layers=3))
+    model = PreferenceModel(resized(SMALL, num_hidden_layers=3))
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -182,18 +182,18 @@ def test_every_parameter_has_a_gradient_or_ddp_would_wait_for_it():
 @pytest.fixture(params=[1, 2, 3, 5])
 def group(request, monkeypatch):
     """Of a group of so many, whichever rank the test says it is: for what needs no other process."""
-    monkeypatch.setattr(distributed, "size", lambda: request.param)
+    monkeypatch.setattr(distributed, "world_size", lambda: request.param)
     return request.param, lambda rank: monkeypatch.setattr(distributed, "rank", lambda: rank)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 9])
-def test_shares_of_a_batch_are_its_rows_once_each_and_weigh_alike(group, rows):
+def test_shards_of_a_batch_are_its_rows_once_each_and_weigh_alike(group, rows):
     size, be = group
     batch, swapped = np.arange(10, 10 + rows), np.arange(rows) % 2 == 0
     weight_of = dict.fromkeys(batch.tolist(), 0)
     for rank in range(size):
         be(rank)
-        mine, mine_swapped, weight = distributed.batch_share(batch, swapped)
+        mine, mine_swapped, weight = distributed.shard_batch(batch, swapped)
         assert len(mine) > 0, "a rank that computes nothing would let the others wait"
         for row, swap in zip(mine.tolist(), mine_swapped):
             weight_of[row] += weight
@@ -202,50 +202,51 @@ def test_shares_of_a_batch_are_its_rows_once_each_and_weigh_alike(group, rows):
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 7])
-def test_batches_are_dealt_once_each_in_equally_many_turns(group, count):
+def test_batches_are_sharded_once_each_in_equally_many_turns(group, count):
     size, be = group
-    batches, hands = [np.array([n, n]) for n in range(count)], []
+    batches, shards = [np.array([n, n]) for n in range(count)], []
     for rank in range(size):
         be(rank)
-        hands.append(distributed.dealt(batches))
-    assert len({len(hand) for hand in hands}) == 1
-    assert sorted(int(batch[0]) for hand in hands for batch in hand if len(batch)) == list(range(count))
+        shards.append(distributed.shard_batches(batches))
+    assert len({len(shard) for shard in shards}) == 1
+    assert sorted(int(batch[0]) for shard in shards for batch in shard if len(batch)) == list(range(count))
 
 
-def test_each_rank_draws_its_own_dropout_and_the_first_what_one_process_would(group):
+def test_each_rank_draws_its_own_dropout_and_rank_0_what_one_process_would(group):
     size, be = group
     draws = []
     for rank in range(size):
         be(rank)
         torch.manual_seed(42)
-        distributed.own_randomness(42)
+        distributed.seed_rank(42)
         draws.append(torch.rand(3).tolist())
     torch.manual_seed(42)
     assert draws[0] == torch.rand(3).tolist() and len({tuple(draw) for draw in draws}) == size
 
 
-# --- stopping and going on
+# --- stopping and resuming
 
-def test_a_signal_to_one_stops_all_and_the_run_goes_on_exactly(encoder, whole):
+def test_a_signal_to_one_stops_all_and_the_run_resumes_exactly(encoder, whole):
     """With dropout: each rank's generator must be where it was."""
     arguments = [*SHORT, "--encoder", str(encoder), "--run", "broken"]
     ranks = run_ranks(3, "train", arguments, before=signal_at_step(7, victim=2))
     assert [ended.code for ended in ranks] == [143] * 3
-    assert "stopped; the state is saved" in ranks[0].out and runs.load_state("broken/state")[1]["step"] == 7
+    assert "stopped; the state is saved" in ranks[0].out and state.read_state("broken/state")[1]["step"] == 7
     assert_all_ended_well(run_ranks(3, "train", ["--resume", "--run", "broken"]))
     for name in ("metrics.csv", "valid_predictions.csv", "model/model.safetensors", "model/minipref.json"):
         assert (whole / name).read_bytes() == Path("broken", name).read_bytes(), name
-    wanted, found = (runs.load_state(run / "state")[0] for run in (whole, Path("broken")))
+    wanted, found = (state.read_state(run / "state")[0] for run in (whole, Path("broken")))
     assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_more_or_fewer_processes_and_says_that_it_is_not_the_same(encoder):
+def test_a_run_resumes_with_more_or_fewer_processes_and_notes_that_it_is_not_the_same(encoder):
     arguments = [*SHORT, "--encoder", str(encoder), "--run", "r"]
     run_ranks(2, "train", arguments, before=signal_at_step(4, victim=0))
-    assert runs.load_state("r/state")[1]["step"] == 4
+    assert state.read_state("r/state")[1]["step"] == 4
     ranks = run_ranks(3, "train", ["--resume", "--run", "r"], before=signal_at_step(4, victim=1))
-    assert "processes is 3 and was 2" in ranks[0].out and [ended.code for ended in ranks] == [143] * 3
+    assert "note: processes has changed (it was 2 and is 3)" in ranks[0].out
+    assert [ended.code for ended in ranks] == [143] * 3
     assert train.main(["--resume", "--run", "r"]) == 0
 
 
@@ -255,7 +256,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message(encoder):
     assert [ended.code for ended in ranks] == [1, -signal.SIGKILL, 1]
     for ended in (ranks[0], ranks[2]):
         assert "another process of the run is gone" in ended.err and "Traceback" not in ended.err
-    assert runs.load_state("r/state")[1]["step"] == 5
+    assert state.read_state("r/state")[1]["step"] == 5
     assert train.main(["--resume", "--run", "r"]) == 0
 
 
@@ -266,7 +267,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_with_one_line(encoder):
     assert ranks[1].err == ranks[2].err == ""
 
 
-def test_what_is_wrong_is_said_once(encoder):
+def test_an_input_error_is_printed_once(encoder):
     ranks = run_ranks(2, "train", ["--train", "none.csv", "--encoder", str(encoder), "--run", "r"])
     assert [ended.code for ended in ranks] == [2, 2]
     assert "none.csv: no such file" in ranks[0].err and ranks[0].err.count("\n") == 1 and ranks[1].err == ""
@@ -274,11 +275,11 @@ def test_what_is_wrong_is_said_once(encoder):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "size", lambda: 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(minipref.errors.InputError, match="4 processes on a machine with 0 GPUs"):
-        distributed.own_device(torch.device("cuda"))
-    assert distributed.own_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(minipref.runtime.InputError, match="4 processes on a machine with 0 GPUs"):
+        distributed.local_device(torch.device("cuda"))
+    assert distributed.local_device(torch.device("cpu")) == torch.device("cpu")
 
 
 # --- prediction
@@ -347,7 +348,7 @@ def test_a_signal_to_torchrun_saves_the_state(encoder):
     process = torchrun_after_an_epoch(encoder)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "stopped; the state is saved" in out and runs.has_state("r/state")
+    assert process.returncode != 0 and "stopped; the state is saved" in out and state.has_state("r/state")
 
 
 @pytest.mark.slow

@@ -24,10 +24,10 @@ import torch
 from mutation import ROOT, failures, mutated, replaced, source_of
 
 import minipref
-from minipref import metrics, sample
-from minipref.attention import disentangled_scores
+from minipref import metrics, synthetic
 from minipref.data import character_counts, read_pairs
-from minipref.positions import distance_rows, relative_index
+from minipref.model import attention_scores, distance_buckets, relative_index
+from minipref.run.report import read_truth
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 RUN = ["README.md", "docs/attention.md", "docs/training.md", "docs/kaggle.md", "docs/exercises.md"]
@@ -93,8 +93,8 @@ def test_the_dozen_lines_of_the_readme_are_disentangled_attention(at_root):
     generator = torch.Generator().manual_seed(0)
     q, k, pos_q, pos_k = (torch.randn(shape, generator=generator, dtype=torch.float64)
                           for shape in [(2, 3, 20, 6)] * 2 + [(3, 16, 6)] * 2)
-    found = run_snippets("README.md")["scores"](q, k, pos_q, pos_k, span=8, max_distance=24)
-    terms = disentangled_scores(q, k, pos_q, pos_k, relative_index(distance_rows(20, 8, 24)))
+    found = run_snippets("README.md")["scores"](q, k, pos_q, pos_k, position_buckets=8, max_distance=24)
+    terms = attention_scores(q, k, pos_q, pos_k, relative_index(distance_buckets(20, 8, 24)))
     assert torch.allclose(found, sum(terms))
 
 
@@ -164,9 +164,10 @@ def test_nothing_in_minipref_is_missing_from_the_reading_order():
             assert path.name in minipref.__doc__, f"minipref's docstring lacks {path.name}"
 
 
-PROGRAMS = {"train.py": ["train.py"], "predict.py": ["predict.py", "minipref/judge.py"],
-            "-m minipref.explain": ["minipref/explain.py", "minipref/judge.py"]} | {
-    f"-m minipref.{name}": [f"minipref/{name}.py"] for name in ("pretrain", "hub", "sample")}      # with their options
+PROGRAMS = {"train.py": ["train.py", "minipref/recipes.py"], "predict.py": ["predict.py", "minipref/predictor.py"],
+            "-m minipref.explain": ["minipref/explain/__main__.py", "minipref/predictor.py"],
+            "-m minipref.hub": ["minipref/hub.py"]} | {
+    f"-m minipref.{name}": [f"minipref/{name}/__main__.py"] for name in ("pretrain", "synthetic")}  # with their options
 
 
 def test_every_option_and_target_of_a_command_exists():
@@ -189,6 +190,30 @@ def test_every_option_and_target_of_a_command_exists():
                 for target in re.sub(r'[A-Z]+=("[^"]*"|\S+)', "", line.removeprefix("make ")).split():
                     assert target in targets, f"{page}: make has no target {target}"
     assert commands > 30
+
+
+def removed_scripts(page: str) -> dict[str, str]:
+    """The scripts that a page says are no longer here, each with the commit that has them.
+
+    They are those named in a paragraph with the words 'reproducible at commit': the mark is what a reader sees.
+    """
+    found = {}
+    for paragraph in text_of(page).split("\n\n"):
+        if commit := re.search(r"reproducible\s+at\s+commit\s+([0-9a-f]{7,40})\b", paragraph):
+            named = re.findall(r"`(?:benchmarks|tests)/\w+\.py`", paragraph)
+            found |= {script.strip("`"): commit[1] for script in named}
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_script_that_is_named_is_here_or_marked_with_the_commit_that_has_it(page):
+    named = set(re.findall(r"\b(?:benchmarks|tests)/\w+\.py\b", text_of(page)))
+    removed = removed_scripts(page)
+    assert {script for script in named if not (ROOT / script).is_file()} == removed.keys()
+    for script, commit in removed.items():
+        git = ["git", "-C", ROOT, "cat-file", "-e"]
+        if subprocess.run([*git, f"{commit}^{{commit}}"], capture_output=True).returncode == 0:     # not in an archive
+            assert subprocess.run([*git, f"{commit}:{script}"]).returncode == 0, f"{commit} has no {script}"
 
 
 # Figures and tables.
@@ -225,12 +250,12 @@ def test_the_notebook_has_every_cell_of_its_source():
 
 
 @pytest.mark.slow
-def test_the_notebook_trains_and_predicts_on_the_sample(tmp_path):
+def test_the_notebook_trains_and_predicts_on_the_synthetic_dataset(tmp_path):
     inputs, work = tmp_path / "input", tmp_path / "work"
     (inputs / "project").mkdir(parents=True)
     for name in ("train.py", "predict.py", "minipref", "weights"):
         (inputs / "project" / name).symlink_to(ROOT / name)
-    sample.write_sample(inputs / "competition", train_rows=120, test_rows=12)
+    synthetic.write_dataset(inputs / "competition", train_rows=120, test_rows=12)
     cells = json.loads(text_of("docs/kaggle.ipynb"))["cells"]
     script = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     settings = {"NOTEBOOK_INPUT": str(inputs), "NOTEBOOK_WORK": str(work),
@@ -238,7 +263,8 @@ def test_the_notebook_trains_and_predicts_on_the_sample(tmp_path):
     out = run([sys.executable, "-c", script], tmp_path, **settings)
     submission = pd.read_csv(work / "submission.csv", dtype={"id": str})
     assert len(submission) == 12 and abs(submission.iloc[:, 1:].sum(axis=1) - 1).max() < 1e-6
-    assert "to be trained from" in out and (work / "run" / "report.html").is_file() and (work / "look.html").is_file()
+    assert "to be trained from" in out
+    assert (work / "run" / "report.html").is_file() and (work / "explain.html").is_file()
 
     shutil.copytree(work / "run" / "model", inputs / "trained")          # the second time it is there already
     out = run([sys.executable, "-c", script], tmp_path, **settings | {"NOTEBOOK_WORK": str(tmp_path / "again")})
@@ -294,10 +320,10 @@ ANSWERS = {  # exercise: (one that is right, one that is not, what is said of th
     "adamw": ("from minipref import AdamW", "from torch.optim import Adam as AdamW", "after step 1"),
     "temperature": ("from minipref.metrics import fit_temperature",
                     "def fit_temperature(logits, labels):\n    return 1.0", "log loss is"),
-    "attention": ("from minipref.fused import blockwise_attention as attention",
-                  "from minipref.fused import blockwise_attention\n"
-                  "def attention(q, k, v, pos_q, pos_k, is_token, rows):\n"
-                  "    return blockwise_attention(q, k, v, pos_k, pos_q, is_token, rows)", "differs by"),
+    "attention": ("from minipref.fast.attention import blockwise_attention as attention",
+                  "from minipref.fast.attention import blockwise_attention\n"
+                  "def attention(q, k, v, pos_q, pos_k, attention_mask, rows):\n"
+                  "    return blockwise_attention(q, k, v, pos_k, pos_q, attention_mask, rows)", "differs by"),
     "head": ("def head():\n    return HEAD", "def head():\n    return HEAD[0] % 4 + 1, HEAD[1]", "another gives it"),
 }
 
@@ -326,7 +352,7 @@ def test_a_right_answer_is_called_right_and_a_wrong_one_is_told_what_is_wrong(na
 def test_an_answer_that_fits_the_definition_has_to_fit_transformers_too(tmp_path, capsys):
     pytest.importorskip("transformers", reason="transformers is not installed")
     exercises = module("docs/exercises.py")
-    (tmp_path / "mine.py").write_text("from minipref.fused import blockwise_attention as attention\n")
+    (tmp_path / "mine.py").write_text("from minipref.fast.attention import blockwise_attention as attention\n")
     assert exercises.main(["attention", str(tmp_path / "mine.py")]) == 0
     assert "and a model with it is transformers'" in capsys.readouterr().out
     with pytest.raises(exercises.NotYet, match="not transformers"):
@@ -377,7 +403,7 @@ def run_fence(fence: Fence, folder: Path) -> str:
     """What a fence's commands print, one after the other in `folder`; the sample's test rows are cut to a dozen."""
     printed = []
     for line in fence.text.strip().split("\n"):
-        test_rows = folder / "data" / "sample" / "test.csv"
+        test_rows = folder / "data" / "synthetic" / "test.csv"
         if test_rows.is_file() and "train" not in line:
             pd.read_csv(test_rows, dtype=str, keep_default_na=False).head(12).to_csv(test_rows, index=False)
         printed.append(run(["bash", "-ec", hurried(line)], folder))
@@ -430,31 +456,31 @@ PRETRAINING = [(page, line) for page in ("docs/pretraining.md", "weights/minipre
 @pytest.mark.parametrize("arguments", [line for _, line in PRETRAINING], ids=[line for _, line in PRETRAINING])
 def test_every_pretraining_command_makes_an_encoder(arguments, tmp_path, monkeypatch):
     """As the pages have them, on a few hundred lines of text, with options after them that make it four small steps."""
-    from minipref import pretrain
+    from minipref.pretrain.__main__ import main
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").symlink_to(ROOT / "weights")
     (tmp_path / "CORPUS").mkdir()
-    pairs = sample.train_and_test(train_rows=300, test_rows=10)[0].frame
+    pairs = synthetic.train_and_test(train_rows=300, test_rows=10)[0].frame
     (tmp_path / "CORPUS" / "text.txt").write_text("\n\n".join(pairs["response_a"]), encoding="utf-8")
     arguments = arguments.replace("runs/pretrain/model", "weights/minipref-tiny")    # what the first command makes
     begun = "--encoder" in arguments                                    # which has its own sizes and vocabulary
     sizes = "" if begun else SMALL if "--tokenizer" in arguments else f"{SMALL} --vocab-size 350"
     threads = torch.get_num_threads()
     try:
-        assert pretrain.main(f"{arguments} {FOUR_STEPS} {sizes}".split()) == 0
+        assert main(f"{arguments} {FOUR_STEPS} {sizes}".split()) == 0
     finally:
         torch.set_num_threads(threads)
     output = arguments.split("--output ")[1].split()[0]
-    assert minipref.load_encoder(tmp_path / output / "model").config.layers == (4 if begun else 2)
+    assert minipref.load_encoder(tmp_path / output / "model").config.num_hidden_layers == (4 if begun else 2)
 
 
 @pytest.mark.slow
 def test_make_pretrain_makes_an_encoder(checkout):
-    rows = sample.train_and_test(train_rows=300, test_rows=10)[0].frame
+    rows = synthetic.train_and_test(train_rows=300, test_rows=10)[0].frame
     (checkout / "texts").mkdir()
     (checkout / "texts" / "text.txt").write_text("\n\n".join(rows["response_a"]), encoding="utf-8")
     run(["make", "pretrain", "CORPUS=texts", f"ARGS=--output made {FOUR_STEPS} {SMALL} --vocab-size 350"], checkout)
-    assert minipref.load_encoder(checkout / "made" / "model").config.layers == 2
+    assert minipref.load_encoder(checkout / "made" / "model").config.num_hidden_layers == 2
 
 
 def few(command: str) -> str:
@@ -463,16 +489,8 @@ def few(command: str) -> str:
     if "experiments.py" in command:
         own = re.search(r"--options '(.*?)'", command)
         return f"{command} --seeds 1 --options '{own[1] if own else ''} {HURRY}'"
-    if "minipref.sample" in command:
+    if "minipref.synthetic" in command:
         return f"{command} --rows 50 --test-rows 20"
-    if "--model runs/NAME" in command:
-        return f"{command.replace('NAME', 'few')} --rows 60"
-    if "probe.py" in command:
-        return f"{command} --rows 200"
-    if "frozen.py" in command:
-        return f"{command} --limit 160 --seeds 1"
-    if "budget.py" in command:
-        return f"{command} --rows 64 --steps 1"
     return command if "predict.py" in command else f"{command} {HURRY}"
 
 
@@ -483,15 +501,18 @@ def test_every_command_of_the_experiments_runs(checkout):
     commands = re.findall(r"`python ((?:train\.py|predict\.py|benchmarks/|-m )[^`]*)`", text)
     assert len(commands) > 4 and {"train.py", "predict.py"} < {command.split()[0] for command in commands}
     for seed, name in (1, "autoj"), (3, "llmeval2"), (5, "train"):
-        paths = sample.write_sample(checkout / "s", train_rows=160, test_rows=40, train_seed=seed)
+        paths = synthetic.write_dataset(checkout / "s", train_rows=160, test_rows=40, train_seed=seed)
         shutil.copy(paths["train"], checkout / f"{name}.csv")
     shutil.copy(paths["test_labelled"], checkout)
-    for command in ["train.py --train s/train.csv --recipe tiny --run runs/few", *sorted(set(commands))]:
+    removed = removed_scripts("docs/experiments.md")
+    kept = {command for command in commands if command.split()[0] not in removed}
+    for command in ["train.py --train s/train.csv --recipe tiny --run runs/first", *sorted(kept)]:  # predict.py's model
         run(["bash", "-ec", f".venv/bin/python {few(command)}"], checkout)
 
 
 @pytest.mark.parametrize(("target", "script"), [
     ("kill", "tests/killing.py"), ("bench", "benchmarks/bench.py"), ("parity", "benchmarks/parity.py"),
+    ("same-numbers", "benchmarks/same_numbers.py"),
     ("weights", "-m minipref.hub weights"), ("data", "-m minipref.hub data")])
 def test_make_runs_the_script_that_other_tests_run(target, script):
     """What takes minutes or fetches is tested as a script; here, that `make` runs that and hands options on."""
@@ -516,10 +537,10 @@ def test_the_pretraining_pages_excerpts_are_what_the_code_does(tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(f"{who} {does}." for who in WHO for does in DOES) + "\n")
     corpus = load_corpus([tmp_path / "text.txt"], 0.1, None, 330)
     model = small_model(corpus)
-    names = {"model": model, "ids": some_ids(corpus), "F": torch.nn.functional}
+    names = {"model": model, "input_ids": some_ids(corpus), "F": torch.nn.functional}
     exec(compile(first.text, first.page, "exec"), names)
-    assert names["verdicts"].shape == names["ids"].shape and names["rtd_loss"].requires_grad
-    assert names["mlm_loss"].item() > 1 and names["guesses"].shape[0] == names["is_masked"].sum()
+    assert names["rtd_logits"].shape == names["input_ids"].shape and names["rtd_loss"].requires_grad
+    assert names["mlm_loss"].item() > 1 and names["mlm_logits"].shape[0] == names["is_masked"].sum()
     names = {"Tensor": torch.Tensor}
     exec(compile(second.text, second.page, "exec"), names)
     for sharing in ("gdes", "es", "nes"):
@@ -563,27 +584,27 @@ def test_the_ladder_says_what_the_pages_say_that_it_names():
         page = re.search(r"\((docs/.*?\.md)", command)
         where = text_of(page[1]) if page else printed
         assert score in where, what
-        assert re.search(rf"(?<!\d){gap}", where) or what in ("class prior", "length only", "best reachable"), what
+        assert re.search(rf"(?<!\d){gap}", where) or what in ("class prior", "length only", "Bayes-optimal"), what
 
 
 @pytest.mark.slow
-def test_the_readmes_figures_of_the_sample_are_the_samples(tmp_path):
-    """All that `make train` prints and no training decides: rows, split, baselines and the best reachable score."""
+def test_the_readmes_figures_of_the_synthetic_dataset_are_its_own(tmp_path):
+    """All that `make train` prints and no training decides: rows, split, baselines and the Bayes-optimal score."""
     import train
     text = next(fence.text for fence in fences("README.md") if fence.mark == "printed by: make train")
-    path = sample.write_sample(tmp_path)["train"]
+    path = synthetic.write_dataset(tmp_path)["train"]
     pairs = list(read_pairs(path))
     labels, lengths = np.array([pair.label for pair in pairs]), character_counts(pairs)
     a, b, ties = np.bincount(labels)
     assert f"{len(pairs):,} rows: {a:,} A, {b:,} B, {ties:,} ties; 0 missing" in text
 
-    options = train.fill_in({"train": [str(path)], "encoder": "weights/minipref-tiny"})
-    (train_rows, valid_rows), = train.split(pairs, [], train.figures(options), options)
-    assert f"{len(train_rows):,} rows to train on, {len(valid_rows):,} to validate on" in text
+    options = train.resolve_options({"train": [str(path)], "encoder": "weights/minipref-tiny"})
+    (train_rows, valid_rows), = train.split_rows(pairs, [], train.hyperparameters(options), options)
+    assert f"{len(train_rows):,} training rows, {len(valid_rows):,} validation rows" in text
     results = metrics.baselines(lengths[train_rows], labels[train_rows], lengths[valid_rows], labels[valid_rows])
-    truth = train.read_truth([str(path)])
-    reachable = np.array([truth[pairs[row].id] for row in valid_rows])
-    results["best reachable"] = metrics.evaluate(reachable, labels[valid_rows])
+    truth = read_truth([str(path)])
+    bayes_optimal = np.array([truth[pairs[row].id] for row in valid_rows])
+    results["Bayes-optimal"] = metrics.evaluate(bayes_optimal, labels[valid_rows])
     for line in metrics.score_table(results).splitlines()[1:]:
         name, *figures = re.split(r"\s{2,}", line.strip())
         found = re.search(rf"^{name}\s{{2,}}(.*)$", text, re.M)[1].split()

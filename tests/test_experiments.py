@@ -89,15 +89,15 @@ def test_a_kinds_class_shares_are_drawn_to_those_of_all_rows_as_by_five_more():
 
 
 def test_the_share_of_the_gap_is_each_seeds_own():
-    prior = {"1": {"log_loss": 1.1, "best_reachable": 0.6}, "2": {"log_loss": 1.0, "best_reachable": 0.6}}
+    prior = {"1": {"log_loss": 1.1, "bayes_optimal": 0.6}, "2": {"log_loss": 1.0, "bayes_optimal": 0.6}}
     by_seed = {"1": {"log_loss": 0.85}, "2": {"log_loss": 0.7}}
     assert np.allclose(experiments.gap_closed(by_seed, prior), [0.5, 0.75])
     assert experiments.gap_closed({"1": {"log_loss": 0.5}}, {"1": {"log_loss": 1.1}}) == []
 
 
 def test_the_page_has_every_row_with_its_seeds_and_its_command():
-    scores = {"1": {"log_loss": 1.0, "accuracy": 0.4, "best_reachable": 0.5},
-              "2": {"log_loss": 1.1, "accuracy": 0.5, "best_reachable": 0.5}}
+    scores = {"1": {"log_loss": 1.0, "accuracy": 0.4, "bayes_optimal": 0.5},
+              "2": {"log_loss": 1.1, "accuracy": 0.5, "bayes_optimal": 0.5}}
     better = {"1": {"log_loss": 0.75, "accuracy": 0.6, "minutes": 2.0}, "2": {"log_loss": 0.8, "accuracy": 0.7,
                                                                           "minutes": 4.0}}
     how = {"command": "python benchmarks/experiments.py small --train a.csv", "machine": "2 cores"}

@@ -1,5 +1,5 @@
 """The readers of rows and of configurations take any damage: what they do not understand is one line that names the
-file, never another error. (The readers of tokenizers are fuzzed in test_tokenizer.py.)"""
+file, never another error. (For tokenizers see test_tokenizer.py and test_sentencepiece_model.py.)"""
 
 import json
 
@@ -10,7 +10,7 @@ from test_config import PUBLISHED
 
 from minipref.config import EncoderConfig
 from minipref.data import Pair, encode_pairs, read_pairs
-from minipref.errors import InputError
+from minipref.runtime import InputError
 from minipref.tokenizer import load_tokenizer
 
 ROWS = (b'id,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie\r\n'
@@ -94,5 +94,6 @@ def configured_or_refused(path) -> None:
     except InputError as problem:
         assert "config.json" in str(problem) and "\n" not in str(problem)
     else:
-        assert config.width % config.heads == 0 and config.layers >= 1 and 0 <= config.pad_id < config.vocab_size
-        assert 0 <= config.hidden_dropout < 1 and config.max_distance - 1 > config.span // 2
+        assert config.hidden_size % config.num_attention_heads == 0 and config.num_hidden_layers >= 1
+        assert 0 <= config.pad_token_id < config.vocab_size
+        assert 0 <= config.hidden_dropout_prob < 1 and config.max_distance - 1 > config.position_buckets // 2

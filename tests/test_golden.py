@@ -23,8 +23,8 @@ CASES = ("small_span", "v3_span")
 
 
 @pytest.fixture(scope="module", params=CASES)
-def golden(request, tmp_path_factory):
-    """What transformers computed, and minipref's model with the same weights."""
+def plain(request, tmp_path_factory):
+    """What transformers computed, and minipref's plain model with the same weights."""
     with safe_open(GOLDEN / f"{request.param}.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is not a dict
         config = json.loads(file.metadata()["config"])
@@ -32,8 +32,14 @@ def golden(request, tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(config))
     save_file(starting_with("weight.", tensors), folder / "model.safetensors")
     model = load_classifier(folder, dtype=torch.float64)
-    return SimpleNamespace(tensors=tensors, model=model, ids=tensors["ids"], is_token=tensors["is_token"],
+    return SimpleNamespace(tensors=tensors, model=model, ids=tensors["ids"], attention_mask=tensors["is_token"],
                            labels=tensors["labels"])
+
+
+@pytest.fixture
+def golden(plain, form):
+    """The same in every form of the model."""
+    return SimpleNamespace(**vars(plain) | {"model": form(plain.model)})
 
 
 def starting_with(prefix: str, tensors: dict) -> dict:
@@ -41,33 +47,32 @@ def starting_with(prefix: str, tensors: dict) -> dict:
 
 
 def test_golden_embeddings_and_every_layer(golden):
-    outputs = list(golden.model.encoder.layer_outputs(golden.ids, golden.is_token))
+    outputs = list(golden.model.encoder.hidden_states(golden.ids, golden.attention_mask))
     wanted = starting_with("layer.", golden.tensors)
-    assert len(outputs) == len(wanted) == golden.model.config.layers + 1
+    assert len(outputs) == len(wanted) == golden.model.config.num_hidden_layers + 1
     for number, output in enumerate(outputs):
-        assert relative(output[golden.is_token], wanted[str(number)][golden.is_token]) < 1e-12, f"layer {number}"
+        found = relative(output[golden.attention_mask], wanted[str(number)][golden.attention_mask])
+        assert found < 1e-12, f"layer {number}"
 
 
 def test_golden_logits_and_loss(golden):
-    logits = golden.model(golden.ids, golden.is_token)
+    logits = golden.model(golden.ids, golden.attention_mask)
     assert relative(logits, golden.tensors["logits"]) < 1e-12
     assert relative(F.cross_entropy(logits, golden.labels), golden.tensors["loss"]) < 1e-12
 
 
 def test_golden_gradient_of_the_loss_in_every_parameter(golden):
-    golden.model.zero_grad()
-    F.cross_entropy(golden.model(golden.ids, golden.is_token), golden.labels).backward()
+    F.cross_entropy(golden.model(golden.ids, golden.attention_mask), golden.labels).backward()
     wanted = starting_with("loss_gradient.", golden.tensors)
     worst, name = worst_gradient(gradients_by_reference_name(golden.model), wanted)
     assert worst < 1e-11, name
 
 
 def test_golden_gradient_of_every_layers_output_in_every_parameter(golden):
-    golden.model.zero_grad()
     total = 0
-    for h in golden.model.encoder.layer_outputs(golden.ids, golden.is_token):
+    for h in golden.model.encoder.hidden_states(golden.ids, golden.attention_mask):
         weights = torch.cos(torch.arange(h.numel(), dtype=h.dtype)).view_as(h)
-        total = total + (weights * h)[golden.is_token].sum()
+        total = total + (weights * h)[golden.attention_mask].sum()
     total.backward()
     wanted = starting_with("all_gradient.", golden.tensors)
     found = gradients_by_reference_name(golden.model)
@@ -78,6 +83,6 @@ def test_golden_gradient_of_every_layers_output_in_every_parameter(golden):
 
 def test_golden_values_in_float32(golden):
     model = copy.deepcopy(golden.model).float()
-    for number, output in enumerate(model.encoder.layer_outputs(golden.ids, golden.is_token)):
+    for number, output in enumerate(model.encoder.hidden_states(golden.ids, golden.attention_mask)):
         wanted = golden.tensors[f"layer.{number}"]
-        assert relative(output[golden.is_token], wanted[golden.is_token]) < 1e-5, f"layer {number}"
+        assert relative(output[golden.attention_mask], wanted[golden.attention_mask]) < 1e-5, f"layer {number}"

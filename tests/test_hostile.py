@@ -23,7 +23,7 @@ from small import BUNDLED, write_encoder
 import predict
 import train
 from minipref.checkpoint import load_classifier
-from minipref.judge import Judge
+from minipref.predictor import Judge
 from minipref.tokenizer import load_tokenizer
 
 HEADER = "id,prompt,response_a,response_b"
@@ -216,7 +216,7 @@ FINE = {
 
 
 @pytest.mark.parametrize("name", FINE)
-def test_a_strange_file_is_read_and_judged_whole(good, capsys, name):
+def test_a_strange_file_is_read_and_predicted_whole(good, capsys, name):
     Path("strange.csv").write_bytes(FINE[name])
     code, out, err = bounded(capsys, predict.main, ["strange.csv", "--model", str(good), "--precision", "fp32"])
     assert code == 0, err

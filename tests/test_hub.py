@@ -1,6 +1,8 @@
-"""Fetching, against a hub that the test serves itself on the loopback interface: no test here leaves the machine."""
+"""Fetching, against a hub that the test serves itself on the loopback interface: no test here leaves the machine.
 
-import gzip
+Retries, tokens and the cache are huggingface_hub's, and tested there. Tested here is what minipref makes of them.
+"""
+
 import hashlib
 import io
 import itertools
@@ -11,8 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +21,14 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from conftest import ROOT
+from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from minipref import hub
-from minipref.errors import InputError
+from minipref.runtime import InputError
 
-ROOT = Path(__file__).resolve().parents[1]
 REPO, DATA = "someone/deberta-v3-tiny", "someone/preferences"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CSV = b"id,prompt,response_a,response_b\n" + b"1,\"[\\\"hi\\\"]\",a,b\n" * 20_000
@@ -34,19 +36,25 @@ CSV = b"id,prompt,response_a,response_b\n" + b"1,\"[\\\"hi\\\"]\",a,b\n" * 20_00
 
 def state_dict() -> dict[str, torch.Tensor]:
     """A few tensors under the published names, in float16 as published."""
-    made = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     shapes = {"deberta.embeddings.word_embeddings.weight": (400, 64), "deberta.embeddings.LayerNorm.weight": (64,),
               "deberta.encoder.rel_embeddings.weight": (16, 64), "lm_predictions.lm_head.bias": (400,),
               "deberta.encoder.layer.0.attention.self.query_proj.weight": (64, 64)}
-    return {name: torch.randn(shape, generator=made).half() for name, shape in shapes.items()}
+    return {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
 
 
-def saved(value: object, folder: Path, **options) -> bytes:
-    path = folder / "saved.bin"
-    torch.save(value, path, **options)
-    data = path.read_bytes()
-    path.unlink()
-    return data
+def saved(value: object, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+def published_hash(content: bytes, large: bool) -> str:
+    """The hub's ETag: sha256 of a large file, git's blob sha1 of a small one."""
+    return (hashlib.sha256(content) if large else hashlib.sha1(b"blob %d\0" % len(content) + content)).hexdigest()
+
+
+LARGE = {"model.safetensors", "pytorch_model.bin", "spm.model", "train.csv"}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -58,173 +66,127 @@ class Handler(BaseHTTPRequestHandler):
         return
 
     def do_HEAD(self):
-        self.answer(head=True)
+        self.answer()
 
     def do_GET(self):
-        self.answer(head=False)
+        self.answer()
 
-    def answer(self, head: bool):
+    def answer(self):
         served = self.server.served
         repo, _, rest = self.path.lstrip("/").partition("/resolve/")
         stored = self.path.startswith("/storage/")
-        repo, name = self.path.removeprefix("/storage/").split("//") if stored else (repo, rest.partition("/")[2])
-        if stored or head:
-            served.log.append((self.command, name, self.headers.get("Range")))
-        served.tokens.append((stored, self.headers.get("Authorization")))
-        served.encodings.add(self.headers.get("Accept-Encoding"))
-        if not stored:
-            served.revisions.append(rest.partition("/")[0])
+        revision, name = rest.split("/") if not stored else ("", "")
+        if stored:
+            repo, name = self.path.removeprefix("/storage/").split("//")
+        served.log.append((self.command, name, revision))
+        served.on_request(self.command, name)
         content = served.repos.get(repo, {}).get(name)
-        large = name in served.large
-        # A fault belongs to the request that brings the answer: the HEAD, or the GET of the bytes.
-        fault = served.next_fault(self.command, name) if head or stored or not large else None
-        if not stored and not head and not large:
-            served.log.append((self.command, name, self.headers.get("Range")))
-        if fault and "status" in fault:
-            return self.reply(fault["status"], fault.get("headers", {}), b"refused, at some length", head)
+        fault = next(served.faults.get((self.command, name), iter(())), {})
+        if "status" in fault:
+            return self.reply(fault["status"], {}, b"refused, at some length")
         if repo not in served.repos:
-            return self.reply(401, {"X-Error-Code": "RepoNotFound"}, b"", head)
+            return self.reply(401, {"X-Error-Code": "RepoNotFound"}, b"")
         if content is None:
-            return self.reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"", head)
-        if fault and fault.get("hang"):
-            served.released.wait(20)
-            return None
-        digest = (hashlib.sha256(content) if large else hashlib.sha1(b"blob %d\0" % len(content) + content)).hexdigest()
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest}"'} if not (fault and fault.get("bare")) else {}
-        if large and not stored:
+            return self.reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"")
+        headers = {}
+        if not fault.get("not a hub"):
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{published_hash(content, name in LARGE)}"'}
+        if name in LARGE and not stored:
             port = self.server.server_address[1]
-            headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content)),
+            headers |= {"X-Linked-Size": str(len(content)),
                         "Location": f"http://localhost:{port}/storage/{repo}//{name}"}
-            return self.reply(302, headers, b"", head)
-        return self.send_content(content, headers, head, fault or {})
+            return self.reply(302, headers, b"")
+        return self.reply(200, headers, fault.get("content", content))
 
-    def send_content(self, content: bytes, headers: dict, head: bool, fault: dict):
-        content = fault.get("content", content)
-        start, status = 0, 200
-        if (asked := self.headers.get("Range")) and not fault.get("no_range"):
-            start = int(asked.removeprefix("bytes=").rstrip("-")) + fault.get("shift", 0)
-            status, headers = 206, headers | {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        body = content[start:]
-        if fault.get("gzip"):
-            body, headers = gzip.compress(body), headers | {"Content-Encoding": "gzip"}
-        self.reply(status, headers, body, head, cut=fault.get("cut"), length=not fault.get("no_length"))
-
-    def reply(self, status: int, headers: dict, body: bytes, head: bool, cut: int | None = None, length: bool = True):
+    def reply(self, status: int, headers: dict, body: bytes):
         self.send_response(status)
-        for key, value in headers.items():
+        for key, value in (headers | {"Content-Length": str(len(body))}).items():
             self.send_header(key, value)
-        self.send_header(*(("Content-Length", str(len(body))) if length else ("Connection", "close")))
         self.end_headers()
-        if not head:
-            self.wfile.write(body[:cut])
-        self.close_connection |= cut is not None and not head
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request, client_address):
-        """A client that hangs up on us is what some tests are about; anything else is a fault of the test."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
 
 class Served:
     """What the hub of a test holds, what it is told to do wrong, and what was asked of it."""
 
     def __init__(self):
-        self.repos: dict[str, dict[str, bytes]] = {}
-        self.large = {"model.safetensors", "pytorch_model.bin", "spm.model", "train.csv"}
+        self.repos = {REPO: {"config.json": b'{"model_type": "deberta-v2"}', "spm.model": b"\x00pieces" * 3000,
+                             "tokenizer_config.json": b"{}", "model.safetensors": save(state_dict())},
+                      f"datasets/{DATA}": {"train.csv": CSV}}
         self.faults: dict[tuple[str, str], object] = {}
-        self.log: list[tuple] = []      # (method, file, Range) of every HEAD, and of every GET that brings bytes
-        self.tokens: list[tuple] = []   # (asked of the storage host?, Authorization) of every request
-        self.encodings, self.revisions = set(), []
-        self.released = threading.Event()
-        self.lock = threading.Lock()
-
-    def next_fault(self, method: str, name: str) -> dict | None:
-        with self.lock:
-            return next(self.faults.get((method, name), iter(())), None)
+        self.log: list[tuple] = []      # (method, file, revision) of every request
+        self.on_request = lambda method, name: None
 
     def fail(self, method: str, name: str, *faults: dict, forever: bool = False):
         self.faults[method, name] = itertools.repeat(faults[0]) if forever else iter(faults)
 
-    def gets(self, name: str) -> list:
-        return [asked for method, served, asked in self.log if (method, served) == ("GET", name)]
+    def only_a_bin(self, **options) -> dict[str, bytes]:
+        """Makes the repository what microsoft/deberta-v3-small is: a .bin, no safetensors."""
+        files = self.repos[REPO]
+        del files["model.safetensors"]
+        files["pytorch_model.bin"] = saved(state_dict(), **options)
+        return files
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """A hub with one encoder and one data set; `minipref.hub` is pointed at it and naps without sleeping."""
+def server(monkeypatch, tmp_path):
+    """A hub with one encoder and one data set, huggingface_hub pointed at it, and an empty cache."""
     served = Served()
-    served.repos[REPO] = {"config.json": b'{"model_type": "deberta-v2"}', "spm.model": b"\x00pieces" * 3000,
-                          "tokenizer_config.json": b"{}", "model.safetensors": save(state_dict())}
-    served.repos[f"datasets/{DATA}"] = {"train.csv": CSV}
-    http = Server(("127.0.0.1", 0), Handler)
-    http.served = served
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.served, http.daemon_threads = served, True
     thread = threading.Thread(target=http.serve_forever, args=(.02,), daemon=True)
     thread.start()
     served.url = f"http://127.0.0.1:{http.server_address[1]}"
-    served.naps = []
-    monkeypatch.setenv("HF_ENDPOINT", served.url)
+    point_at(served.url, monkeypatch)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "time", SimpleNamespace(sleep=served.naps.append))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)          # huggingface_hub's pauses between retries
     huggingface_hub.close_session()
     yield served
-    served.released.set()
     huggingface_hub.close_session()
     http.shutdown()
     http.server_close()
     thread.join(5)
 
 
-def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
+def point_at(url: str, monkeypatch):
+    """As HF_ENDPOINT does, which huggingface_hub reads when it is imported."""
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+def cached(home: Path, repo: str, files: dict[str, bytes]) -> Path:
+    """The cache that another program, transformers say, leaves in `home` when it has used these files."""
+    folder = home / "hub" / f"models--{repo.replace('/', '--')}"
+    for name in ("blobs", "refs", f"snapshots/{COMMIT}"):
+        (folder / name).mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    for name, content in files.items():
+        digest = published_hash(content, name in LARGE)
+        (folder / "blobs" / digest).write_bytes(content)
+        (folder / "snapshots" / COMMIT / name).symlink_to(f"../../blobs/{digest}")
+    return folder
+
+
+def command(*arguments: str | Path, home: Path, **environment: str) -> subprocess.CompletedProcess:
     """`python -m minipref.hub ...` in a process of its own."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(home)} | environment
     return subprocess.run([sys.executable, "-m", "minipref.hub", *map(str, arguments)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "0"} | environment)
+                          capture_output=True, timeout=120, env=environment)
 
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
-def refusal(call, *arguments) -> str:
-    """The one line a failing call ends in."""
-    with pytest.raises(InputError) as caught:
-        call(*arguments)
-    line = str(caught.value)
-    assert "\n" not in line
-    return line
-
-
-# What works ----------------------------------------------------------------------------------------------------------
-
-def test_a_repository_with_safetensors_arrives_whole_and_is_not_fetched_twice(server, tmp_path, capsys):
-    folder = tmp_path / "mit Leerzeichen, 模型"
-    assert hub.fetch_weights(REPO, folder) == folder
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == server.repos[REPO]
-    assert server.revisions == ["main"] + [COMMIT] * 7   # 4 looked up, 4 fetched: all at one commit
-    said = capsys.readouterr().out
-    assert "model.safetensors: 0.1 MB, sha256 verified" in said and "config.json: 0.0 MB, git sha1 verified" in said
-
-    asked = len(server.log)
-    hub.fetch_weights(REPO, folder)
-    assert len(server.log) == asked and "nothing to fetch" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_repository_with_only_a_bin_is_converted_once_bit_for_bit(server, tmp_path, zipped):
-    files = server.repos[REPO]
-    del files["model.safetensors"]
-    files["pytorch_model.bin"] = saved(state_dict(), tmp_path, _use_new_zipfile_serialization=zipped)
-    folder = tmp_path / "weights"
-    hub.fetch_weights(REPO, folder)
-    assert names(folder) == {"config.json", "spm.model", "tokenizer_config.json", "model.safetensors"}
-    same_tensors(load_file(folder / "model.safetensors"), state_dict())
-    hub.fetch_weights(REPO, folder)
-    assert len(server.gets("pytorch_model.bin")) == 1
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def same_tensors(found: dict, expected: dict):
@@ -233,304 +195,243 @@ def same_tensors(found: dict, expected: dict):
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-def test_the_data_set_arrives_under_its_own_name(server, tmp_path):
+def refusal(call, *arguments, error: type[Exception] = InputError) -> str:
+    """The one line a failing call ends in."""
+    with pytest.raises(error) as caught:
+        call(*arguments)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+# What is fetched -----------------------------------------------------------------------------------------------------
+
+def test_a_repository_with_safetensors_arrives_whole_and_is_not_fetched_twice(server, tmp_path, capsys):
+    folder = tmp_path / "mit Leerzeichen, 模型"
+    assert hub.fetch_weights(REPO, folder) == folder
+    assert contents(folder) == server.repos[REPO]
+    out = capsys.readouterr().out
+    assert "model.safetensors: 0.1 MB, sha256 verified" in out and "config.json: 0.0 MB, git sha1 verified" in out
+
+    server.log.clear()
+    hub.fetch_weights(REPO, folder)
+    assert not server.log and capsys.readouterr().out == f"{folder}: complete, nothing to fetch\n"
+
+
+def test_all_files_come_from_one_commit(server, tmp_path):
+    hub.fetch_weights(REPO, tmp_path / "weights")
+    assert {name for _, name, revision in server.log if revision == "main"} == {"config.json"}
+    assert {revision for _, name, revision in server.log if name == "spm.model"} == {COMMIT, ""}    # "": the storage
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_repository_with_only_a_bin_is_converted_once_bit_for_bit(server, tmp_path, zipped):
+    server.only_a_bin(_use_new_zipfile_serialization=zipped)
+    folder = tmp_path / "weights"
+    hub.fetch_weights(REPO, folder)
+    assert names(folder) == {"config.json", "spm.model", "tokenizer_config.json", "model.safetensors"}
+    same_tensors(load_file(folder / "model.safetensors"), state_dict())
+    server.log.clear()
+    hub.fetch_weights(REPO, folder)
+    assert not server.log
+
+
+def test_a_repository_without_tokenizer_config_is_complete_and_the_log_says_so(server, tmp_path, capsys):
+    del server.repos[REPO]["tokenizer_config.json"]
+    hub.fetch_weights(REPO, tmp_path / "weights")
+    assert contents(tmp_path / "weights") == server.repos[REPO]
+    assert "tokenizer_config.json was not fetched, and only transformers reads it: " in capsys.readouterr().out
+
+
+def test_the_data_set_arrives_under_its_own_name(server, tmp_path, capsys):
     assert hub.fetch_data(DATA, tmp_path / "data") == tmp_path / "data" / "train.csv"
-    assert (tmp_path / "data" / "train.csv").read_bytes() == CSV and names(tmp_path / "data") == {"train.csv"}
+    assert contents(tmp_path / "data") == {"train.csv": CSV}
+    assert capsys.readouterr().out.splitlines() == [f"{DATA} at {COMMIT[:12]} -> {tmp_path / 'data'}",
+                                                    "train.csv: 0.3 MB, sha256 verified"]
+    server.log.clear()
+    hub.fetch_data(DATA, tmp_path / "data")
+    assert not server.log and capsys.readouterr().out == f"{tmp_path / 'data' / 'train.csv'}: there, nothing to fetch\n"
+
+
+def test_a_bin_put_there_by_hand_is_converted_without_a_network(server, tmp_path):
+    files = server.only_a_bin()
+    for name in ("config.json", "spm.model", "pytorch_model.bin"):
+        (tmp_path / name).write_bytes(files[name])
+    hub.fetch_weights(REPO, tmp_path)
+    assert not server.log and names(tmp_path) == {"config.json", "spm.model", "pytorch_model.bin", "model.safetensors"}
+    same_tensors(load_file(tmp_path / "model.safetensors"), state_dict())
 
 
 def test_files_put_there_by_hand_are_kept_and_only_the_rest_is_fetched(server, tmp_path):
-    (tmp_path / "config.json").write_text("mine")
-    torch.save(state_dict(), tmp_path / "pytorch_model.bin")
-    hub.fetch_weights(REPO, tmp_path)
-    assert (tmp_path / "config.json").read_text() == "mine"
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_text("mine")
+    torch.save(state_dict(), folder / "pytorch_model.bin")
+    hub.fetch_weights(REPO, folder)
+    assert (folder / "config.json").read_text() == "mine"
     assert {name for _, name, _ in server.log} == {"spm.model", "tokenizer_config.json"}
-    same_tensors(load_file(tmp_path / "model.safetensors"), state_dict())
-    assert (tmp_path / "pytorch_model.bin").is_file()
+    same_tensors(load_file(folder / "model.safetensors"), state_dict())
 
 
-def test_a_bin_put_there_by_hand_is_converted_without_a_network(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    for name in ("config.json", "spm.model", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes(server.repos[REPO][name])
-    torch.save(state_dict(), tmp_path / "pytorch_model.bin")
-    hub.fetch_weights(REPO, tmp_path)
-    same_tensors(load_file(tmp_path / "model.safetensors"), state_dict())
+def test_a_file_put_there_during_the_download_is_kept(server, tmp_path, capsys):
+    folder = tmp_path / "weights"
+
+    def put(method, name):
+        if (method, name) == ("GET", "spm.model"):
+            folder.mkdir()
+            (folder / "config.json").write_text("mine")
+            (folder / "model.safetensors").write_text("mine too")
+
+    server.on_request = put
+    hub.fetch_weights(REPO, folder)
+    assert contents(folder) == server.repos[REPO] | {"config.json": b"mine", "model.safetensors": b"mine too"}
+    assert f"{folder / 'config.json'}: put there during the download, and kept" in capsys.readouterr().out
 
 
-def test_two_runs_at_once_fetch_each_file_once(server, tmp_path):
-    runs = [threading.Thread(target=hub.fetch_weights, args=(REPO, tmp_path / "weights")) for _ in range(3)]
-    for run in runs:
-        run.start()
-    for run in runs:
-        run.join(30)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "weights").iterdir()} == server.repos[REPO]
-    assert all(len(server.gets(name)) == 1 for name in server.repos[REPO])
+def test_files_of_the_users_cache_need_no_network(server, tmp_path):
+    files = server.only_a_bin()
+    cached(tmp_path / "home", REPO, files)
+    hub.fetch_weights(REPO, tmp_path / "weights")
+    assert not server.log                                                       # not even asked for a newer commit
+    same_tensors(load_file(tmp_path / "weights" / "model.safetensors"), state_dict())
+    assert (tmp_path / "weights" / "spm.model").read_bytes() == files["spm.model"]
+
+
+def test_the_command_uses_the_cache_offline(tmp_path):
+    files = {"config.json": b"{}", "tokenizer.json": b"{}", "pytorch_model.bin": saved(state_dict())}
+    cached(tmp_path / "home", REPO, files)
+    done = command("weights", "--repo", REPO, "--folder", tmp_path / "w", home=tmp_path / "home", HF_HUB_OFFLINE="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert names(tmp_path / "w") == {"config.json", "tokenizer.json", "model.safetensors"}
+    assert "tokenizer_config.json was not fetched" in done.stdout and "HF_HUB_OFFLINE" in done.stdout
 
 
 def test_importing_minipref_does_not_touch_the_environment():
-    code = "import minipref, os, sys; " \
-           "sys.exit('minipref.hub' in sys.modules or 'HF_HUB_DISABLE_TELEMETRY' in os.environ)"
+    code = "import minipref, os, sys; there = 'minipref.hub' in sys.modules; import minipref.hub; " \
+           "sys.exit(there or 'HF_HUB_DISABLE_TELEMETRY' in os.environ)"
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_DISABLE_TELEMETRY"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=120)
 
 
-def test_the_token_goes_to_the_hub_and_not_to_where_it_redirects(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub.fetch_data(DATA, tmp_path)
-    assert set(server.tokens) == {(False, "Bearer hf_secret"), (True, None)}
-
-
-def test_the_published_vocabulary_passes_its_checksum(server, tmp_path):
-    reference = os.environ.get("MINIPREF_REFERENCE_DIR")
-    if not reference:
-        pytest.skip("the real spm.model: MINIPREF_REFERENCE_DIR is not set")
-    real = (Path(reference) / "deberta-v3-small" / "spm.model").read_bytes()
+def test_the_published_vocabulary_passes_its_checksum(server, tmp_path, reference_dir):
+    real = (reference_dir / "deberta-v3-small" / "spm.model").read_bytes()
     server.repos[hub.WEIGHTS_REPO] = server.repos[REPO] | {"spm.model": real}
     hub.fetch_weights(hub.WEIGHTS_REPO, tmp_path / "weights")
     assert (tmp_path / "weights" / "spm.model").read_bytes() == real
 
 
-# What is cut, slow or refused for a while ----------------------------------------------------------------------------
+# What cannot be fetched ----------------------------------------------------------------------------------------------
 
-def test_a_cut_connection_goes_on_where_it_stopped(server, tmp_path):
-    server.fail("GET", "train.csv", {"cut": 100_000}, {"cut": 50_000})
-    hub.fetch_data(DATA, tmp_path)
-    assert (tmp_path / "train.csv").read_bytes() == CSV
-    assert server.gets("train.csv") == [None, "bytes=100000-", "bytes=150000-"] and server.naps == [1, 2]
-
-
-def test_the_next_run_goes_on_where_a_failed_one_stopped_and_nothing_looks_fetched_before(server, tmp_path):
-    server.fail("GET", "train.csv", {"cut": 100_000}, {"status": 403})
-    line = refusal(hub.fetch_data, DATA, tmp_path)
-    assert "403" in line and not (tmp_path / "train.csv").exists() and names(tmp_path) == {".fetching"}
-    hub.fetch_data(DATA, tmp_path)
-    assert server.gets("train.csv")[-1] == "bytes=100000-" and names(tmp_path) == {"train.csv"}
-    assert (tmp_path / "train.csv").read_bytes() == CSV
+def test_a_passing_server_error_is_tried_again_and_logged(server, tmp_path, capsys):
+    server.fail("HEAD", "train.csv", {"status": 503}, {"status": 502})
+    hub.fetch_data(DATA, tmp_path / "data")
+    assert contents(tmp_path / "data") == {"train.csv": CSV}
+    out, err = capsys.readouterr()
+    assert "HTTP Error 502 thrown" in out and "[Retry 1/5]" in out and err == ""
 
 
-def test_a_part_of_another_version_of_the_file_is_not_gone_on_with(server, tmp_path):
-    server.fail("GET", "train.csv", {"cut": 100_000}, {"status": 403})
-    refusal(hub.fetch_data, DATA, tmp_path)
-    server.repos[f"datasets/{DATA}"]["train.csv"] = other = CSV.replace(b"hi", b"ho")
-    hub.fetch_data(DATA, tmp_path)
-    assert server.gets("train.csv")[-1] is None and (tmp_path / "train.csv").read_bytes() == other
-
-
-def test_a_server_that_ignores_ranges_is_let_begin_anew(server, tmp_path):
-    server.fail("GET", "train.csv", {"cut": 100_000}, {"no_range": True})
-    hub.fetch_data(DATA, tmp_path)
-    assert server.gets("train.csv") == [None, "bytes=100000-"] and (tmp_path / "train.csv").read_bytes() == CSV
-
-
-def test_a_server_that_ignores_ranges_and_then_refuses_them_is_asked_for_the_whole(server, tmp_path):
-    server.fail("GET", "train.csv", {"cut": 100_000}, {"no_range": True, "cut": 150_000}, {"status": 416})
-    hub.fetch_data(DATA, tmp_path)
-    assert server.gets("train.csv") == [None, "bytes=100000-", "bytes=150000-", None]
-    assert (tmp_path / "train.csv").read_bytes() == CSV
-
-
-def test_a_body_that_comes_compressed_is_unpacked(server, tmp_path):
-    server.fail("GET", "train.csv", {"gzip": True})
-    hub.fetch_data(DATA, tmp_path)
-    assert (tmp_path / "train.csv").read_bytes() == CSV
-    assert server.encodings == {"identity"}   # although nobody had asked for it
-
-
-def test_an_interrupted_command_says_so_and_goes_on_the_next_time(server, tmp_path, monkeypatch, capsys):
-    def interrupt(_seconds):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(hub.time, "sleep", interrupt)
-    server.fail("GET", "train.csv", {"cut": 100_000})
-    arguments = ["data", "--repo", DATA, "--folder", str(tmp_path)]
-    assert hub.main(arguments) == 130 and names(tmp_path) == {".fetching"}
-    assert capsys.readouterr().err == "interrupted; the same command goes on from here\n"
-    assert hub.main(arguments) == 0 and server.gets("train.csv")[-1] == "bytes=100000-"
-    assert (tmp_path / "train.csv").read_bytes() == CSV
-
-
-def test_a_range_that_does_not_start_where_it_should_is_refused(server, tmp_path):
-    server.fail("GET", "train.csv", {"cut": 100_000}, {"shift": 7})
-    assert "asked for the bytes from 100,000 on" in refusal(hub.fetch_data, DATA, tmp_path)
-    assert not (tmp_path / "train.csv").exists()
-
-
-def test_a_server_that_sends_too_little_forever_is_given_up(server, tmp_path):
-    server.fail("GET", "train.csv", {"cut": 10}, forever=True)
-    refusal(hub.fetch_data, DATA, tmp_path)
-    assert len(server.gets("train.csv")) == hub.TRIES and server.naps == [1, 2, 4, 8]
-
-
-def test_progress_between_cuts_renews_the_patience(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "PROGRESS", 30_000)
-    server.fail("GET", "train.csv", {"cut": 30_000}, forever=True)
-    hub.fetch_data(DATA, tmp_path)
-    assert (tmp_path / "train.csv").read_bytes() == CSV
-    assert len(server.gets("train.csv")) == -(-len(CSV) // 30_000) > hub.TRIES and set(server.naps) == {1}
-
-
+@pytest.mark.parametrize(("status", "hint"), [
+    (401, "401 Unauthorized (no such repository, or one that needs a login: set HF_TOKEN)"),
+    (403, "403 Forbidden (accept the repository's terms on its page, then set HF_TOKEN)"),
+    (404, "404 Not Found (no such repository)"), (503, "503 Service Unavailable")])
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_a_passing_server_error_is_tried_again(server, tmp_path, method, capsys):
-    server.fail(method, "train.csv", {"status": 503}, {"status": 502})
-    hub.fetch_data(DATA, tmp_path)
-    assert (tmp_path / "train.csv").read_bytes() == CSV and server.naps == [1, 2]
-    assert "train.csv: 503 Service Unavailable; trying again in 1 s" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_a_lasting_server_error_ends_in_one_line(server, tmp_path, method):
-    server.fail(method, "train.csv", {"status": 503}, forever=True)
-    line = refusal(hub.fetch_data, DATA, tmp_path)
-    assert "503 Service Unavailable" in line and "train.csv in this folder" in line
-    assert f"by hand from {hub.HUB}/datasets/{DATA}" in line
-    assert server.naps == [1, 2, 4, 8] and not (tmp_path / "train.csv").exists()
-
-
-@pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_retry_after_is_obeyed_and_said(server, tmp_path, method, capsys):
-    server.fail(method, "train.csv", {"status": 429, "headers": {"Retry-After": "17"}},
-                {"status": 429, "headers": {"RateLimit": '"resolvers";r=0;t=55'}},
-                {"status": 429, "headers": {"Retry-After": "soon"}})
-    hub.fetch_data(DATA, tmp_path)
-    assert server.naps == [17, 55, 4]
-    assert "429 Too Many Requests, asking to wait 17 s; trying again in 17 s" in capsys.readouterr().out
-
-
-def test_retry_after_may_be_a_date(server, tmp_path):
-    date = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
-    server.fail("HEAD", "train.csv", {"status": 429, "headers": {"Retry-After": date}})
-    hub.fetch_data(DATA, tmp_path)
-    assert len(server.naps) == 1 and 80 < server.naps[0] <= 100
-
-
-def test_a_server_that_asks_for_an_hour_is_not_waited_for(server, tmp_path):
-    server.fail("HEAD", "train.csv", {"status": 429, "headers": {"Retry-After": "3600"}})
-    assert "429 Too Many Requests, asking to wait 3600 s" in refusal(hub.fetch_data, DATA, tmp_path)
-    assert server.naps == []
-
-
-@pytest.mark.parametrize("method,constant", [("HEAD", "HF_HUB_ETAG_TIMEOUT"), ("GET", "HF_HUB_DOWNLOAD_TIMEOUT")])
-def test_a_server_that_hangs_times_out(server, tmp_path, method, constant, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, constant, .1)
-    server.fail(method, "train.csv", {"hang": True}, forever=True)
-    assert "too slow to answer" in refusal(hub.fetch_data, DATA, tmp_path)
-    assert server.naps == [1, 2, 4, 8] and not (tmp_path / "train.csv").exists()
-
-
-# What does not work, and what it ends in -----------------------------------------------------------------------------
-
-@pytest.mark.parametrize("content", [CSV[:-1] + b"!", CSV + b"1", b"<html>Please log in</html>"],
-                         ids=["other", "longer", "shorter"])
-def test_wrong_bytes_never_get_the_name(server, tmp_path, content):
-    server.fail("GET", "train.csv", {"content": content}, forever=True)
-    line = refusal(hub.fetch_data, DATA, tmp_path)
-    assert "wrong checksum" in line or "bytes come instead of 340,032" in line
-    assert names(tmp_path) == set()
-    server.faults.clear()
-    hub.fetch_data(DATA, tmp_path)   # wrong bytes of the right length are thrown away: the next run starts clean
-    assert (tmp_path / "train.csv").read_bytes() == CSV
-
-
-def test_a_body_of_no_announced_length_is_counted(server, tmp_path):
-    server.fail("GET", "train.csv", {"no_length": True, "cut": 100_000},
-                {"no_length": True, "no_range": True, "content": CSV + b"1"})
-    assert "more than the 340,032 bytes" in refusal(hub.fetch_data, DATA, tmp_path)
-    assert server.gets("train.csv") == [None, "bytes=100000-"] and names(tmp_path) == set()
-
-
-def test_small_files_are_held_against_gits_own_hash(server, tmp_path):
-    server.fail("GET", "config.json", {"content": b'{"model_type": "deberta-v3"}'})
-    assert "config.json: wrong checksum, git sha1" in refusal(hub.fetch_weights, REPO, tmp_path)
-
-
-def test_another_vocabulary_is_refused_for_the_published_weights(server, tmp_path):
-    server.repos[hub.WEIGHTS_REPO] = server.repos[REPO]
-    assert "spm.model: wrong checksum" in refusal(hub.fetch_weights, hub.WEIGHTS_REPO, tmp_path / "fetched")
-    for name, content in server.repos[REPO].items():
-        (tmp_path / name).write_bytes(content)
-    assert "spm.model: sha256" in refusal(hub.fetch_weights, hub.WEIGHTS_REPO, tmp_path)
-    assert (tmp_path / "spm.model").read_bytes() == server.repos[REPO]["spm.model"]
-
-
-def test_a_torn_copy_of_the_weights_is_named_and_left_alone(server, tmp_path):
-    for name, content in server.repos[REPO].items():
-        (tmp_path / name).write_bytes(content[:-100] if name == "model.safetensors" else content)
-    assert "not a whole safetensors file" in refusal(hub.fetch_weights, REPO, tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == server.repos[REPO]["model.safetensors"][:-100]
+def test_a_refusal_says_why_and_what_to_put_where(server, tmp_path, method, status, hint):
+    server.fail(method, "train.csv", {"status": status}, forever=True)
+    line = refusal(hub.fetch_data, DATA, tmp_path / "data", error=hub.FetchError)
+    assert line.startswith(f"{tmp_path / 'data'}: could not fetch {DATA} from {server.url}: {hint}; expected train.csv")
+    assert f"by hand from {hub.HUB}/datasets/{DATA}" in line and names(tmp_path / "data") == set()
 
 
 def test_an_unknown_repository_ends_in_one_line_with_what_to_do(server, tmp_path):
-    line = refusal(hub.fetch_weights, "nobody/nothing", tmp_path)
+    line = refusal(hub.fetch_weights, "nobody/nothing", tmp_path / "weights", error=hub.FetchError)
     assert "401 Unauthorized (no such repository" in line and f"by hand from {hub.HUB}/nobody/nothing" in line
-    assert "config.json, spm.model or tokenizer.json, tokenizer_config.json, model.safetensors or pytorch_mo" in line
-    assert server.naps == []
+    assert "config.json, spm.model or tokenizer.json, model.safetensors or pytorch_model.bin in this folder" in line
 
 
 def test_a_repository_without_the_file_ends_in_one_line(server, tmp_path):
     del server.repos[REPO]["model.safetensors"]
-    line = refusal(hub.fetch_weights, REPO, tmp_path)
-    assert "404: the repository has no model.safetensors or pytorch_model.bin" in line
-    assert names(tmp_path) == set() and not server.gets("config.json")
+    line = refusal(hub.fetch_weights, REPO, tmp_path / "weights", error=hub.FetchError)
+    assert "404, the repository has no model.safetensors or pytorch_model.bin" in line
+    assert names(tmp_path / "weights") == set()
 
 
 def test_something_that_is_not_a_hub_is_recognised(server, tmp_path):
-    server.large.clear()
-    server.fail("HEAD", "train.csv", {"bare": True})
-    assert "does not answer as a hub does" in refusal(hub.fetch_data, DATA, tmp_path)
+    server.fail("HEAD", "config.json", {"not a hub": True}, forever=True)
+    line = refusal(hub.fetch_weights, REPO, tmp_path / "weights", error=hub.FetchError)
+    assert "does not seem to be served by a Hugging Face Hub endpoint" in line
 
 
-def test_nobody_there_ends_at_once(server, tmp_path, monkeypatch):
+def test_no_network_ends_in_one_line(server, tmp_path, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        line = refusal(hub.fetch_weights, REPO, tmp_path)
-    assert "no answer from 127.0.0.1" in line and "refused" in line and server.naps == []
-    assert not (tmp_path / "config.json").exists()
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        point_at(url, monkeypatch)
+        line = refusal(hub.fetch_weights, REPO, tmp_path / "weights", error=hub.FetchError)
+    assert f"from {url}: ConnectError: " in line and "refused" in line
 
 
 def test_offline_mode_is_named(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in refusal(hub.fetch_data, DATA, tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    line = refusal(hub.fetch_data, DATA, tmp_path / "data", error=hub.FetchError)
+    assert "HF_HUB_OFFLINE" in line and not server.log
 
 
 @pytest.mark.parametrize("repo", ["", "a/b/c", "with space/x", "../up"])
 def test_a_name_that_is_no_repository_is_refused(server, tmp_path, repo):
-    assert "expected owner/name" in refusal(hub.fetch_data, repo, tmp_path)
+    assert "HFValidationError: Repo id must" in refusal(hub.fetch_data, repo, tmp_path / "data", error=hub.FetchError)
+    assert not server.log
 
 
-@pytest.mark.parametrize("address", ["hub.example", "ftp://hub.example", "http://", "http://host:port"])
-def test_an_address_that_is_none_is_refused(server, tmp_path, monkeypatch, address):
-    monkeypatch.setenv("HF_ENDPOINT", address)
-    assert "HF_ENDPOINT is" in refusal(hub.fetch_data, DATA, tmp_path)
+@pytest.mark.parametrize("content", [CSV[:-1] + b"!", CSV[:-1], CSV + b"1", b"<html>Please log in</html>"],
+                         ids=["other", "shorter", "longer", "page"])
+def test_wrong_bytes_never_get_the_name(server, tmp_path, content):
+    server.fail("GET", "train.csv", {"content": content}, forever=True)
+    line = refusal(hub.fetch_data, DATA, tmp_path / "data")
+    assert names(tmp_path / "data") == set()
+    server.faults.clear()
+    if len(content) == len(CSV):
+        assert "wrong checksum of train.csv, sha256" in line and "remove this file" in line
+        Path(line.partition(": wrong checksum")[0]).unlink()                    # as the line says
+    else:
+        assert "Consistency check failed" in line
+    hub.fetch_data(DATA, tmp_path / "data")
+    assert contents(tmp_path / "data") == {"train.csv": CSV}
+
+
+def test_a_damaged_small_file_of_the_cache_is_noticed(server, tmp_path):
+    folder = cached(tmp_path / "home", REPO, server.repos[REPO])
+    (folder / "snapshots" / COMMIT / "config.json").write_bytes(b'{"model_type": "deberta-v3"}')
+    assert "wrong checksum of config.json, git sha1" in refusal(hub.fetch_weights, REPO, tmp_path / "weights")
+    assert names(tmp_path / "weights") == set()
+
+
+def test_a_cache_without_links_is_used_and_the_log_says_what_was_not_verified(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS_WARNING", True)
+    hub.fetch_data(DATA, tmp_path / "data")
+    assert contents(tmp_path / "data") == {"train.csv": CSV}
+    assert "train.csv: 0.3 MB, only its size verified: no hash given" in capsys.readouterr().out
+
+
+def test_another_vocabulary_is_refused_for_the_published_weights(server, tmp_path):
+    server.repos[hub.WEIGHTS_REPO] = files = server.repos[REPO]
+    fetched, by_hand = tmp_path / "fetched", tmp_path / "by hand"
+    known = hub.KNOWN_SHA256[hub.WEIGHTS_REPO, "spm.model"]
+    line = refusal(hub.fetch_weights, hub.WEIGHTS_REPO, fetched)
+    assert "wrong checksum of spm.model" in line and known in line and "spm.model" not in names(fetched)
+
+    by_hand.mkdir()
+    for name, content in files.items():
+        (by_hand / name).write_bytes(content)
+    line = refusal(hub.fetch_weights, hub.WEIGHTS_REPO, by_hand)
+    assert line.startswith(f"{by_hand / 'spm.model'}: wrong checksum") and contents(by_hand) == files
 
 
 def test_too_little_room_is_noticed_before_anything_moves(server, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    line = refusal(hub.fetch_data, DATA, tmp_path)
-    assert "No space left on device: 0.3 MB needed, 0.0 MB free" in line and not server.gets("train.csv")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that fills up: this system has no /dev/full")
-def test_a_disk_that_fills_up_ends_in_one_line(server, tmp_path):
-    (tmp_path / ".fetching").mkdir()
-    name = f"train.csv.{hashlib.sha256(hashlib.sha256(CSV).hexdigest().encode()).hexdigest()[:16]}.part"
-    (tmp_path / ".fetching" / name).symlink_to("/dev/full")
-    assert "No space left on device" in refusal(hub.fetch_data, DATA, tmp_path)
-    assert not (tmp_path / "train.csv").exists() and server.naps == []
-
-
-def test_a_real_full_disk_leaves_what_was_there(server, small_disk, monkeypatch):
-    disk = small_disk("128k")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
-    (disk / "notes").write_text("mine")
-    assert "No space left on device" in refusal(hub.fetch_data, DATA, disk)
-    assert names(disk) == {".fetching", "notes"} and (disk / "notes").read_text() == "mine"
-
-
-def test_a_conversion_without_room_leaves_nothing_half_done(small_disk, tmp_path):
-    disk = small_disk("128k")
-    torch.save({"w": torch.zeros(100_000)}, tmp_path / "model.bin")
-    assert "could not be written" in refusal(hub.convert_bin, tmp_path / "model.bin", disk / "model.safetensors")
-    assert names(disk) == set()
+    with warnings.catch_warnings(action="ignore"):                              # pytest makes every warning an error
+        line = refusal(hub.fetch_data, DATA, tmp_path / "data", error=hub.FetchError)
+    assert "Not enough free disk space" in line and not [log for log in server.log if log[0] == "GET"]
 
 
 # The converter -------------------------------------------------------------------------------------------------------
@@ -548,9 +449,8 @@ def test_a_hostile_pickle_is_refused_and_never_run(server, tmp_path, form):
     marker = tmp_path / "executed"
     value = state_dict() | {"deberta.x": Hostile(marker)}
     hostile = (pickle.dumps(value) if form == "bare pickle"
-               else saved(value, tmp_path, _use_new_zipfile_serialization=form == "zip"))
-    del server.repos[REPO]["model.safetensors"]
-    server.repos[REPO]["pytorch_model.bin"] = hostile
+               else saved(value, _use_new_zipfile_serialization=form == "zip"))
+    server.only_a_bin()["pytorch_model.bin"] = hostile
     line = refusal(hub.fetch_weights, REPO, tmp_path / "weights")
     assert "refused" in line and "expected a state dict" in line
     assert not marker.exists() and "model.safetensors" not in names(tmp_path / "weights")
@@ -572,7 +472,7 @@ def test_what_is_not_a_flat_dict_of_dense_tensors_is_refused(tmp_path, value):
 
 
 def test_a_bin_cut_anywhere_is_refused(tmp_path):
-    whole = saved(state_dict(), tmp_path)
+    whole = saved(state_dict())
     for sixteenth in range(16):
         (tmp_path / "in.bin").write_bytes(whole[:len(whole) * sixteenth // 16])
         refusal(hub.convert_bin, tmp_path / "in.bin", tmp_path / "out.safetensors")
@@ -588,13 +488,6 @@ def test_shared_and_strided_tensors_are_written_out_one_by_one(tmp_path):
     same_tensors(load_file(tmp_path / "out.safetensors"), state)
 
 
-def test_a_conversion_that_cannot_be_put_in_place_leaves_nothing_behind(tmp_path):
-    torch.save(state_dict(), tmp_path / "in.bin")
-    (tmp_path / "out.safetensors").mkdir()
-    assert "could not be written" in refusal(hub.convert_bin, tmp_path / "in.bin", tmp_path / "out.safetensors")
-    assert names(tmp_path) == {"in.bin", "out.safetensors"}
-
-
 def test_the_converted_file_says_it_comes_from_torch(tmp_path):
     torch.save(state_dict(), tmp_path / "in.bin")
     hub.convert_bin(tmp_path / "in.bin", tmp_path / "out.safetensors")
@@ -602,22 +495,39 @@ def test_the_converted_file_says_it_comes_from_torch(tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="who may read a file: this system has no modes")
-def test_whoever_may_read_the_bin_may_read_what_it_becomes(tmp_path):
-    torch.save(state_dict(), tmp_path / "in.bin")
-    (tmp_path / "in.bin").chmod(0o640)
-    hub.convert_bin(tmp_path / "in.bin", tmp_path / "out.safetensors")
-    assert (tmp_path / "out.safetensors").stat().st_mode & 0o777 == 0o640
+def test_a_conversion_without_room_leaves_nothing_half_done(small_disk, tmp_path):
+    disk = small_disk("128k")
+    torch.save({"w": torch.zeros(100_000)}, tmp_path / "model.bin")
+    assert "No space" in refusal(hub.convert_bin, tmp_path / "model.bin", disk / "model.safetensors", error=OSError)
+    assert names(disk) == set()
 
 
 # The command line ----------------------------------------------------------------------------------------------------
 
 def test_the_command_fetches_quietly_and_fails_in_one_line_with_exit_code_2(server, tmp_path):
-    done = command("data", "--repo", DATA, "--folder", tmp_path / "my data")
+    arguments = ["data", "--repo", DATA, "--folder", tmp_path / "my data"]
+    done = command(*arguments, home=tmp_path / "home")
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "" and (tmp_path / "my data" / "train.csv").read_bytes() == CSV
+    assert done.stderr == "" and contents(tmp_path / "my data") == {"train.csv": CSV}
     assert f"train.csv: {len(CSV) / 1e6:.1f} MB, sha256 verified" in done.stdout
 
-    failed = command("weights", "--folder", tmp_path / "w", HF_ENDPOINT="http://127.0.0.1:9")
-    assert failed.returncode == 2 and failed.stdout == "" and failed.stderr.count("\n") == 1
-    assert f"could not fetch from {hub.WEIGHTS_REPO}" in failed.stderr and hub.HUB in failed.stderr
+    failed = command("weights", home=tmp_path / "home", HF_ENDPOINT="http://host:port")
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1
+    assert f"could not fetch {hub.WEIGHTS_REPO} from http://host:port: " in failed.stderr and hub.HUB in failed.stderr
+
+
+def test_wrong_arguments_and_a_folder_that_cannot_be_written_are_one_line(server, tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    for code, arguments in ((2, ["weigths"]), (2, []), (2, ["data", "--folders", "x"]),
+                            (1, ["data", "--repo", DATA, "--folder", str(tmp_path / "file" / "data")])):
+        assert hub.main(arguments) == code
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_interrupted_command_says_so(server, tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(huggingface_hub.file_download, "http_get", interrupt)
+    assert hub.main(["data", "--repo", DATA, "--folder", str(tmp_path / "data")]) == 130
+    assert capsys.readouterr().err == "hub: interrupted\n"
+    assert names(tmp_path / "data") == set()

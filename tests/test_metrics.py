@@ -1,4 +1,4 @@
-"""The score and its companions: against scikit-learn, and by hand where it has no such figure."""
+"""Scores, baselines and calibration against scikit-learn or by hand; the conclusions follow from the scores."""
 
 import math
 
@@ -7,18 +7,21 @@ import pytest
 
 from minipref import metrics
 from minipref.metrics import (
-    averaged,
     baselines,
     class_prior,
-    collapsed,
     confusion_table,
-    cross_fitted,
+    cross_fit_temperature,
     evaluate,
     fit_temperature,
+    is_constant,
     length_features,
     logistic_regression,
+    results_text,
+    score_folds,
+    score_logits,
     score_table,
     softmax,
+    swap_averaged,
 )
 
 
@@ -31,7 +34,7 @@ def predictions(rows: int = 500, seed: int = 0, sharpness: float = 1.5) -> tuple
 
 
 @pytest.mark.parametrize("rows, seed", [(1, 0), (7, 1), (500, 2), (5000, 3)])
-def test_every_figure_is_scikit_learns(rows, seed):
+def test_every_score_is_scikit_learns(rows, seed):
     sklearn_metrics = pytest.importorskip("sklearn.metrics")
     p, y = predictions(rows, seed)
     found, predicted = evaluate(p, y), p.argmax(1)
@@ -131,7 +134,7 @@ def test_the_baselines_of_the_competitions_labels_are_the_known_scores():
     assert scores["length only"]["log_loss"] == pytest.approx(1.0972, abs=5e-5), "equal lengths say nothing"
 
 
-def test_length_features_turn_with_the_answers():
+def test_length_features_turn_with_the_responses():
     feature = length_features(np.array([[10, 99, 9], [10, 9, 99]]))
     assert feature[0] == pytest.approx([math.log(10), math.log(10), math.log(11), math.log(100), math.log(10)])
     assert feature[1, 0] == -feature[0, 0]
@@ -149,7 +152,7 @@ def test_logistic_regression_is_scikit_learns():
     assert logistic_regression(x, y, penalty=2.0)(x) == pytest.approx(theirs, abs=1e-5)
 
 
-def test_the_length_baseline_learns_that_longer_answers_win():
+def test_the_length_baseline_learns_that_longer_responses_win():
     rng = np.random.default_rng(0)
     lengths = rng.integers(10, 1000, (2000, 3))
     labels = np.where(lengths[:, 1] > lengths[:, 2], 0, 1)
@@ -158,10 +161,10 @@ def test_the_length_baseline_learns_that_longer_answers_win():
     assert scores["length only"]["log_loss"] < scores["class prior"]["log_loss"] / 2
 
 
-def test_collapse_is_saying_the_same_of_every_row():
+def test_constant_predictions_are_those_that_hardly_vary_between_rows():
     p, _ = predictions()
-    assert not collapsed(p)
-    assert collapsed(np.tile([.35, .34, .31], (500, 1)) + 1e-4 * p)
+    assert not is_constant(p)
+    assert is_constant(np.tile([.35, .34, .31], (500, 1)) + 1e-4 * p)
 
 
 # The temperature.
@@ -174,7 +177,7 @@ def test_softmax_takes_any_logits():
 def test_averaging_takes_the_mean_of_the_orders_probabilities_not_of_their_logits():
     logits = np.array([[[4., 0., 0.], [0., 2., 0.]]])
     wanted = (softmax([[2., 0., 0.]]) + softmax([[0., 1., 0.]])) / 2
-    assert averaged(logits, 2.0) == pytest.approx(wanted, abs=1e-15)
+    assert swap_averaged(logits, 2.0) == pytest.approx(wanted, abs=1e-15)
 
 
 @pytest.mark.parametrize("too_sharp", [0.3, 1.0, 2.5, 8.0])
@@ -191,7 +194,7 @@ def test_the_temperature_has_the_least_log_loss_of_a_fine_grid_but_for_its_weak_
     labels = (logits.mean(1) / 2 + rng.gumbel(size=(400, 3))).argmax(1)
 
     def loss(temperature):
-        return 400 * evaluate(averaged(logits, temperature), labels)["log_loss"] + np.log(temperature) ** 2 / 2
+        return 400 * evaluate(swap_averaged(logits, temperature), labels)["log_loss"] + np.log(temperature) ** 2 / 2
     best = loss(fit_temperature(logits, labels))
     assert min(map(loss, np.geomspace(1 / 20, 20, 400))) > best - 1e-6
 
@@ -220,11 +223,12 @@ def test_cross_fitting_uses_no_row_to_calibrate_itself(monkeypatch):
         return len(seen) + 1                                 # 2 for the first fold, 3 for the second, ...
 
     monkeypatch.setattr(metrics, "fit_temperature", remember)
-    probabilities = cross_fitted(logits, labels, seed=5)
+    probabilities = cross_fit_temperature(logits, labels, seed=5)
     assert len(seen) == 5
     assert set.union(*seen) == set(range(103))
     for row in range(103):
-        folds = [f for f in range(5) if np.allclose(probabilities[row], averaged(logits[[row]], f + 2)[0], atol=1e-12)]
+        folds = [f for f in range(5)
+                 if np.allclose(probabilities[row], swap_averaged(logits[[row]], f + 2)[0], atol=1e-12)]
         assert len(folds) == 1, f"row {row} was calibrated in one fold"
         assert row not in seen[folds[0]], f"row {row} was calibrated by itself"
 
@@ -233,13 +237,13 @@ def test_cross_fitting_is_repeatable_and_differs_by_seed():
     rng = np.random.default_rng(4)
     logits = 2 * rng.standard_normal((60, 1, 3))
     labels = (logits[:, 0] + rng.gumbel(size=(60, 3))).argmax(1)
-    assert np.array_equal(cross_fitted(logits, labels, seed=1), cross_fitted(logits, labels, seed=1))
-    assert not np.array_equal(cross_fitted(logits, labels, seed=1), cross_fitted(logits, labels, seed=2))
+    first, again, other = (cross_fit_temperature(logits, labels, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
 def test_cross_fitting_a_single_row_leaves_it_as_it_is():
     logits = np.array([[[1., 2., 3.]]])
-    assert cross_fitted(logits, np.array([0]), seed=0) == pytest.approx(softmax(logits[:, 0]), abs=1e-12)
+    assert cross_fit_temperature(logits, np.array([0]), seed=0) == pytest.approx(softmax(logits[:, 0]), abs=1e-12)
 
 
 # The tables.
@@ -252,3 +256,77 @@ def test_the_score_table_has_a_line_for_each_result():
     assert lines[2].startswith("a longer name")
     assert f"{result['log_loss']:.4f}" in lines[1]
     assert len({len(line) for line in lines}) == 1
+
+
+# --- conclusions
+
+def preference_rows(count=600, seed=0, shares=(0.36, 0.34, 0.30)):
+    """Labels, segment lengths, and logits (N, 2, 3) that know the label, from a generator with a fixed seed."""
+    random = np.random.default_rng(seed)
+    labels = random.choice(3, count, p=shares)
+    lengths = random.integers(50, 800, (count, 3))
+    lengths[:, 1] += np.where(labels == 0, 600, 0)
+    lengths[:, 2] += np.where(labels == 1, 600, 0)
+    logits = np.zeros((count, 2, 3))
+    logits[np.arange(count), :, labels] = 3.0
+    return labels, lengths, logits + random.normal(size=logits.shape)
+
+
+def scored(labels, lengths, logits, **more):
+    half = len(labels) // 2
+    return score_logits(logits[half:], labels[half:], lengths[half:], labels[:half], lengths[:half], seed=1, **more)
+
+
+def test_a_good_model_is_said_to_beat_the_length_only_baseline():
+    result = scored(*preference_rows())
+    assert result["conclusions"][0].startswith("Better than the length-only baseline")
+    text = " ".join(result["conclusions"])
+    assert "NOT" not in text and "CONSTANT" not in text
+
+
+def test_a_model_that_predicts_the_same_for_every_row_is_said_to_have_learnt_only_the_prior():
+    labels, lengths, logits = preference_rows()
+    said = " ".join(scored(labels, lengths, np.zeros_like(logits) + [0.1, 0.05, 0])["conclusions"])
+    assert "CONSTANT PREDICTIONS" in said and "NOT better than the length-only baseline" in said
+
+
+def test_confident_and_wrong_predictions_are_not_called_constant_but_worse_than_the_prior():
+    labels, lengths, logits = preference_rows(shares=(0.6, 0.25, 0.15))
+    said = " ".join(scored(labels, lengths, np.roll(logits, 1, axis=0))["conclusions"])
+    assert "CONSTANT PREDICTIONS" not in said and "NOT better than the class-prior baseline" in said
+
+
+def test_the_gap_closed_to_the_bayes_optimal_score_is_given():
+    labels, lengths, logits = preference_rows()
+    truth = np.full((len(labels), 3), 0.05)
+    truth[np.arange(len(labels)), labels] = 0.9
+    result = scored(labels, lengths, logits, bayes_optimal=truth[len(labels) // 2:])
+    prior, best, final = (result["results"][name]["log_loss"] for name in (
+        "class prior", "Bayes-optimal", "model, calibrated"))
+    assert f"Bayes-optimal score: {(prior - final) / (prior - best):.0%}." in result["conclusions"][-1]
+    assert best == pytest.approx(-np.log(0.9))
+
+
+def test_the_calibrated_score_comes_from_a_temperature_fitted_on_other_preference_rows():
+    labels, lengths, logits = preference_rows(60)
+    result = scored(labels, lengths, logits)["results"]["model, calibrated"]["log_loss"]
+    half, own = len(labels) // 2, fit_temperature(logits[30:], labels[30:])
+    flattered = evaluate(swap_averaged(logits[half:], own), labels[half:])["log_loss"]
+    assert result > flattered
+
+
+def test_out_of_fold_scores_use_each_row_once_and_baselines_that_did_not_see_it():
+    labels, lengths, logits = preference_rows()
+    part = np.arange(len(labels)) % 3
+    splits = [(np.flatnonzero(part != k), np.flatnonzero(part == k)) for k in range(3)]
+    result = score_folds([logits[valid] for _, valid in splits], splits, labels, lengths, seed=1)["results"]
+    assert all(r["rows"] == len(labels) for r in result.values())
+    assert result["out of fold"]["log_loss"] < result["length only"]["log_loss"] < result["class prior"]["log_loss"]
+
+
+def test_the_table_the_confusion_matrix_and_the_conclusions_are_printed():
+    result = scored(*preference_rows())
+    text = results_text(result)
+    for name, scores in result["results"].items():
+        assert f"{name} " in text and f"{scores['log_loss']:.4f}" in text
+    assert "label \\ prediction" in text and result["conclusions"][0] in text

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minipref.encoder import EncoderLayer
+from minipref.model import EncoderLayer
 from minipref.optim import PIECE, AdamW, _in_pieces, clip_gradients, cosine_with_warmup, decay_groups
 
 SHAPES = [(7, 5), (5,), (40, 3), (1,), (2, 3, 4), ()]

@@ -7,19 +7,19 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minipref.positions import distance_rows, log_bucket, relative_index
+from minipref.model import distance_buckets, log_bucket, relative_index
 
 ANCHORS = {0: 0, 1: 1, 2: 2, 127: 127, 128: 128, 129: 129, 130: 130, 131: 131, 132: 131, 150: 143, 200: 169, 256: 192,
            400: 233, 505: 254, 506: 255, 507: 255, 510: 255, 511: 255}
 
 
-def exact_bucket(distance: int, span: int, max_distance: int) -> int:
+def exact_bucket(distance: int, position_buckets: int, max_distance: int) -> int:
     """The formula in whole numbers, where nothing rounds.
 
     ceil(log(a / half) / log(reach / half) * (half - 1)) is the smallest n for which
     (a / half)^(half - 1) <= (reach / half)^n; multiplied out, both sides are integers.
     """
-    half, reach = span // 2, max_distance - 1
+    half, reach = position_buckets // 2, max_distance - 1
     a = min(abs(distance), reach)
     bucket = a
     if a > half:
@@ -43,7 +43,7 @@ def test_negative_distances_mirror_positive_ones():
 
 def test_near_distances_have_a_bucket_of_their_own_and_far_ones_share():
     buckets = log_bucket(torch.arange(0, 512))
-    assert torch.equal(buckets[:132], torch.arange(132))       # up to span / 2, and the first three beyond it
+    assert torch.equal(buckets[:132], torch.arange(132))       # up to half of them, and the first three beyond
     steps = buckets.diff()
     assert set(steps.tolist()) == {0, 1}, "every bucket is used, in order"
     assert buckets[-1] == 255
@@ -55,25 +55,25 @@ def test_every_bucket_of_v3_is_the_one_of_exact_arithmetic():
     assert log_bucket(distance).tolist() == wanted
 
 
-@given(span=st.integers(4, 80), extra=st.integers(2, 400))
-@example(span=20, extra=71)            # the logarithms' ratio is 1/3 at distance 20: a rounding error is a wrong bucket
-@example(span=32, extra=113)           # and here at 32 and at 64
+@given(position_buckets=st.integers(4, 80), extra=st.integers(2, 400))
+@example(position_buckets=20, extra=71)   # the logarithms' ratio is 1/3 at distance 20: rounding can move the bucket
+@example(position_buckets=32, extra=113)           # and here at 32 and at 64
 @settings(max_examples=150)
-def test_buckets_of_any_span_are_those_of_exact_arithmetic(span, extra):
-    max_distance = span // 2 + extra
+def test_buckets_of_any_span_are_those_of_exact_arithmetic(position_buckets, extra):
+    max_distance = position_buckets // 2 + extra
     distance = torch.arange(-max_distance - 3, max_distance + 4)
-    wanted = [exact_bucket(d, span, max_distance) for d in distance.tolist()]
-    assert log_bucket(distance, span, max_distance).tolist() == wanted
+    wanted = [exact_bucket(d, position_buckets, max_distance) for d in distance.tolist()]
+    assert log_bucket(distance, position_buckets, max_distance).tolist() == wanted
 
 
-@pytest.mark.parametrize("span, max_distance, distances, wanted", [
+@pytest.mark.parametrize("position_buckets, max_distance, distances, wanted", [
     (8, 24, [3, 4, 5, 7, 8, 12, 13, 23, 24], [3, 4, 5, 5, 6, 6, 7, 7, 7]),
     (20, 81, [10, 11, 19, 20, 21, 40, 41, 80, 81], [10, 11, 13, 13, 14, 16, 17, 19, 19]),
     (32, 129, [16, 17, 32, 33, 64, 65, 127, 128], [16, 17, 21, 22, 26, 27, 31, 31]),
 ])
-def test_small_spans_match_tables_written_by_hand(span, max_distance, distances, wanted):
+def test_small_spans_match_tables_written_by_hand(position_buckets, max_distance, distances, wanted):
     # The last two have distances at which the logarithms' ratio is a whole number: 20 / 10 is the cube root of 80 / 10.
-    assert log_bucket(torch.tensor(distances), span, max_distance).tolist() == wanted
+    assert log_bucket(torch.tensor(distances), position_buckets, max_distance).tolist() == wanted
 
 
 def test_distances_past_the_largest_are_clamped_as_microsoft_does():
@@ -95,7 +95,7 @@ def test_hugging_face_runs_on_past_the_largest_distance_and_we_do_not():
 
 
 def test_rows_run_from_one_to_the_last_and_row_zero_is_never_read():
-    rows = distance_rows(600, 256, 512)
+    rows = distance_buckets(600, 256, 512)
     assert rows.dtype == torch.int64
     assert rows.shape == (1199,)
     assert rows.min() == 1
@@ -105,7 +105,7 @@ def test_rows_run_from_one_to_the_last_and_row_zero_is_never_read():
 
 @pytest.mark.parametrize("length", [1, 2, 3, 31])
 def test_relative_index_holds_the_row_of_i_minus_j(length):
-    index = relative_index(distance_rows(length, 8, 24))
+    index = relative_index(distance_buckets(length, 8, 24))
     assert index.shape == (length, length)
     assert index.dtype == torch.int64
     for i in range(length):

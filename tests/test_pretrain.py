@@ -13,30 +13,29 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import gradients, large_weights, worst_gradient
 from mutation import failures, mutated, replaced
 from safetensors.torch import load_file
 
 import minipref
-from minipref import pretrain, sample
+from minipref import runtime, synthetic
 from minipref.config import EncoderConfig
-from minipref.errors import InputError
-from minipref.judge import autocast
 from minipref.optim import AdamW, decay_groups
-from minipref.pretrain import (
-    Pretraining,
-    Windows,
-    average_precision,
-    best_f1,
-    choose_masked,
-    detection_figures,
-    evaluate,
-    hide_80_10_10,
-    is_held_out,
-    load_corpus,
-    read_corpus,
+from minipref.pretrain import Corpus, PackedWindows, Pretraining, evaluate, export_encoder, load_corpus, loop
+from minipref.pretrain.__main__ import main
+from minipref.pretrain.corpus import encode_documents, is_held_out, read_corpus
+from minipref.pretrain.evaluation import average_precision, best_f1, detection_scores, unigram_scores
+from minipref.pretrain.objective import (
+    bert_mask,
+    masked_token_loss,
+    replaced_token_loss,
+    sample_categorical,
+    sample_mask,
 )
+from minipref.run import folder
+from minipref.run.state import read_state
+from minipref.runtime import InputError
 
-CPU = torch.device("cpu")
 SIZES = ["--width", "32", "--heads", "2", "--layers", "2", "--feed-forward", "64", "--vocab-size", "350",
          "--heldout-share", "0.1", "--precision", "fp32", "--length", "24", "--long-length", "48"]
 
@@ -57,20 +56,21 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def corpus(text) -> pretrain.Corpus:
+def corpus(text) -> Corpus:
     return load_corpus([text], 0.1, None, 350)
 
 
-def small_model(corpus: pretrain.Corpus, objective: str = "rtd", sharing: str = "gdes", layers: int = 2,
+def small_model(corpus: Corpus, objective: str = "rtd", sharing: str = "gdes", num_hidden_layers: int = 2,
                 spare_rows: int = 0, **sizes) -> Pretraining:
     torch.manual_seed(0)
-    config = EncoderConfig(vocab_size=corpus.tokenizer.vocab_size + spare_rows, width=32, heads=2, layers=layers,
-                           feed_forward=64, hidden_dropout=0.0, attention_dropout=0.0, **sizes)
+    config = EncoderConfig(vocab_size=corpus.tokenizer.vocab_size + spare_rows, hidden_size=32,
+                           num_attention_heads=2, num_hidden_layers=num_hidden_layers, intermediate_size=64,
+                           hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes)
     return Pretraining(config, corpus.tokenizer, objective, sharing)
 
 
-def some_ids(corpus: pretrain.Corpus, length: int = 24, size: int = 8) -> torch.Tensor:
-    return Windows(corpus.train, length, size, 0, corpus.tokenizer.cls_id).batch(0)
+def some_ids(corpus: Corpus, length: int = 24, size: int = 8) -> torch.Tensor:
+    return PackedWindows(corpus.train, length, size, 0, corpus.tokenizer.cls_id).batch(0)
 
 
 def rows_of(path: Path) -> list[dict[str, float]]:
@@ -84,7 +84,7 @@ def test_a_few_hundred_lines_of_text_teach_generator_and_discriminator(text, tmp
     """The margins, on held-out lines: from the first evaluation to the last the MLM loss falls by 40%; the RTD loss
     ends 15% below the best constant's; F1 is above 0.3, where 'always original' has 0, and word frequency, its
     threshold tuned on these very tokens, stays below 0.3."""
-    code = pretrain.main(["--corpus", str(text), "--output", str(tmp_path), *SIZES, "--long-share", "0",
+    code = main(["--corpus", str(text), "--output", str(tmp_path), *SIZES, "--long-share", "0",
                           "--steps", "200", "--warmup", "20", "--batch-tokens", "1024", "--init-std", "0.15",
                           "--lr", "1e-2", "--discriminator-lr", "5e-3", "--evaluations", "4"])
     assert code == 0
@@ -98,11 +98,11 @@ def test_a_few_hundred_lines_of_text_teach_generator_and_discriminator(text, tmp
 def test_a_few_hundred_lines_of_other_text_teach_the_generator_more_than_word_frequencies(tmp_path):
     """300 answers of the sample. The generator's loss on held-out ones ends at least 0.3 below that of guessing by
     frequency. The discriminator has not begun to learn by then: what it is to find is still nearly random."""
-    answers = [json.loads(cell)[-1] for cell in sample.generate(300, 5).frame["response_a"]]
+    answers = [json.loads(cell)[-1] for cell in synthetic.generate(300, 5).frame["response_a"]]
     text = tmp_path / "answers.txt"
     text.write_text("\n".join(" ".join(answer.split()) for answer in answers), encoding="utf-8")
     sizes = [*SIZES, "--vocab-size", "600", "--long-share", "0", "--init-std", "0.15"]
-    assert pretrain.main(["--corpus", str(text), "--output", str(tmp_path / "run"), *sizes, "--steps", "200",
+    assert main(["--corpus", str(text), "--output", str(tmp_path / "run"), *sizes, "--steps", "200",
                           "--warmup", "20", "--batch-tokens", "1024", "--lr", "1e-2", "--evaluations", "4"]) == 0
     first, *_, last = rows_of(tmp_path / "run/metrics.csv")
     assert last["mlm_loss"] < first["mlm_loss"] - 0.2
@@ -112,16 +112,16 @@ def test_a_few_hundred_lines_of_other_text_teach_the_generator_more_than_word_fr
 
 # --- Which gradient reaches which table ---
 
-def table_gradients(model: Pretraining, ids: torch.Tensor) -> dict[str, tuple[bool, bool]]:
+def table_gradients(model: Pretraining, input_ids: torch.Tensor) -> dict[str, tuple[bool, bool]]:
     """Which loss reaches which of (generator's table, discriminator's own parameter): {"mlm": ..., "rtd": ...}."""
-    is_masked, corrupted, guesses = model.corrupt(ids)
-    losses = {"mlm": F.cross_entropy(guesses, ids[is_masked]),
-              "rtd": F.binary_cross_entropy_with_logits(model.judge(corrupted), (corrupted != ids).float())}
+    is_masked, corrupted_ids, mlm_logits = model.corrupt(input_ids)
+    losses = {"mlm": masked_token_loss(mlm_logits, input_ids, is_masked),
+              "rtd": replaced_token_loss(model.discriminate(corrupted_ids), corrupted_ids, input_ids)}
     reached = {}
     for name, loss in losses.items():
         model.zero_grad()
         loss.backward()
-        tables = model.generator.word_table.weight, model.discriminator.word_table.weight
+        tables = model.generator.word_embeddings.weight, model.discriminator.word_embeddings.weight
         reached[name] = tuple(table.grad is not None and bool(table.grad.any()) for table in tables)
     return reached
 
@@ -131,30 +131,47 @@ def table_gradients(model: Pretraining, ids: torch.Tensor) -> dict[str, tuple[bo
     ("nes", (True, False), (False, True)),         # two tables
     ("es", (True, True), (True, True)),            # one table, seen twice
 ])
-def test_each_loss_reaches_the_table_that_is_its_own(corpus, sharing, mlm, rtd):
-    assert table_gradients(small_model(corpus, sharing=sharing), some_ids(corpus)) == {"mlm": mlm, "rtd": rtd}
+def test_each_loss_reaches_the_table_that_is_its_own(corpus, form, sharing, mlm, rtd):
+    model = form(small_model(corpus, sharing=sharing))
+    assert table_gradients(model, some_ids(corpus)) == {"mlm": mlm, "rtd": rtd}
+
+
+def test_both_losses_have_the_same_gradients_in_every_form(corpus, form):
+    """In the plain model and in the accelerated one, with weights as large as `helpers.large_weights`."""
+    plain = large_weights(small_model(corpus))
+    found = {}
+    for model in (plain, form(plain)):
+        torch.manual_seed(0)
+        is_masked, corrupted_ids, mlm_logits = model.corrupt(some_ids(corpus))
+        rtd_loss = replaced_token_loss(model.discriminate(corrupted_ids), corrupted_ids, some_ids(corpus))
+        model.zero_grad()
+        (masked_token_loss(mlm_logits, some_ids(corpus), is_masked) + 50 * rtd_loss).backward()
+        found[model] = gradients(model)
+    worst, name = worst_gradient(*reversed(found.values()))
+    assert worst < 1e-3, name
 
 
 def test_without_the_stop_gradient_the_gradient_test_fails():
-    mutant = replaced("minipref/pretrain.py", "self.generator.word_table.weight.detach() +",
-                      "self.generator.word_table.weight +")
-    with mutated("minipref/pretrain.py", mutant):
+    mutant = replaced("minipref/pretrain/objective.py", "self.generator.word_embeddings.weight.detach() +",
+                      "self.generator.word_embeddings.weight +")
+    with mutated("minipref/pretrain/objective.py", mutant):
         failed = failures(["tests/test_pretrain.py::test_each_loss_reaches_the_table_that_is_its_own"],
                           stop_at_first=False)
-    assert [name.rsplit("[")[-1] for name in failed] == ["gdes-mlm0-rtd0]"], failed
+    cases = {name.rsplit("[")[-1].removesuffix("]") for name in failed}
+    assert cases == {f"{form}-gdes-mlm0-rtd0" for form in ("plain", "fast", "batched")}, failed
 
 
 def test_gdes_sees_the_generators_words_plus_a_difference_that_starts_at_zero(corpus):
     model = small_model(corpus)
-    generator, delta = model.generator.word_table.weight, model.discriminator.word_table.weight
+    generator, delta = model.generator.word_embeddings.weight, model.discriminator.word_embeddings.weight
     assert not delta.any()
     assert torch.equal(model.discriminator_table(), generator)
     with torch.no_grad():
         delta.normal_()
     assert torch.equal(model.discriminator_table(), generator + delta)
     ids = some_ids(corpus)
-    by_table = model.eval().judge(ids)
-    model.discriminator.word_table.weight.data = generator + delta       # the plain encoder with the sum in its table
+    by_table = model.eval().discriminate(ids)
+    model.discriminator.word_embeddings.weight.data = generator + delta      # an ordinary encoder with the sum as table
     plain = model.replaced_token_head(model.discriminator(ids, torch.ones_like(ids, dtype=torch.bool)))
     assert torch.equal(by_table, plain)
 
@@ -162,7 +179,7 @@ def test_gdes_sees_the_generators_words_plus_a_difference_that_starts_at_zero(co
 @pytest.mark.parametrize("sharing", ["gdes", "nes", "es"])
 def test_the_two_optimizers_share_no_parameter_and_leave_none_out(corpus, sharing):
     model = small_model(corpus, sharing=sharing)
-    optimizers = [AdamW(decay_groups(side, 0.01)) for side in model.sides()]
+    optimizers = [AdamW(decay_groups(part, 0.01)) for part in model.trainable_parts()]
     trained = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(trained) == sorted(id(p) for p in model.parameters())
 
@@ -170,8 +187,8 @@ def test_the_two_optimizers_share_no_parameter_and_leave_none_out(corpus, sharin
 def test_no_gradient_flows_back_through_the_sampled_words(corpus):
     model = small_model(corpus, sharing="nes")
     _, corrupted, _ = model.corrupt(some_ids(corpus))
-    model.judge(corrupted).sum().backward()
-    assert all(p.grad is None for side in (model.generator, model.masked_word_head) for p in side.parameters())
+    model.discriminate(corrupted).sum().backward()
+    assert all(p.grad is None for part in (model.generator, model.masked_token_head) for p in part.parameters())
 
 
 def test_cls_learns_from_the_labels_of_all_other_tokens(corpus):
@@ -182,9 +199,9 @@ def test_cls_learns_from_the_labels_of_all_other_tokens(corpus):
 
 
 def test_the_generator_is_half_as_deep_and_mlm_alone_trains_one_of_full_depth(corpus):
-    assert len(small_model(corpus, layers=4).generator.layers) == 2
-    assert len(small_model(corpus, layers=1).generator.layers) == 1
-    alone = small_model(corpus, objective="mlm", layers=4)
+    assert len(small_model(corpus, num_hidden_layers=4).generator.layers) == 2
+    assert len(small_model(corpus, num_hidden_layers=1).generator.layers) == 1
+    alone = small_model(corpus, objective="mlm", num_hidden_layers=4)
     assert len(alone.generator.layers) == 4
     assert not hasattr(alone, "discriminator")
 
@@ -196,14 +213,14 @@ def test_fifteen_percent_of_each_window_is_hidden_and_never_a_special_token(corp
     ids[:, 40] = corpus.tokenizer.sep_id
     model = small_model(corpus)
     torch.manual_seed(1)
-    chosen = torch.stack([choose_masked(ids, model.is_special(ids)) for _ in range(200)])
+    chosen = torch.stack([sample_mask(ids, model.is_special(ids)) for _ in range(200)])
     assert (chosen.sum(-1) == 15).all()
     assert not chosen[:, model.is_special(ids)].any()
     often = chosen.float().mean(0)[~model.is_special(ids)]
     assert often.min() > 0.05 and often.max() < 0.30                     # every word has its turn
     mostly_special = ids.masked_fill(torch.arange(100) > 4, corpus.tokenizer.pad_id)
     words = ~model.is_special(mostly_special)
-    assert torch.equal(choose_masked(mostly_special, ~words), words)     # all there are, which is fewer than 15
+    assert torch.equal(sample_mask(mostly_special, ~words), words)     # all there are, which is fewer than 15
 
 
 def test_rtd_hides_with_mask_alone_and_mlm_with_bert_s_80_10_10(corpus):
@@ -212,7 +229,7 @@ def test_rtd_hides_with_mask_alone_and_mlm_with_bert_s_80_10_10(corpus):
     is_masked = torch.zeros_like(ids, dtype=torch.bool)
     is_masked[:, ::2] = True
     torch.manual_seed(0)
-    hidden = hide_80_10_10(ids, is_masked, tokenizer.mask_id, tokenizer.vocab_size)
+    hidden = bert_mask(ids, is_masked, tokenizer.mask_id, tokenizer.vocab_size)
     assert torch.equal(hidden[~is_masked], ids[~is_masked])
     share = (hidden[is_masked] == tokenizer.mask_id).float().mean().item()
     kept = (hidden[is_masked] == 300).float().mean().item()
@@ -227,7 +244,7 @@ def test_only_hidden_tokens_are_replaced_and_a_right_guess_counts_as_original(co
     assert torch.equal(corrupted[~is_masked], ids[~is_masked])
     assert (corrupted != ids).sum() > 0
     with torch.no_grad():                          # a generator that always says the word of id 300
-        model.masked_word_head.bias[300] = 1e4
+        model.masked_token_head.bias[300] = 1e4
     is_masked, corrupted, _ = model.corrupt(ids)
     assert (corrupted[is_masked] == 300).all()
     same = torch.full_like(ids, 300)
@@ -241,28 +258,28 @@ def test_rows_of_the_table_that_are_no_word_are_neither_guessed_nor_drawn(corpus
     model = small_model(corpus, objective, spare_rows=3000)
     ids = some_ids(corpus)
     for _ in range(5):
-        _, corrupted, guesses = model.corrupt(ids)
-        assert guesses.shape[1] == corpus.tokenizer.vocab_size
+        _, corrupted, mlm_logits = model.corrupt(ids)
+        assert mlm_logits.shape[1] == corpus.tokenizer.vocab_size
         assert corrupted.max() < corpus.tokenizer.vocab_size
-    assert hide_80_10_10(ids, torch.ones_like(ids, dtype=torch.bool), 0, model.words).max() < model.words
-    figures = evaluate(model, [ids], corpus.counts, lambda: autocast(CPU, "fp32"))
-    assert all(np.isfinite(value) for value in figures.values())
+    assert bert_mask(ids, torch.ones_like(ids, dtype=torch.bool), 0, model.vocab_size).max() < model.vocab_size
+    scores = evaluate(model, [ids], corpus.counts)
+    assert all(np.isfinite(value) for value in scores.values())
 
 
 def test_words_are_drawn_as_often_as_the_generator_finds_them_likely():
     """20,000 draws from one distribution: chi-squared, 5 words, 99.99% of honest samplers stay below 23.5."""
     wanted = torch.tensor([0.05, 0.5, 0.2, 0.24, 0.01])
     torch.manual_seed(0)
-    drawn = torch.bincount(pretrain.sample(wanted.log().expand(20_000, 5)), minlength=5)
+    drawn = torch.bincount(sample_categorical(wanted.log().expand(20_000, 5)), minlength=5)
     assert ((drawn - 20_000 * wanted) ** 2 / (20_000 * wanted)).sum() < 23.5
-    never = pretrain.sample(torch.tensor([[-1e4, 0.0, -1e4]]).expand(1000, 3))
+    never = sample_categorical(torch.tensor([[-1e4, 0.0, -1e4]]).expand(1000, 3))
     assert (never == 1).all()
 
 
 # --- Windows ---
 
 def test_an_epoch_holds_the_text_once_without_padding_and_the_next_in_another_order(corpus):
-    windows = Windows(corpus.train, 32, 4, seed=3, cls_id=corpus.tokenizer.cls_id)
+    windows = PackedWindows(corpus.train, 32, 4, seed=3, cls_id=corpus.tokenizer.cls_id)
     epochs = [torch.cat([windows.batch(e * windows.batches_per_epoch + k) for k in range(windows.batches_per_epoch)])
               for e in (0, 1)]
     text = np.concatenate(corpus.train)
@@ -276,7 +293,7 @@ def test_an_epoch_holds_the_text_once_without_padding_and_the_next_in_another_or
 
 def test_a_batch_depends_on_its_number_and_the_seed_alone(corpus):
     def batch(k, *before, seed=3):
-        windows = Windows(corpus.train, 32, 4, seed, corpus.tokenizer.cls_id)
+        windows = PackedWindows(corpus.train, 32, 4, seed, corpus.tokenizer.cls_id)
         for number in before:
             windows.batch(number)
         return windows.batch(k)
@@ -288,7 +305,7 @@ def test_a_batch_depends_on_its_number_and_the_seed_alone(corpus):
 
 def test_sep_comes_after_every_paragraph(corpus):
     tokenizer = corpus.tokenizer
-    found, = pretrain.encode_documents(tokenizer, ["a fire keeps\nthe camp\n \nwarm\n\n\n and dry\n"])
+    found, = encode_documents(tokenizer, ["a fire keeps\nthe camp\n \nwarm\n\n\n and dry\n"])
     parts = [tokenizer.encode(text) for text in ("a fire keeps the camp", "warm", "and dry")]
     assert found.tolist() == [id for part in parts for id in [*part, tokenizer.sep_id]]
 
@@ -309,47 +326,47 @@ def test_figures_agree_with_scikit_learn_and_with_a_count_by_hand():
     labels = rng.random(3000) < 0.15
     logits = rng.normal(size=3000) + 1.5 * labels - 1.5
     commonness = rng.integers(0, 9, 3000).astype(float)
-    figures = detection_figures(logits, labels, commonness)
-    assert figures["rtd_loss"] == pytest.approx(sklearn.log_loss(labels, 1 / (1 + np.exp(-logits))))
-    assert figures["rtd_precision"] == pytest.approx(sklearn.precision_score(labels, logits > 0))
-    assert figures["rtd_recall"] == pytest.approx(sklearn.recall_score(labels, logits > 0))
-    assert figures["rtd_f1"] == pytest.approx(sklearn.f1_score(labels, logits > 0))
-    assert figures["rtd_average_precision"] == pytest.approx(sklearn.average_precision_score(labels, logits))
-    assert figures["constant_loss"] == pytest.approx(sklearn.log_loss(labels, np.full(3000, labels.mean())))
-    assert figures["rtd_best_f1"] == pytest.approx(max(sklearn.f1_score(labels, logits >= t) for t in logits[::7]),
+    scores = detection_scores(logits, labels, commonness)
+    assert scores["rtd_loss"] == pytest.approx(sklearn.log_loss(labels, 1 / (1 + np.exp(-logits))))
+    assert scores["rtd_precision"] == pytest.approx(sklearn.precision_score(labels, logits > 0))
+    assert scores["rtd_recall"] == pytest.approx(sklearn.recall_score(labels, logits > 0))
+    assert scores["rtd_f1"] == pytest.approx(sklearn.f1_score(labels, logits > 0))
+    assert scores["rtd_average_precision"] == pytest.approx(sklearn.average_precision_score(labels, logits))
+    assert scores["constant_loss"] == pytest.approx(sklearn.log_loss(labels, np.full(3000, labels.mean())))
+    assert scores["rtd_best_f1"] == pytest.approx(max(sklearn.f1_score(labels, logits >= t) for t in logits[::7]),
                                                    abs=0.01)
     by_hand = [sklearn.f1_score(labels, sign * commonness >= t) for sign in (1, -1) for t in sign * np.arange(9.0)]
-    assert figures["unigram_best_f1"] == pytest.approx(max(by_hand))
+    assert scores["unigram_best_f1"] == pytest.approx(max(by_hand))
 
 
 def test_guessing_by_frequency_has_the_loss_and_the_hits_of_a_count_by_hand():
-    figures = pretrain.frequency_figures(np.array([0, 1, 1, 3]), np.array([3, 7, 0, 0]))
-    assert figures["unigram_loss"] == pytest.approx(-np.log([4 / 14, 8 / 14, 8 / 14, 1 / 14]).mean())
-    assert figures["unigram_accuracy"] == 0.5
+    scores = unigram_scores(np.array([0, 1, 1, 3]), np.array([3, 7, 0, 0]))
+    assert scores["unigram_loss"] == pytest.approx(-np.log([4 / 14, 8 / 14, 8 / 14, 1 / 14]).mean())
+    assert scores["unigram_accuracy"] == 0.5
 
 
 def test_the_frequencies_of_an_evaluation_leave_out_what_is_never_hidden(corpus):
     counts = corpus.counts.copy()
-    figures = evaluate(small_model(corpus), [some_ids(corpus)], counts, lambda: autocast(CPU, "fp32"))
+    scores = evaluate(small_model(corpus), [some_ids(corpus)], counts)
     counts[corpus.tokenizer.sep_id] += 10**6
-    assert evaluate(small_model(corpus), [some_ids(corpus)], counts, lambda: autocast(CPU, "fp32")) == figures
-    assert 0 < figures["unigram_accuracy"] < 0.5 and 2 < figures["unigram_loss"] < np.log(350)
+    assert evaluate(small_model(corpus), [some_ids(corpus)], counts) == scores
+    assert 0 < scores["unigram_accuracy"] < 0.5 and 2 < scores["unigram_loss"] < np.log(350)
 
 
 def test_with_nothing_replaced_the_figures_are_zero_and_not_an_error():
     nothing = np.zeros(5, dtype=bool)
     assert best_f1(np.arange(5.0), nothing) == 0
     assert average_precision(np.arange(5.0), nothing) == 0
-    assert detection_figures(-np.ones(5), nothing, np.ones(5))["rtd_f1"] == 0
+    assert detection_scores(-np.ones(5), nothing, np.ones(5))["rtd_f1"] == 0
 
 
 def test_an_evaluation_repeats_itself_and_leaves_the_random_state_alone(corpus):
     model, batches = small_model(corpus), [some_ids(corpus)]
     before = torch.get_rng_state()
-    first = evaluate(model, batches, corpus.counts, lambda: autocast(CPU, "fp32"))
+    first = evaluate(model, batches, corpus.counts)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(99)
-    assert evaluate(model, batches, corpus.counts, lambda: autocast(CPU, "fp32")) == first
+    assert evaluate(model, batches, corpus.counts) == first
     assert model.training
 
 
@@ -360,20 +377,20 @@ RUN = [*SIZES, "--steps", "16", "--warmup", "3", "--batch-tokens", "384", "--eva
 
 
 def run(text: Path, output: Path, *more: str) -> int:
-    return pretrain.main(["--corpus", str(text), "--output", str(output), *RUN, *more])
+    return main(["--corpus", str(text), "--output", str(output), *RUN, *more])
 
 
 def interrupt(monkeypatch, after: int, how) -> None:
     """Let `how()` happen in the middle of the optimizer step of this number."""
-    real, calls = pretrain.update, []
+    real, calls = loop.clip_and_step, []
 
-    def update(*args):
+    def clip_and_step(*args):
         calls.append(1)
         if len(calls) == after:
             how()
         real(*args)
 
-    monkeypatch.setattr(pretrain, "update", update)
+    monkeypatch.setattr(loop, "clip_and_step", clip_and_step)
 
 
 def same_result(one: Path, other: Path) -> None:
@@ -382,7 +399,7 @@ def same_result(one: Path, other: Path) -> None:
     assert all(torch.equal(tensors[name], others[name]) for name in tensors)
     assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
     assert (one / "report.json").read_bytes() == (other / "report.json").read_bytes()
-    states = [minipref.runs.load_state(folder / "state")[0] for folder in (one, other)]
+    states = [read_state(run / "state")[0] for run in (one, other)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -410,8 +427,18 @@ def test_a_killed_run_goes_on_from_its_last_evaluation_to_the_same_end(text, tmp
     with monkeypatch.context() as patched, pytest.raises(Killed):
         interrupt(patched, 21, kill)
         run(text, tmp_path / "parts")
-    assert run(text, tmp_path / "parts", "--resume") == 0
+    assert main(["--resume", "--output", str(tmp_path / "parts")]) == 0        # the run knows its other options
     same_result(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_killed_before_its_first_state_begins_anew_and_one_whose_state_is_lost_does_not(text, tmp_path, capsys):
+    assert run(text, tmp_path / "run") == 0
+    (tmp_path / "run/state").rename(tmp_path / "state")
+    assert run(text, tmp_path / "run", "--resume") == 2
+    assert "no state" in capsys.readouterr().err
+    (tmp_path / "run/metrics.csv").rename(tmp_path / "metrics.csv")
+    assert run(text, tmp_path / "run", "--resume") == 0
+    assert (tmp_path / "run/metrics.csv").read_bytes() == (tmp_path / "metrics.csv").read_bytes()
 
 
 def test_a_run_is_neither_overwritten_nor_continued_with_other_settings_or_another_text(text, tmp_path, capsys):
@@ -419,7 +446,7 @@ def test_a_run_is_neither_overwritten_nor_continued_with_other_settings_or_anoth
     other = tmp_path / "other.txt"
     other.write_text(text.read_text(encoding="utf-8") + "\none more line of text", encoding="utf-8")
     for begun_with, more, said in ((text, [], "--resume"), (text, ["--resume", "--lr", "0.5"], "--lr 0.5"),
-                                   (other, ["--resume"], "another text")):
+                                   (other, ["--resume"], "corpus has changed")):
         capsys.readouterr()
         assert run(begun_with, tmp_path / "run", *more) == 2
         assert said in capsys.readouterr().err
@@ -432,7 +459,7 @@ def test_a_run_is_neither_overwritten_nor_continued_with_other_settings_or_anoth
 
 
 def test_two_processes_do_not_write_into_one_folder(text, tmp_path, capsys):
-    with minipref.runs.alone_in(tmp_path / "run"):
+    with folder.lock_run(tmp_path / "run"):
         assert run(text, tmp_path / "run") == 2
     assert "another process" in capsys.readouterr().err
 
@@ -440,17 +467,19 @@ def test_two_processes_do_not_write_into_one_folder(text, tmp_path, capsys):
 def test_the_same_ids_in_other_documents_are_another_text(corpus):
     first, *rest = corpus.train
     cut = [first[:5], first[5:], *rest]
-    assert replace(corpus, train=list(corpus.train)).digest == corpus.digest
-    assert replace(corpus, train=cut).digest != corpus.digest
-    assert replace(corpus, train=corpus.train + corpus.heldout[:1], heldout=corpus.heldout[1:]).digest != corpus.digest
+    assert replace(corpus, train=list(corpus.train)).sha256 == corpus.sha256
+    assert replace(corpus, train=cut).sha256 != corpus.sha256
+    assert replace(corpus, train=corpus.train + corpus.heldout[:1], heldout=corpus.heldout[1:]).sha256 != corpus.sha256
 
 
 def test_a_gradient_that_is_no_number_ends_a_run_before_its_step(text, tmp_path, monkeypatch, capsys):
     norms = iter([1.0] * 9 + [float("inf")])
-    monkeypatch.setattr(pretrain, "clip_gradients", lambda *_: next(norms))
-    assert run(text, tmp_path) == 2
-    assert "norm of inf" in capsys.readouterr().err
-    assert minipref.runs.load_state(tmp_path / "state")[1]["step"] == 4      # the evaluation before it; 5 has ten norms
+    monkeypatch.setattr(loop, "clip_gradients", lambda *_: next(norms))
+    assert run(text, tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "gradient norm inf" in error
+    assert f"to resume: python -m minipref.pretrain --resume --output '{tmp_path}'" in error
+    assert read_state(tmp_path / "state")[1]["step"] == 4           # the last evaluation; step 5 has the tenth norm
 
 
 def test_a_run_that_goes_on_with_other_threads_says_that_it_is_not_bit_for_bit(text, tmp_path, monkeypatch, capsys):
@@ -462,25 +491,25 @@ def test_a_run_that_goes_on_with_other_threads_says_that_it_is_not_bit_for_bit(t
         assert run(text, tmp_path, "--resume", "--threads", str(threads + 1)) == 0
     finally:
         torch.set_num_threads(threads)
-    assert f"note: threads is {threads + 1} and was {threads}" in capsys.readouterr().out
+    assert f"note: threads has changed (it was {threads} and is {threads + 1})" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("raised", "code", "said"), [(OSError(28, "No space left on device"), 1, "No space left"),
-                                                      (KeyboardInterrupt(), 130, "interrupted before")])
+                                                      (KeyboardInterrupt(), 130, "interrupted")])
 def test_what_ends_a_run_from_outside_is_one_line(text, tmp_path, monkeypatch, capsys, raised, code, said):
     def end(*_):
         raise raised
 
-    monkeypatch.setattr(pretrain, "load_corpus", end)
+    monkeypatch.setattr(loop, "load_corpus", end)
     assert run(text, tmp_path) == code
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
 
 
 def test_where_half_precision_would_be_fp16_it_is_fp32_since_no_loss_is_scaled(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "choose_precision", lambda name, device: "fp16" if name == "auto" else name)
+    monkeypatch.setattr(runtime, "choose_precision", lambda name, device: "fp16" if name == "auto" else name)
     assert run(text, tmp_path, "--precision", "auto") == 0
-    assert minipref.runs.read_made_of(tmp_path, "pretrain")["settings"]["precision"] == "fp32"
+    assert folder.read_manifest(tmp_path, "")["fingerprint"]["precision"] == "fp32"
 
 
 # --- An encoder that goes on ---
@@ -488,21 +517,21 @@ def test_where_half_precision_would_be_fp16_it_is_fp32_since_no_loss_is_scaled(t
 @pytest.mark.parametrize(("objective", "sharing"), [("rtd", "gdes"), ("rtd", "es"), ("rtd", "nes"), ("mlm", "gdes")])
 def test_an_encoder_goes_on_from_where_it_was_and_the_generator_from_its_words_and_lowest_layers(corpus, objective,
                                                                                                sharing):
-    begun = small_model(corpus, layers=4).discriminator
+    begun = small_model(corpus, num_hidden_layers=4).discriminator
     for parameter in begun.parameters():                                 # nothing that a fresh model could have as well
         torch.nn.init.normal_(parameter)
-    model = small_model(corpus, objective, sharing, layers=4)
-    model.go_on_from(begun)
-    encoder, table = model.encoder()
-    assert torch.equal(table, begun.word_table.weight)
+    model = small_model(corpus, objective, sharing, num_hidden_layers=4)
+    model.load_encoder_weights(begun)
+    encoder, table = model.kept_encoder()
+    assert torch.equal(table, begun.word_embeddings.weight)
     for name, value in begun.state_dict().items():
-        if name != "word_table.weight":
+        if name != "word_embeddings.weight":
             assert torch.equal(encoder.state_dict()[name], value), name
     lowest = model.generator.state_dict()
     assert len(model.generator.layers) == (4 if objective == "mlm" else 2)
     assert all(torch.equal(value, begun.state_dict()[name]) for name, value in lowest.items())
     if sharing == "gdes" and objective == "rtd":
-        assert not model.discriminator.word_table.weight.any()
+        assert not model.discriminator.word_embeddings.weight.any()
 
 
 def test_a_run_goes_on_from_a_folder_with_its_sizes_and_its_vocabulary_and_resumes(text, tmp_path, monkeypatch, capsys):
@@ -510,35 +539,36 @@ def test_a_run_goes_on_from_a_folder_with_its_sizes_and_its_vocabulary_and_resum
     folder = tmp_path / "first/model"
     more = ["--corpus", str(text), "--encoder", str(folder), *SIZES[SIZES.index("--heldout-share"):],
             "--steps", "8", "--warmup", "3", "--batch-tokens", "384", "--evaluations", "2"]
-    assert pretrain.main([*more, "--output", str(tmp_path / "whole")]) == 0
+    assert main([*more, "--output", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patched:
         interrupt(patched, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert pretrain.main([*more, "--output", str(tmp_path / "parts")]) == 143
+        assert main([*more, "--output", str(tmp_path / "parts")]) == 143
     folder.rename(tmp_path / "elsewhere")                                # what is needed of it is in the state
-    assert pretrain.main([*more, "--output", str(tmp_path / "parts"), "--resume"]) == 0
+    assert main([*more, "--output", str(tmp_path / "parts"), "--resume"]) == 0
     (tmp_path / "elsewhere").rename(folder)
     same_result(tmp_path / "whole", tmp_path / "parts")
     for file in ("config.json", "tokenizer.json"):
         assert (tmp_path / "whole/model" / file).read_bytes() == (folder / file).read_bytes()
     (tmp_path / "first/state").rename(tmp_path / "kept")
-    assert pretrain.main([*more, "--output", str(tmp_path / "first")]) == 2
+    assert main([*more, "--output", str(tmp_path / "first")]) == 2
     assert "would write its own encoder" in capsys.readouterr().err
     for option, value in (("--width", "32"), ("--tokenizer", str(folder)), ("--vocab-size", "350")):   # its own, too
         capsys.readouterr()
-        assert pretrain.main([*more, "--output", str(tmp_path / "other"), option, value]) == 2
+        assert main([*more, "--output", str(tmp_path / "other"), option, value]) == 2
         assert f"{option} beside --encoder" in capsys.readouterr().err
 
 
 def test_whose_encoder_it_was_keeps_its_distances_and_its_dropout(text, corpus, tmp_path):
-    model = small_model(corpus, span=32, max_distance=96, spare_rows=7)
-    published = replace(model.config, hidden_dropout=0.1, attention_dropout=0.2, head_dropout=0.3)
-    pretrain.ship(model, published, corpus.tokenizer, tmp_path / "theirs")
-    assert pretrain.main(["--corpus", str(text), "--encoder", str(tmp_path / "theirs"), "--output",
+    model = small_model(corpus, position_buckets=32, max_distance=96, spare_rows=7)
+    published = replace(model.config, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2, cls_dropout=0.3)
+    export_encoder(model, published, corpus.tokenizer, tmp_path / "theirs")
+    assert main(["--corpus", str(text), "--encoder", str(tmp_path / "theirs"), "--output",
                           str(tmp_path / "ours"), *SIZES[SIZES.index("--heldout-share"):], "--steps", "2", "--warmup",
                           "1", "--batch-tokens", "384", "--evaluations", "1", "--objective", "mlm"]) == 0
     config = minipref.load_encoder(tmp_path / "ours/model").config
     assert config == minipref.load_encoder(tmp_path / "theirs").config
-    assert (config.span, config.max_distance, config.hidden_dropout, config.head_dropout) == (32, 96, 0.1, 0.3)
+    assert (config.position_buckets, config.max_distance) == (32, 96)
+    assert (config.hidden_dropout_prob, config.cls_dropout) == (0.1, 0.3)
 
 
 # --- What is shipped ---
@@ -547,21 +577,21 @@ def test_whose_encoder_it_was_keeps_its_distances_and_its_dropout(text, corpus, 
                                      ["--objective", "mlm"]], ids=lambda options: options[1])
 def test_only_the_encoder_is_shipped_with_its_table_summed_up(text, tmp_path, options):
     assert run(text, tmp_path, *options) == 0
-    state, _ = minipref.runs.load_state(tmp_path / "state")
-    table = state["model.generator.word_table.weight"]
+    state, _ = read_state(tmp_path / "state")
+    table = state["model.generator.word_embeddings.weight"]
     if options[1] == "gdes":
-        assert state["model.discriminator.word_table.weight"].abs().max() > 0
-        table = table + state["model.discriminator.word_table.weight"]
+        assert state["model.discriminator.word_embeddings.weight"].abs().max() > 0
+        table = table + state["model.discriminator.word_embeddings.weight"]
     elif options[1] == "nes":
-        table = state["model.discriminator.word_table.weight"]
+        table = state["model.discriminator.word_embeddings.weight"]
     encoder = minipref.load_encoder(tmp_path / "model")
-    assert torch.equal(encoder.word_table.weight, table.half().float())
+    assert torch.equal(encoder.word_embeddings.weight, table.half().float())
     side = "generator" if options[1] == "mlm" else "discriminator"
     for name, parameter in encoder.named_parameters():
-        if name != "word_table.weight":
+        if name != "word_embeddings.weight":
             assert torch.equal(parameter, state[f"model.{side}.{name}"].half().float()), name
     assert encoder.load_report.heads_skipped == []
-    assert encoder.config.hidden_dropout == encoder.config.attention_dropout == 0.0
+    assert encoder.config.hidden_dropout_prob == encoder.config.attention_probs_dropout_prob == 0.0
 
 
 def test_transformers_loads_what_is_shipped_and_computes_the_same(text, tmp_path):
@@ -616,7 +646,7 @@ def test_a_file_that_is_not_text_is_named_with_its_line(tmp_path, name, content,
     (["--corpus", "."], "no text in this folder"),
     (["--corpus", "tiny.txt"], "held out"),
     ([], "--corpus"),
-    (["--corpus", "tiny.txt", "--steps", "0"], "less than 1"),
+    (["--corpus", "tiny.txt", "--steps", "0"], "number from 1"),
     (["--corpus", "tiny.txt", "--long-share", "2"], "--long-share"),
     (["--corpus", "tiny.txt", "--length", "9999"], "--length"),
     (["--corpus", "tiny.txt", "--length", "3"], "--length"),
@@ -631,15 +661,15 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, 
     monkeypatch.chdir(tmp_path)
     if "tiny.txt" in arguments:
         (tmp_path / "tiny.txt").write_text("one line")
-    assert pretrain.main(arguments) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and "Traceback" not in error
 
 
 def test_a_corpus_too_short_for_one_batch_says_so(text, tmp_path, capsys):
-    assert pretrain.main(["--corpus", str(text), "--output", str(tmp_path), *SIZES, "--batch-tokens", "1000000"]) == 2
+    assert main(["--corpus", str(text), "--output", str(tmp_path), *SIZES, "--batch-tokens", "1000000"]) == 2
     assert "tokens of text" in capsys.readouterr().err
-    assert pretrain.main(["--corpus", str(text), "--output", str(tmp_path), *SIZES, "--heldout-share", "0.001",
+    assert main(["--corpus", str(text), "--output", str(tmp_path), *SIZES, "--heldout-share", "0.001",
                           "--length", "300", "--long-length", "300", "--batch-tokens", "600"]) == 2
     assert "--heldout-share" in capsys.readouterr().err
 

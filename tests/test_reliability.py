@@ -4,6 +4,7 @@ Hostile input has files of its own: test_hostile.py is the table, test_fuzz.py t
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -22,10 +23,10 @@ from small import write_rows
 
 import predict
 import train
-from minipref import runs
 from minipref.data import read_pairs
-from minipref.errors import InputError
-from minipref.files import replacing
+from minipref.run import folder as run_folder
+from minipref.run import report, state
+from minipref.runtime import InputError, Stopped, atomic_write
 
 ROOT = Path(train.__file__).resolve().parent
 FAST = ["--recipe", "tiny", "--epochs", "2", "--lr", "3e-3", "--precision", "fp32", "--batch-size", "8",
@@ -58,7 +59,7 @@ def half(encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("half")
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         write_rows(Path("t.csv"), 60)
-        signal_at(patch, train, "take_step", 4)
+        signal_at(patch, train, STEP, 4)
         assert train.main(begin(encoder)) == 143
     return folder / "run"
 
@@ -68,6 +69,9 @@ def begin(encoder, *more) -> list[str]:
 
 
 RESUME = ["--resume", "--run", "run"]
+
+
+STEP = "cosine_with_warmup"         # what train.py calls once at the beginning of each step
 
 
 def signal_at(patch, module, name, number, which=signal.SIGTERM):
@@ -85,11 +89,11 @@ def signal_at(patch, module, name, number, which=signal.SIGTERM):
 def same_ending(found: Path, wanted: Path) -> None:
     for name in OUTCOME:
         assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
-    tensors, others = (runs.load_state(folder / "state")[0] for folder in (found, wanted))
+    tensors, others = (state.read_state(folder / "state")[0] for folder in (found, wanted))
     assert tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
-def said(capsys, arguments, main=train.main) -> tuple[int, str, str]:
+def call(capsys, arguments, main=train.main) -> tuple[int, str, str]:
     capsys.readouterr()
     code = main(arguments)
     captured = capsys.readouterr()
@@ -98,7 +102,7 @@ def said(capsys, arguments, main=train.main) -> tuple[int, str, str]:
 
 def refused(capsys, arguments, main=train.main) -> str:
     """The one line of a refusal, with exit code 2."""
-    code, _, err = said(capsys, arguments, main)
+    code, _, err = call(capsys, arguments, main)
     assert code == 2 and err.count("\n") == 1, err
     return err
 
@@ -106,9 +110,9 @@ def refused(capsys, arguments, main=train.main) -> str:
 # --- exact resume
 
 @pytest.mark.parametrize(("module", "name", "number", "wanted"), [
-    (train, "make_batch", 1, 143), (train, "make_batch", 2, 143), (train, "make_batch", 6, 143),  # within a step, too
+    (train, "collate", 1, 143), (train, "collate", 2, 143), (train, "collate", 6, 143),  # within a step, too
     (train, "predict_logits", 1, 143), (train.metrics, "evaluate", 2, 143), (train, "save_state", 3, 143),
-    (train, "keep_best", 1, 143), (train, "score_logits", 1, 0)])        # at last only the report is left to write
+    (train, "save_best", 1, 143), (report, "write_page", 1, 0)])         # at last only the report is left to write
 def test_a_signal_at_any_moment_costs_nothing(encoder, whole, monkeypatch, module, name, number, wanted):
     with monkeypatch.context() as patch:
         signal_at(patch, module, name, number)
@@ -123,13 +127,11 @@ def test_a_run_stopped_right_after_early_stopping_stays_stopped_and_ends_the_sam
     assert train.main(early) == 0
     Path("run").rename("once")
     with monkeypatch.context() as patch:
-        signal_at(patch, train, "finish", 1)
-        patch.setattr(train, "finish", lambda *a, real=train.finish: a[-1].stop.check() or real(*a))
-        signal_at(patch, train, "finish", 1)
+        signal_at(patch, train, "final_report", 1)
         assert train.main(early) == 143
-    facts = runs.load_state("run/state")[1]
-    assert facts["progress"]["finished"] == "no better log loss in 1 evaluations"
-    code, out, _ = said(capsys, RESUME)
+    facts = state.read_state("run/state")[1]
+    assert facts["state"]["evals_since_best"] == 1
+    code, out, _ = call(capsys, RESUME)
     assert code == 0 and "no better log loss" in out
     same_ending(Path("run"), Path("once"))
 
@@ -153,9 +155,9 @@ def test_a_stopped_half_precision_run_keeps_its_loss_scale(encoder, monkeypatch)
     assert train.main(half_precision) == 0
     Path("run").rename("once")
     with monkeypatch.context() as patch:
-        signal_at(patch, train, "take_step", 3)
+        signal_at(patch, train, STEP, 3)
         assert train.main(half_precision) == 143
-    scaler = runs.load_state("run/state")[1]["scaler"]
+    scaler = state.read_state("run/state")[1]["scaler"]
     assert scaler["scale"] > 1 and scaler["_growth_tracker"] == 3
     assert train.main(RESUME) == 0
     same_ending(Path("run"), Path("once"))
@@ -167,34 +169,37 @@ def resumable(half: Path) -> None:
     shutil.copy(half.parent / "t.csv", "t.csv")
 
 
-def change_identity(change) -> None:
-    """Write another truth into config.json, checksum and all, as another machine or version would have."""
+def change_manifest(change) -> None:
+    """Write other values into config.json, checksum and all, as another machine or version would have."""
     path = Path("run/config.json")
-    stored = runs.read_made_of(path.parent, "train.py")
+    stored = run_folder.read_manifest(path.parent, "train.py")
     change(stored)
-    runs.write_made_of(path.parent, stored)
+    run_folder.write_manifest(path.parent, stored)
 
 
 @pytest.mark.parametrize(("change", "what"), [
-    (lambda c: c["figures"].update(lr=1e-5), "lr has changed since the run began: it is 0.003 and was 1e-05"),
-    (lambda c: c["figures"].pop("clip"), "clip has changed since the run began: it is 1.0 and was None"),
-    (lambda c: c["identity"].update(minipref="9.9"), "minipref has changed since the run began: it is"),
-    (lambda c: c["identity"].update(precision="bf16"), "precision has changed since the run began: it is fp32 and was"),
-    (lambda c: c["identity"].update(train=["0" * 64]), "train has changed since the run began;"),
-    (lambda c: c["identity"]["encoder"].update({"model.safetensors": "0" * 64}), "encoder has changed"),
-], ids=["a figure", "a figure gone", "version", "precision", "rows", "encoder"])
-def test_what_a_run_is_made_of_cannot_change_under_it(half, capsys, change, what):
+    (lambda c: c["hyperparameters"].update(lr=1e-5),
+     "lr has changed since the run began: it was 1e-05 and is 0.003"),
+    (lambda c: c["hyperparameters"].pop("clip"), "clip has changed since the run began: it was None and is 1.0"),
+    (lambda c: c["fingerprint"].update(minipref="9.9"), "minipref has changed since the run began: it was '9.9' and"),
+    (lambda c: c["fingerprint"].update(precision="bf16"),
+     "precision has changed since the run began: it was 'bf16' and is 'fp32'"),
+    (lambda c: c["fingerprint"].update(train=["0" * 64]), "train has changed since the run began;"),
+    (lambda c: c["fingerprint"]["encoder"].update({"model.safetensors": "0" * 64}), "encoder has changed"),
+], ids=["a hyperparameter", "a hyperparameter gone", "version", "precision", "rows", "encoder"])
+def test_what_a_run_was_started_with_cannot_change_under_it(half, capsys, change, what):
     resumable(half)
-    change_identity(change)
+    change_manifest(change)
     assert what in refused(capsys, RESUME)
 
 
-def test_another_number_of_threads_or_version_of_torch_is_accepted_and_said(half, capsys):
+def test_another_number_of_threads_or_version_of_torch_is_accepted_with_a_note(half, capsys):
     resumable(half)
-    change_identity(lambda c: c["identity"].update(threads=64, torch="1.0"))
-    code, out, _ = said(capsys, RESUME)
-    assert code == 0 and out.count("the run goes on, but not bit for bit") == 2
-    assert f"note: threads is {torch.get_num_threads()} and was 64" in out and "note: torch is" in out
+    change_manifest(lambda c: c["fingerprint"].update(threads=64, torch="1.0"))
+    code, out, _ = call(capsys, RESUME)
+    assert code == 0 and out.count("the run resumes, but not bit for bit") == 2
+    assert f"note: threads has changed (it was 64 and is {torch.get_num_threads()})" in out
+    assert "note: torch has changed (it was '1.0' and" in out
 
 
 # --- the state is always loadable
@@ -206,7 +211,7 @@ def test_a_damaged_configuration_is_noticed_whatever_is_damaged(half, capsys):
     for place in range(0, len(content), 97):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
         try:
-            read = runs.read_made_of(path.parent, "train.py")
+            read = run_folder.read_manifest(path.parent, "train.py")
             assert read == {k: v for k, v in json.loads(content).items() if k != "sha256"}
         except InputError as problem:
             assert "config.json" in str(problem)
@@ -218,10 +223,10 @@ def test_a_damaged_configuration_is_noticed_whatever_is_damaged(half, capsys):
     assert "config.json: no such file; expected the folder of a run" in refused(capsys, RESUME)
 
 
-def damaged_states(state: Path):
+def damaged_states(place: Path):
     """(what, file, how) for every kind of damage to the current state."""
-    pointer, = state.glob("current.json")
-    tensors = state / json.loads(pointer.read_text())["tensors"]
+    pointer, = place.glob("current.json")
+    tensors = place / json.loads(pointer.read_text())["tensors"]
     for file in (pointer, tensors):
         content = file.read_bytes()
         yield f"{file.name} missing", file, None
@@ -237,15 +242,15 @@ def flipped(content: bytes, place: int) -> bytes:
 
 def test_damage_to_a_state_is_noticed_named_and_the_one_before_it_is_offered(half, tmp_path):
     shutil.copytree(half / "state", "state")
-    state = Path("state")
-    wanted, facts = runs.load_state(state)
-    before = runs.load_state(state, runs.PREVIOUS)[1]["step"]
+    place = Path("state")
+    wanted, facts = state.read_state(place)
+    before = state.read_state(place, state.PREVIOUS)[1]["step"]
     assert before <= facts["step"] == 4
-    for what, file, content in list(damaged_states(state)):
+    for what, file, content in list(damaged_states(place)):
         good = file.read_bytes()
         file.unlink() if content is None else file.write_bytes(content)
         try:
-            tensors, found = runs.load_state(state)          # a flip in the white space of JSON is no damage
+            tensors, found = state.read_state(place)          # a flip in the white space of JSON is no damage
             assert found == facts and all(torch.equal(tensors[name], wanted[name]) for name in wanted), what
         except InputError as problem:
             assert "state/" in str(problem.file), what
@@ -257,7 +262,7 @@ def test_following_the_advice_after_damage_ends_the_same(half, whole, capsys):
     resumable(half)
     tensors = Path("run/state", json.loads(Path("run/state/current.json").read_text())["tensors"])
     tensors.write_bytes(tensors.read_bytes()[:-1000])
-    advice = re.search(r"copy (\S+) over (\S+) to go on", refused(capsys, RESUME))
+    advice = re.search(r"copy (\S+) over (\S+) to resume", refused(capsys, RESUME))
     shutil.copy(*advice.groups())
     assert train.main(RESUME) == 0
     same_ending(Path("run"), whole)
@@ -267,7 +272,7 @@ def test_a_lost_pointer_does_not_begin_the_run_anew(half, encoder, capsys):
     resumable(half)
     Path("run/state/current.json").unlink()
     assert "current.json: no such file" in refused(capsys, RESUME)
-    assert "a run that can go on" in refused(capsys, begin(encoder))
+    assert "a run that can be resumed" in refused(capsys, begin(encoder))
     shutil.rmtree("run/state")
     assert "no state, though the run had got as far" in refused(capsys, RESUME)
 
@@ -276,28 +281,32 @@ def test_a_state_of_another_format_is_refused_by_its_number(half):
     shutil.copytree(half / "state", "state")
     for pointer in (Path("state/current.json"), Path("state/previous.json")):
         pointer.write_text(json.dumps(json.loads(pointer.read_text()) | {"format": 7}))
-    with pytest.raises(InputError, match="a state of format 7; expected format 1"):
-        runs.load_state("state")
+    with pytest.raises(InputError, match="a state of format 7; expected format 2"):
+        state.read_state("state")
+
+
+def test_a_state_of_the_first_edition_is_refused(half, capsys):
+    """Its tensors have other names and its facts other fields: no key of it may be looked up."""
+    resumable(half)
+    for name in ("current.json", "previous.json"):
+        pointer = json.loads(Path("run/state", name).read_text())
+        facts = json.dumps({"progress": {"step": 4}, "random": {}, "scaler": {}, "step": 4, "lr": 1e-3})
+        pointer |= {"format": 1, "facts": facts, "facts_sha256": hashlib.sha256(facts.encode()).hexdigest()}
+        Path("run/state", name).write_text(json.dumps(pointer))
+    assert "a state of format 1; expected format 2" in refused(capsys, RESUME)
+    stored = run_folder.read_manifest(Path("run"), "train.py")
+    run_folder.write_manifest(Path("run"), {"options": {"train": ["t.csv"], "seed": 42}, "figures": {},
+                                            "identity": stored["fingerprint"]})
+    assert "a run of another version of minipref" in refused(capsys, RESUME)
 
 
 def test_other_weights_in_the_models_folder_are_noticed_at_the_end(encoder, capsys):
     assert train.main(begin(encoder, "--patience", "1", "--epochs", "30", "--lr", "0.1")) == 0
     path = Path("run/model/model.safetensors")
     path.write_bytes(flipped(path.read_bytes(), path.stat().st_size - 1))
-    facts = runs.load_state("run/state")[1]["progress"]
+    facts = state.read_state("run/state")[1]["state"]
     assert facts["best_step"] < facts["step"], "were the last evaluation the best, the state would mend the file"
     assert "other weights than the best evaluation's" in refused(capsys, RESUME)
-
-
-def test_a_damaged_token_cache_is_made_anew(whole):
-    shutil.copytree(whole, "run")
-    shutil.copy(whole.parent / "t.csv", "t.csv")
-    path = Path("run/tokens.safetensors")
-    good = path.read_bytes()
-    for place in range(len(good) - 400, len(good), 57):
-        path.write_bytes(flipped(good, place))
-        assert train.main(RESUME) == 0
-        assert path.read_bytes() == good
 
 
 def test_what_killed_processes_left_half_written_is_removed(half, whole):
@@ -324,7 +333,7 @@ def test_a_hundred_kills_and_more_change_nothing():
 def test_a_full_disk_ends_in_one_line_with_the_last_state_whole(encoder, whole, small_disk, capsys, monkeypatch, save):
     monkeypatch.chdir(small_disk("24m"))                                 # a run of these tests takes 8
     shutil.copy(whole.parent / "t.csv", "t.csv")
-    real, saves = runs.save_state, []
+    real, saves = state.write_state, []
 
     def save_on_a_full_disk(*args):
         saves.append(1)
@@ -333,16 +342,16 @@ def test_a_full_disk_ends_in_one_line_with_the_last_state_whole(encoder, whole, 
         real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_state", save_on_a_full_disk)
-        code, _, err = said(capsys, begin(encoder))
+        patch.setattr(state, "write_state", save_on_a_full_disk)
+        code, _, err = call(capsys, begin(encoder))
     assert code == 1 and err.count("\n") == 1 and "No space left on device" in err and "Traceback" not in err
-    assert runs.has_state("run/state") == (save > 1) == ("--resume goes on from it" in err)
+    assert state.has_state("run/state") == (save > 1) == ("to resume: python train.py --resume --run 'run'" in err)
     Path("filler").unlink()
     assert train.main(RESUME) == 0
     same_ending(Path("run"), whole)
 
 
-def test_a_run_goes_on_on_a_disk_that_holds_it_already(half, whole, capsys, monkeypatch):
+def test_a_run_resumes_on_a_disk_that_holds_it_already(half, whole, capsys, monkeypatch):
     resumable(half)
     held = sum(file.stat().st_size for file in Path("run").glob("*/*.safetensors"))
     free = [0]
@@ -356,20 +365,20 @@ def test_a_run_goes_on_on_a_disk_that_holds_it_already(half, whole, capsys, monk
 @pytest.mark.parametrize("problem", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore."),
                                      RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")])
 def test_out_of_memory_is_one_line_with_advice(encoder, whole, capsys, monkeypatch, problem):
-    def take(*_):
+    def fail(*_, **__):
         raise problem
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "take_step", take)
-        code, _, err = said(capsys, begin(encoder))
+        patch.setattr(train, STEP, fail)
+        code, _, err = call(capsys, begin(encoder))
         assert code == 1 and err.count("\n") == 1 and "out of memory" in err and "--accumulate" in err
-        patch.setattr(predict, "judge_rows", take)
+        patch.setattr(predict, "predict_rows", fail)
         assert predict.main(["t.csv", "--model", str(whole / "model")]) == 1
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "out of memory" in err and "--batch-tokens" in err
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="something else"):
         problem = RuntimeError("something else")
-        patch.setattr(train, "take_step", take)
+        patch.setattr(train, STEP, fail)
         train.main(begin(encoder, "--run", "other"))
 
 
@@ -388,13 +397,14 @@ LIMITED = """
     import resource, signal, sys
     sys.path.insert(0, {root!r})
     import train
-    real, saves = train.runs.save_state, []
+    from minipref.run import state
+    real, saves = state.write_state, []
     def save(*args):
         saves.append(1)
         if len(saves) == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         real(*args)
-    train.runs.save_state = save
+    state.write_state = save
     sys.exit(train.main({arguments!r}))
 """
 
@@ -404,8 +414,8 @@ def test_a_file_that_may_not_grow_ends_in_one_line_with_the_last_state_whole(enc
     code = textwrap.dedent(LIMITED.format(root=str(ROOT), arguments=begin(encoder)))
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "File too large" in done.stderr and "--resume goes on from it" in done.stderr
-    assert runs.load_state("run/state")[1]["step"] == 2
+    assert "File too large" in done.stderr and "to resume: python train.py --resume --run" in done.stderr
+    assert state.read_state("run/state")[1]["step"] == 2
     assert not list(Path("run/state").glob(".*"))
 
 
@@ -432,38 +442,38 @@ def test_a_signal_that_comes_while_processes_compare_theirs_is_not_lost(monkeypa
         return number
 
     came = []
-    monkeypatch.setattr(train.distributed, "most", interrupted)
+    monkeypatch.setattr(train.distributed, "all_reduce_max", interrupted)
     with train.StopSignal() as stop:
         stop.check()
-        with pytest.raises(train.Stopped):
+        with pytest.raises(Stopped):
             stop.check()
     assert stop.number == signal.SIGTERM
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_each_signal_has_its_exit_code_and_says_how_to_go_on(encoder, monkeypatch, capsys, number, code):
+def test_each_signal_has_its_exit_code_and_the_command_to_resume(encoder, monkeypatch, capsys, number, code):
     with monkeypatch.context() as patch:
-        signal_at(patch, train, "take_step", 2, number)
-        found, out, err = said(capsys, begin(encoder))
-    assert found == code and not err and "To go on: python train.py --resume --run 'run'" in out
-    assert runs.load_state("run/state")[1]["step"] == 2      # the step that was begun is finished
+        signal_at(patch, train, STEP, 2, number)
+        found, out, err = call(capsys, begin(encoder))
+    assert found == code and not err and "to resume: python train.py --resume --run 'run'" in out
+    assert state.read_state("run/state")[1]["step"] == 2      # the step that was begun is finished
 
 
 def test_save_every_bounds_what_sudden_death_costs(encoder, monkeypatch):
-    clock, saved, minute = [0.0], [], train.take_step
+    clock, saved, check_step = [0.0], [], train.check_step
 
     def a_step_of_a_minute(*args):
         clock[0] += 60
-        return minute(*args)
+        check_step(*args)
 
-    def save_state(folder, progress, *rest):
-        saved.append(progress.step)
+    def save_state(folder, state, *rest):
+        saved.append(state.step)
 
-    monkeypatch.setattr(train, "take_step", a_step_of_a_minute)
+    monkeypatch.setattr(train, "check_step", a_step_of_a_minute)
     monkeypatch.setattr(train, "save_state", save_state)
     monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
     assert train.main(begin(encoder, "--epochs", "4", "--all-rows", "--save-every", "3")) == 0
-    assert saved == [3, 6, 9, 12, 15, 16]
+    assert saved == [3, 4, 7, 8, 11, 12, 15, 16]              # every third minute, and after each epoch
 
 
 # --- numbers
@@ -483,7 +493,7 @@ def poison(monkeypatch, step: int, value: float, where: str) -> None:
 
     def cross_entropy(*args, **kwargs):
         losses.append(1)
-        of_the_step = 4 * step - 1                            # a step has two passes, a pass the losses of two heads
+        of_the_step = 4 * step - 1               # a step has two micro-batches, each with the losses of two heads
         return real_loss(*args, **kwargs) * (value if len(losses) == of_the_step and where == "loss" else 1)
 
     monkeypatch.setattr(train, "clip_gradients", clip)
@@ -494,11 +504,11 @@ def poison(monkeypatch, step: int, value: float, where: str) -> None:
 def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(encoder, monkeypatch, capsys, where,
                                                                                 value):
     poison(monkeypatch, 3, value, where)
-    code, _, err = said(capsys, begin(encoder))
+    code, _, err = call(capsys, begin(encoder))
     assert code == 1 and err.count("\n") == 1 and "step 3: loss" in err and "--lr" in err
     named = re.search("rows ([0-9, ]+)", err)[1].split(", ")
     assert len(named) in (15, 16) and set(named) <= {pair.id for pair in read_pairs("t.csv")}
-    tensors, facts = runs.load_state("run/state")
+    tensors, facts = state.read_state("run/state")
     assert facts["step"] == 2 and all(torch.isfinite(t).all() for t in tensors.values())
 
 
@@ -512,26 +522,26 @@ def test_half_precision_steps_that_overflow_are_left_out_and_counted(encoder, mo
 
 
 def test_a_row_of_overflows_ends_with_advice(encoder, monkeypatch, capsys):
-    monkeypatch.setattr(train, "MOST_SKIPPED", 2)
+    monkeypatch.setattr(train, "MAX_SKIPPED", 2)
     monkeypatch.setattr(train, "clip_gradients", lambda *_: float("inf"))
     monkeypatch.setattr(torch.amp.GradScaler, "step", lambda *_: None)
-    code, _, err = said(capsys, [x if x != "fp32" else "fp16" for x in begin(encoder)])
+    code, _, err = call(capsys, [x if x != "fp32" else "fp16" for x in begin(encoder)])
     assert code == 1 and "step 3: loss" in err and "--precision bf16 or fp32 usually helps" in err
 
 
 def test_weights_that_overflow_just_before_an_evaluation_are_named_and_not_a_traceback(encoder, capsys, monkeypatch):
-    code, _, err = said(capsys, begin(encoder, "--lr", "1e30", "--evals-per-epoch", "3", "--warmup", "0"))
+    code, _, err = call(capsys, begin(encoder, "--lr", "1e30", "--evals-per-epoch", "3", "--warmup", "0"))
     assert code == 1 and err.count("\n") == 1 and "logits that are not finite for" in err and "--lr" in err
     # With no rows to validate on, nothing but a look at the weights stands between the last step and model/.
     monkeypatch.setattr(train.AdamW, "_update", lambda self, p, group: p.fill_(np.inf))
-    code, _, err = said(capsys, ["--train", "t.csv", "--encoder", str(encoder), "--run", "all", *FAST, "--epochs", "1",
+    code, _, err = call(capsys, ["--train", "t.csv", "--encoder", str(encoder), "--run", "all", *FAST, "--epochs", "1",
                                  "--all-rows", "--batch-size", "60"])
     assert code == 1 and "weights that are not finite" in err and not Path("all/model").exists()
 
 
-def test_a_run_that_collapsed_to_the_prior_says_so(encoder, capsys):
-    code, out, _ = said(capsys, begin(encoder, "--lr", "1e-9"))
-    assert code == 0 and "COLLAPSED" in out
+def test_a_run_that_learnt_only_the_prior_says_so(encoder, capsys):
+    code, out, _ = call(capsys, begin(encoder, "--lr", "1e-9"))
+    assert code == 0 and "CONSTANT PREDICTIONS" in out
 
 
 # --- where it runs
@@ -574,7 +584,7 @@ def test_prediction_needs_no_network_and_writes_nothing_but_its_output(encoder, 
     done = subprocess.run([*command, "--output", str(model / "out.csv")], cwd=here, env=without_network(tmp_path),
                           text=True, capture_output=True)
     assert done.returncode == 2 and "cannot be written: Permission denied" in done.stderr, "the folders were read-only"
-    assert "rows" not in done.stdout             # refused before the first row was judged
+    assert "rows" not in done.stdout             # refused before the first row was predicted
 
 
 @pytest.mark.slow
@@ -593,16 +603,16 @@ def test_two_runs_at_once_do_not_disturb_each_other(encoder, whole, tmp_path):
 
 def test_a_second_process_in_the_same_runs_folder_is_refused(half, whole, capsys):
     resumable(half)
-    with runs.alone_in("run"):
+    with run_folder.lock_run("run"):
         assert "run: another process at work in it" in refused(capsys, RESUME)
     assert train.main(RESUME) == 0
     same_ending(Path("run"), whole)
 
 
 def test_a_process_that_is_refused_leaves_the_folder_to_the_one_that_has_it():
-    with runs.alone_in("run"):
+    with run_folder.lock_run("run"):
         for _ in range(2):                       # the second one, too: the folder that is locked is still the folder
-            with pytest.raises(InputError, match="another process at work"), runs.alone_in("run"):
+            with pytest.raises(InputError, match="another process at work"), run_folder.lock_run("run"):
                 raise AssertionError("two at once")
             assert Path("run").is_dir()
     assert not Path("run").exists()
@@ -620,8 +630,8 @@ def test_paths_with_spaces_and_other_scripts_work_on_a_terminal_without_them(enc
     arguments = begin(folder / "der Encoder ß")
     arguments[1], arguments[5] = "die Zeilen 行.csv", "ein Lauf 走"
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    judging = ["die Zeilen 行.csv", "--output", "Ergebnis 結果.csv"]
-    for program, more in (("train.py", arguments), ("predict.py", judging)):
+    predicting = ["die Zeilen 行.csv", "--output", "Ergebnis 結果.csv"]
+    for program, more in (("train.py", arguments), ("predict.py", predicting)):
         done = subprocess.run([sys.executable, ROOT / program, *more], cwd=folder, env=environment, text=True,
                               capture_output=True)
         assert done.returncode == 0, done.stderr
@@ -629,17 +639,17 @@ def test_paths_with_spaces_and_other_scripts_work_on_a_terminal_without_them(enc
     assert (folder / "Ergebnis 結果.csv").read_text().count("\n") == 61
 
 
-def test_a_run_does_not_end_because_the_newest_cannot_be_noted(encoder, whole, capsys):
+def test_a_run_does_not_fail_because_runs_latest_cannot_be_written(encoder, whole, capsys):
     Path("runs").write_text("a file where the folder should be")
-    code, out, _ = said(capsys, begin(encoder))
+    code, out, _ = call(capsys, begin(encoder))
     assert code == 0 and "note: runs/latest cannot be written" in out
     same_ending(Path("run"), whole)
 
 
-def test_a_submission_that_could_not_be_written_is_refused_before_the_first_row_is_judged(whole, capsys):
+def test_a_submission_that_could_not_be_written_is_refused_before_the_first_row_is_predicted(whole, capsys):
     Path("folder").mkdir()
     for output in ("folder", "t.csv/below-a-file.csv"):
-        code, out, err = said(capsys, ["t.csv", "--model", str(whole / "model"), "--output", output], predict.main)
+        code, out, err = call(capsys, ["t.csv", "--model", str(whole / "model"), "--output", output], predict.main)
         assert code == 2 and "cannot be written" in err and err.count("\n") == 1 and not out
 
 
@@ -649,7 +659,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     before = set(tmp_path.iterdir())
-    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
         temporary.write_text("new")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and set(tmp_path.iterdir()) == before

@@ -1,86 +1,146 @@
-"""The verdict at the end of a run follows the figures, flattering or not."""
+"""A run's page and model card: they show the run's scores, whatever the texts hold, and without matplotlib too."""
+
+import re
+import sys
 
 import numpy as np
 import pytest
 
 from minipref import metrics
-from minipref.report import as_text, model_card, score_folds, score_logits
+from minipref.config import LABELS
+from minipref.data import Pair, character_counts
+from minipref.recipes import recipe
+from minipref.run import report as run_report
+
+CONFIG = recipe("tiny")
 
 
-def rows(count=600, seed=0, shares=(0.36, 0.34, 0.30)):
-    """Labels, field lengths, and logits (N, 2, 3) that know the label, from a generator with a fixed seed."""
-    random = np.random.default_rng(seed)
-    labels = random.choice(3, count, p=shares)
-    lengths = random.integers(50, 800, (count, 3))
-    lengths[:, 1] += np.where(labels == 0, 600, 0)
-    lengths[:, 2] += np.where(labels == 1, 600, 0)
-    logits = np.zeros((count, 2, 3))
-    logits[np.arange(count), :, labels] = 3.0
-    return labels, lengths, logits + random.normal(size=logits.shape)
+def finished_run(count=200, seed=0, evaluations=3):
+    """A made-up run's report, metrics rows, pairs and logits."""
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, 3, count)
+    logits = draw.normal(size=(count, 2, 3))
+    logits[np.arange(count), :, labels] += 1
+    texts = [f"<i>{'x' * int(n)}</i>" for n in draw.integers(1, 300, 3 * count)]
+    pairs = [Pair(f"row-{n}", (texts[3 * n],), (texts[3 * n + 1], None), (texts[3 * n + 2],), int(label))
+             for n, label in enumerate(labels)]
+    lengths = character_counts(pairs)
+    report = {"ended": "all 3 epochs done", "steps": 300, "best_step": 200, "train_rows": 1600, "valid_rows": count,
+              "temperature": 1.2} | metrics.score_logits(logits, labels, lengths, labels, lengths, 0)
+    rows = [{"step": 100 * n, "epoch": float(n), "train_loss": 1.1 - n / 10, "log_loss": 1.0 - n / 20,
+             "lr": 1e-4 / n, "accuracy": 0.4, "f1": 0.3, "best": int(n < 3)}
+            for n in range(1, evaluations + 1)]
+    return report, rows, pairs, logits
 
 
-def scored(labels, lengths, logits, **more):
-    half = len(labels) // 2
-    return score_logits(logits[half:], labels[half:], lengths[half:], labels[:half], lengths[:half], seed=1, **more)
+def written(tmp_path, report, rows, pairs, logits) -> str:
+    run_report.write_page(tmp_path, report, rows, pairs, logits)
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_good_model_is_said_to_beat_counting_characters():
-    result = scored(*rows())
-    assert result["verdict"][0].startswith("Better than counting characters")
-    assert "NOT" not in " ".join(result["verdict"]) and "COLLAPSED" not in " ".join(result["verdict"])
+class Axes:
+    """Stands in for matplotlib's axes and remembers what it is told to draw."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *arguments, **options: self.calls.append((name, arguments, options))
+
+    def of(self, name):
+        return [(arguments, options) for called, arguments, options in self.calls if called == name]
 
 
-def test_a_model_that_says_the_same_of_every_row_is_said_to_have_collapsed():
-    labels, lengths, logits = rows()
-    said = " ".join(scored(labels, lengths, np.zeros_like(logits) + [0.1, 0.05, 0])["verdict"])
-    assert "COLLAPSED" in said and "NOT better than counting characters" in said
+def test_equal_runs_have_equal_pages_with_every_figure_and_table(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    page = written(tmp_path, *finished_run())
+    assert page == written(tmp_path, *finished_run())
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", page) == [
+        "Loss", "Scores", "Confusion matrix", "Reliability",
+        "Length bias"]
+    assert page.count('<svg role="img" aria-label="') == 5 and run_report.INK not in page and "currentColor" in page
+    assert page.count("<details>") == run_report.MISTAKES and "prefers-color-scheme: dark" in page
 
 
-def test_a_model_with_opinions_that_are_wrong_is_not_called_collapsed_but_worse_than_the_prior():
-    labels, lengths, logits = rows(shares=(0.6, 0.25, 0.15))
-    said = " ".join(scored(labels, lengths, np.roll(logits, 1, axis=0))["verdict"])
-    assert "COLLAPSED" not in said and "NOT better than the class prior" in said
+def test_a_page_fetches_nothing_and_takes_no_text_for_html(tmp_path):
+    page = written(tmp_path, *finished_run())
+    assert "<i>" not in page and "&lt;i&gt;xx" in page and "default-src 'none'" in page
+    assert not re.search(r"<(script|img|link|iframe)|\bsrc=|@import|url\((?!#)", page)
+    assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', page))
 
 
-def test_the_best_reachable_score_is_named_with_the_share_of_the_gap_closed():
-    labels, lengths, logits = rows()
-    truth = np.full((len(labels), 3), 0.05)
-    truth[np.arange(len(labels)), labels] = 0.9
-    result = scored(labels, lengths, logits, reachable=truth[len(labels) // 2:])
-    prior, best, final = (result["results"][name]["log_loss"] for name in (
-        "class prior", "best reachable", "model, calibrated"))
-    assert f"{(prior - final) / (prior - best):.0%} of the gap" in result["verdict"][-1]
-    assert best == pytest.approx(-np.log(0.9))
+def test_without_matplotlib_the_page_has_its_tables_and_that_is_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run_report.log_missing_matplotlib.cache_clear()
+    for fold in ("fold-1", "fold-2"):
+        (tmp_path / fold).mkdir()
+        page = written(tmp_path / fold, *finished_run())
+        assert "<svg" not in page and "The figures were left out" in page and page.count("<table>") == 3
+    run_report.log_missing_matplotlib.cache_clear()
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "matplotlib is not installed" in out
 
 
-def test_the_calibrated_figure_comes_from_a_temperature_fitted_on_other_rows():
-    labels, lengths, logits = rows(60)
-    result = scored(labels, lengths, logits)["results"]["model, calibrated"]["log_loss"]
-    half, own = len(labels) // 2, metrics.fit_temperature(logits[30:], labels[30:])
-    flattered = metrics.evaluate(metrics.averaged(logits[half:], own), labels[half:])["log_loss"]
-    assert result > flattered
+@pytest.mark.parametrize("make", [lambda: finished_run(count=1, evaluations=1), lambda: finished_run(count=2)])
+def test_a_handful_of_rows_still_makes_a_page(tmp_path, make):
+    report, rows, pairs, logits = make()
+    empty = [Pair(pair.id, ("",), ("",), ("",), pair.label) for pair in pairs]
+    assert "<h2>The" in written(tmp_path, report, rows, empty, logits)
 
 
-def test_out_of_fold_figures_use_each_row_once_and_baselines_that_did_not_see_it():
-    labels, lengths, logits = rows()
-    part = np.arange(len(labels)) % 3
-    splits = [(np.flatnonzero(part != k), np.flatnonzero(part == k)) for k in range(3)]
-    result = score_folds([logits[valid] for _, valid in splits], splits, labels, lengths, seed=1)["results"]
-    assert all(r["rows"] == len(labels) for r in result.values())
-    assert result["out of fold"]["log_loss"] < result["length only"]["log_loss"] < result["class prior"]["log_loss"]
+def test_a_run_on_all_rows_has_a_page_without_scores(tmp_path):
+    report = {"ended": "all 3 epochs done", "steps": 300, "best_step": 0, "train_rows": 1600, "valid_rows": 0}
+    page = written(tmp_path, report, [], [], np.empty((0, 2, 3)))
+    assert "there is no score" in page and "<table>" not in page
 
 
-def test_the_table_the_confusion_matrix_and_the_verdict_are_on_the_screen():
-    result = scored(*rows())
-    text = as_text(result)
-    for name, figures in result["results"].items():
-        assert f"{name} " in text and f"{figures['log_loss']:.4f}" in text
-    assert "people \\ model" in text and result["verdict"][0] in text
+def test_mistakes_are_the_most_confident_first_with_their_texts():
+    pairs = [Pair("sure", ("p",), ("a" * 5000,), ("b",), 0), Pair("right", ("p",), ("a",), ("b",), 1),
+             Pair("less sure", ("p",), ("a",), (None,), 2)]
+    page = run_report.mistakes_html(pairs, np.array([0, 1, 2]), np.array([[.05, .9, .05], [.1, .8, .1], [.6, .3, .1]]))
+    assert re.findall(r"<summary>(.*?)</summary>", page) == [
+        "sure: label A, prediction B with 90%", "less sure: label tie, prediction A with 60%"]
+    assert "[... 3,500 characters ...]" in page and "(no answer)" in page and "The 2 most" in page
+
+
+def test_the_confusion_matrix_is_drawn_with_labels_in_rows():
+    axes, (report, *_) = Axes(), finished_run()
+    result = report["results"]["model, calibrated"]
+    run_report.draw_confusion(axes, result)
+    cells = {(y, x): int(text.split("\n")[0].replace(",", "")) for (x, y, text), _ in axes.of("text")}
+    assert [[cells[truth, prediction] for prediction in range(3)] for truth in range(3)] == result["confusion"]
+    assert axes.of("set_yticks")[0][0][1] == LABELS and axes.of("set_ylabel")[0][0] == ("label",)
+    low, high = axes.of("set_ylim")[0][0]
+    assert low > high                                                    # the first row on top, as in the table
+
+
+def test_the_reliability_diagram_has_the_calibration_bins():
+    axes, (report, *_) = Axes(), finished_run()
+    result = report["results"]["model, calibrated"]
+    run_report.draw_reliability(axes, result)
+    (x, y), options = axes.of("scatter")[0]
+    assert x == [b["confidence"] for b in result["calibration"]] and y == [b["accuracy"] for b in result["calibration"]]
+    assert len(options["s"]) == len(x)
+
+
+def test_tenths_hold_every_row_once_in_order():
+    by, values = np.arange(100)[::-1], (np.arange(100) < 50).astype(float)
+    middles, means, errors = run_report.tenths(by, values)
+    assert np.allclose(middles, np.arange(4.5, 100, 10)) and np.allclose(means, [0] * 5 + [1] * 5)
+    assert np.allclose(errors, 0) and len(run_report.tenths(np.arange(3), np.ones(3))[0]) == 3
+
+
+def test_length_bias_compares_the_annotators_with_the_model():
+    axes, (_, _, pairs, logits) = Axes(), finished_run()
+    labels, p = np.array([pair.label for pair in pairs]), metrics.swap_averaged(logits, 1.0)
+    run_report.draw_length_bias(axes, p, labels, character_counts(pairs))
+    (annotators, _), (model, _) = ((arguments[1], options) for arguments, options in axes.of("errorbar"))
+    assert np.isclose(annotators.mean(), (labels == 0).mean()) and np.isclose(model.mean(), p[:, 0].mean())
 
 
 def test_the_model_card_says_what_it_was_trained_on_and_what_it_scored():
-    report = scored(*rows()) | {"train_rows": 300, "valid_rows": 300, "steps": 90, "best_step": 60}
-    card = model_card(report, "minipref-tiny", ["train.csv"], "tiny", {"lr": 1e-3}, 7)
+    report = finished_run()[0]
+    card = run_report.model_card(report, "minipref-tiny", ["train.csv"], "tiny", {"lr": 1e-3}, 7)
     assert f"{report['results']['model, calibrated']['log_loss']:.4f}" in card and "| lr | 0.001 |" in card
-    bare = model_card({"train_rows": 300, "steps": 90, "best_step": 0}, "e", ["t.csv"], "tiny", {}, 7)
+    bare = run_report.model_card({"train_rows": 300, "steps": 90, "best_step": 0}, "e", ["t.csv"], "tiny", {}, 7)
     assert "there is no score" in bare

@@ -1,4 +1,4 @@
-"""train.py and predict.py as people run them: what they write, what they refuse, and that a stopped run goes on."""
+"""train.py and predict.py as people run them: what they write, what they refuse, and that a stopped run resumes."""
 
 import contextlib
 import json
@@ -20,6 +20,8 @@ import predict
 import train
 from minipref.checkpoint import load_classifier
 from minipref.data import read_pairs
+from minipref.run import state
+from minipref.runtime import Stopped
 
 ROOT = Path(train.__file__).parent
 FAST = ["--recipe", "tiny", "--epochs", "4", "--lr", "5e-3", "--precision", "fp32", "--batch-size", "8",
@@ -30,7 +32,7 @@ FAST = ["--recipe", "tiny", "--epochs", "4", "--lr", "5e-3", "--precision", "fp3
 def elsewhere(tmp_path, monkeypatch):
     """Each test in a folder of its own, without a second of drawing, and with torch's determinism put back after it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("minipref.plots.figures_html", lambda figures: "")
+    monkeypatch.setattr("minipref.run.report.figures_html", lambda figures: "")
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -45,7 +47,7 @@ def finished(encoder, tmp_path_factory):
     return folder
 
 
-def said(capsys, arguments, main=train.main):
+def call(capsys, arguments, main=train.main):
     code = main(arguments)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
@@ -56,7 +58,7 @@ def said(capsys, arguments, main=train.main):
 def test_a_run_learns_and_writes_what_the_design_promises(finished):
     run = finished / "run"
     assert {p.name for p in run.iterdir()} == {"config.json", "metrics.csv", "timing.csv", "report.json", "model",
-                                               "state", "valid_predictions.csv", "tokens.safetensors", "report.html"}
+                                               "state", "valid_predictions.csv", "report.html"}
     log = pd.read_csv(run / "metrics.csv")
     assert log["step"].tolist() == [45, 90, 135, 180] and log["log_loss"].iloc[-1] < 0.5 < log["train_loss"].iloc[0]
     report = json.loads((run / "report.json").read_text())
@@ -68,19 +70,19 @@ def test_a_run_learns_and_writes_what_the_design_promises(finished):
     assert "train.csv" in card and str(finished) not in card and "| lr | 0.005 |" in card
 
 
-def test_how_long_it_will_take_is_said_without_the_slow_first_steps(encoder, tmp_path, monkeypatch, capsys):
-    passed, take_step = [0.0], train.take_step
+def test_the_time_that_is_left_is_printed_without_the_slow_first_steps(encoder, tmp_path, monkeypatch, capsys):
+    passed, check_step = [0.0], train.check_step
 
-    def slow_at_first(model, optimizer, scaler, lr, window, progress, setup):
-        passed[0] += 100 if progress.step < 10 else 2
-        return take_step(model, optimizer, scaler, lr, window, progress, setup)
+    def slow_at_first(state, *arguments):
+        passed[0] += 100 if state.step < 10 else 2
+        check_step(state, *arguments)
 
-    monkeypatch.setattr(train, "take_step", slow_at_first)
+    monkeypatch.setattr(train, "check_step", slow_at_first)
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: passed[0]))
     rows = write_rows(tmp_path / "train.csv", 400)
     options = ["--recipe", "tiny", "--epochs", "1", "--batch-size", "8", "--evals-per-epoch", "1"]
-    code, out, _ = said(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "run", *options])
-    assert code == 0 and "2 s a step: the 25 to come take 50 s at that pace" in out
+    code, out, _ = call(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "run", *options])
+    assert code == 0 and "2 s a step: the remaining 25 take 50 s at that speed" in out
 
 
 def test_metrics_hold_no_times_and_no_paths(finished):
@@ -91,7 +93,7 @@ def test_metrics_hold_no_times_and_no_paths(finished):
 def test_the_newest_runs_model_writes_a_submission(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished)
     test = write_rows(finished / "test.csv", 57, seed=1, labels=False)
-    code, out, _ = said(capsys, [str(test)], predict.main)
+    code, out, _ = call(capsys, [str(test)], predict.main)
     assert code == 0 and "57 rows, both orders" in out
     frame = pd.read_csv("submission.csv", dtype={"id": str})
     assert list(frame) == ["id", "winner_model_a", "winner_model_b", "winner_tie"]
@@ -102,48 +104,48 @@ def test_the_newest_runs_model_writes_a_submission(finished, monkeypatch, capsys
 
 def test_a_labelled_file_is_scored(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished)
-    code, out, _ = said(capsys, [str(write_rows(finished / "labelled.csv", 60, seed=2))], predict.main)
-    assert code == 0 and "log loss" in out and "people \\ model" in out
+    code, out, _ = call(capsys, [str(write_rows(finished / "labelled.csv", 60, seed=2))], predict.main)
+    assert code == 0 and "log loss" in out and "label \\ prediction" in out
 
 
-def test_one_pair_is_judged_the_same_from_the_command_line_and_from_python(finished, monkeypatch, capsys):
+def test_one_pair_is_predicted_the_same_from_the_command_line_and_from_python(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished)
     prompt, a, b = "77 the house is", "yes old and red", "no the is red"
-    code, out, _ = said(capsys, ["--prompt", prompt, "--a", a, "--b", b, "--precision", "fp32"], predict.main)
+    code, out, _ = call(capsys, ["--prompt", prompt, "--a", a, "--b", b, "--precision", "fp32"], predict.main)
     p = minipref.load_judge("run/model").compare(prompt, a, [b])
     assert code == 0 and [float(line.split()[1]) for line in out.splitlines()] == [round(x, 4) for x in p]
     assert p[0] > 0.6 and abs(sum(p) - 1) < 1e-12
 
 
-def test_averaging_both_orders_makes_the_verdict_independent_of_the_order(finished):
+def test_averaging_both_orders_makes_the_prediction_independent_of_the_order(finished):
     judge = minipref.load_judge(finished / "run" / "model")
     p, q = judge.compare("old", "yes", "no red"), judge.compare("old", "no red", "yes")
     assert np.allclose(p, (q[1], q[0], q[2]), atol=1e-6)
 
 
-def test_many_rows_are_judged_in_blocks_the_next_tokenised_beside_the_one_in_hand(finished, monkeypatch):
+def test_many_rows_are_predicted_in_blocks_and_the_next_is_tokenized_meanwhile(finished, monkeypatch):
     rows = [("old", "yes", "no " * number) for number in range(8)]
     wanted = minipref.load_judge(finished / "run" / "model").compare_many(rows)
-    begun = [threading.Event() for _ in range(3)]                        # when each block's tokenising begins
-    encode, predict_block = minipref.judge.encode_pairs, minipref.judge.predict_logits
+    begun = [threading.Event() for _ in range(3)]                        # when each block's tokenization begins
+    encode, predict_block = minipref.predictor.encode_pairs, minipref.predictor.predict_logits
     blocks = iter(begun)
 
-    def noted_encoding(*arguments):
+    def recorded_encoding(*arguments):
         assert threading.current_thread() is not threading.main_thread()
         next(blocks).set()
         return encode(*arguments)
 
-    def judged_while_the_next_is_tokenised(*arguments, **more):
-        judged.append(len(arguments[1]))
-        assert begun[min(len(judged), 2)].wait(30)
+    def predict_while_the_next_is_tokenized(*arguments, **more):
+        predicted.append(len(arguments[1]))
+        assert begun[min(len(predicted), 2)].wait(30)
         return predict_block(*arguments, **more)
 
-    judged = []
-    monkeypatch.setattr(minipref.judge, "ROWS_AT_ONCE", 3)
-    monkeypatch.setattr(minipref.judge, "encode_pairs", noted_encoding)
-    monkeypatch.setattr(minipref.judge, "predict_logits", judged_while_the_next_is_tokenised)
+    predicted = []
+    monkeypatch.setattr(minipref.predictor, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(minipref.predictor, "encode_pairs", recorded_encoding)
+    monkeypatch.setattr(minipref.predictor, "predict_logits", predict_while_the_next_is_tokenized)
     found = minipref.load_judge(finished / "run" / "model").compare_many(rows)
-    assert judged == [3, 3, 2] and np.allclose(found, wanted, atol=1e-6)
+    assert predicted == [3, 3, 2] and np.allclose(found, wanted, atol=1e-6)
 
 
 def test_several_models_are_averaged(finished, encoder, monkeypatch, capsys):
@@ -154,12 +156,12 @@ def test_several_models_are_averaged(finished, encoder, monkeypatch, capsys):
     assert train.main(["--train", "train.csv", "--encoder", str(encoder), "--run", "other", *FAST, "--seed", "7"]) == 0
     folders = ["run/model", "other/model"]
     arguments = [str(test), "--model", *folders, "--precision", "fp32", "--output", "mean.csv"]
-    code, _, _ = said(capsys, arguments, predict.main)
+    code, _, _ = call(capsys, arguments, predict.main)
     wanted = np.mean([minipref.load_judge(folder).compare_many(rows) for folder in folders], axis=0)
     assert code == 0 and np.allclose(pd.read_csv("mean.csv").iloc[:, 1:], wanted, atol=1e-7)
 
 
-def test_transformers_loads_the_trained_model_and_says_the_same(finished):
+def test_transformers_loads_the_trained_model_and_predicts_the_same(finished):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     judge = minipref.load_judge(finished / "run" / "model")
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(finished / "run" / "model",
@@ -176,9 +178,9 @@ def test_transformers_loads_the_trained_model_and_says_the_same(finished):
 
 # --- other ways to train
 
-def test_folds_give_every_row_a_verdict_from_a_model_that_never_saw_it(encoder, tmp_path, capsys):
+def test_folds_give_every_row_a_prediction_from_a_model_that_never_saw_it(encoder, tmp_path, capsys):
     rows = write_rows(tmp_path / "t.csv", 120)
-    code, out, _ = said(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST, "--folds", "3"])
+    code, out, _ = call(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST, "--folds", "3"])
     assert code == 0 and "out of fold, 3 models, 120 rows" in out
     held = pd.concat([pd.read_csv(f"r/fold-{k}/valid_predictions.csv", dtype={"id": str}) for k in (1, 2, 3)])
     assert sorted(held["id"]) == sorted(p.id for p in read_pairs(rows))
@@ -188,8 +190,8 @@ def test_folds_give_every_row_a_verdict_from_a_model_that_never_saw_it(encoder, 
 
 def test_all_rows_trains_on_everything_and_claims_no_score(encoder, tmp_path, capsys):
     rows = write_rows(tmp_path / "t.csv", 60)
-    code, out, _ = said(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST, "--all-rows"])
-    assert code == 0 and "there will be no score" in out
+    code, out, _ = call(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST, "--all-rows"])
+    assert code == 0 and "there is no score" in out
     report = json.loads(Path("r/report.json").read_text())
     assert report["train_rows"] == 60 and "results" not in report
     assert minipref.load_judge("r/model").temperature == 1.0
@@ -197,7 +199,7 @@ def test_all_rows_trains_on_everything_and_claims_no_score(encoder, tmp_path, ca
 
 def test_a_validation_file_that_shares_prompts_is_warned_of(encoder, tmp_path, capsys):
     rows = write_rows(tmp_path / "t.csv", 60)
-    code, out, _ = said(capsys, ["--train", str(rows), "--valid", str(rows), "--encoder", str(encoder), "--run", "r",
+    code, out, _ = call(capsys, ["--train", str(rows), "--valid", str(rows), "--encoder", str(encoder), "--run", "r",
                                  *FAST])
     assert code == 0 and "WARNING: 60 prompts are on both sides" in out
 
@@ -207,8 +209,8 @@ def test_frozen_embeddings_stay_as_they_were(encoder, tmp_path):
     assert train.main(["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST,
                        "--freeze-embeddings"]) == 0
     before, after = load_classifier(encoder), load_classifier("r/model")
-    assert torch.equal(before.encoder.word_table.weight, after.encoder.word_table.weight)
-    assert not torch.equal(before.encoder.rel_table.weight, after.encoder.rel_table.weight)
+    assert torch.equal(before.encoder.word_embeddings.weight, after.encoder.word_embeddings.weight)
+    assert not torch.equal(before.encoder.rel_embeddings.weight, after.encoder.rel_embeddings.weight)
 
 
 def test_checkpointed_activations_give_the_same_run_bit_for_bit(encoder, tmp_path):
@@ -219,7 +221,7 @@ def test_checkpointed_activations_give_the_same_run_bit_for_bit(encoder, tmp_pat
     assert Path("plain/metrics.csv").read_bytes() == Path("saving/metrics.csv").read_bytes()
 
 
-def test_accumulated_passes_equal_one_large_batch(tmp_path):
+def test_accumulated_micro_batches_equal_one_large_batch(tmp_path):
     encoder = write_encoder(tmp_path / "still", dropout=0.0)
     rows = write_rows(tmp_path / "t.csv", 58)
     base = ["--train", str(rows), "--encoder", str(encoder), "--recipe", "tiny", "--precision", "fp32", "--epochs", "2",
@@ -230,50 +232,75 @@ def test_accumulated_passes_equal_one_large_batch(tmp_path):
     assert max((large[name] - small[name]).abs().max() for name in large) < 1e-6
 
 
-def test_the_field_head_is_trained_and_saved_with_the_state_and_is_not_in_the_model(encoder, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--checkpoint-activations", "--aux-loss", "0"]])
+def test_the_plain_model_trains_as_the_accelerated_one(tmp_path, more):
+    """Twelve steps without dropout: the same scores and weights up to rounding, with and without accelerate()."""
+    encoder = write_encoder(tmp_path / "still", dropout=0.0)
+    rows = write_rows(tmp_path / "t.csv", 60)
+    base = ["--train", str(rows), "--encoder", str(encoder), *FAST, "--epochs", "2", "--lr", "1e-3", *more]
+    assert train.main([*base, "--run", "fast"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minipref.fast.FastSelfAttention.forward", None)   # nothing fast may be called
+        assert train.main([*base, "--run", "plain", "--no-fast"]) == 0
+    fast, plain = (pd.read_csv(f"{name}/metrics.csv") for name in ("fast", "plain"))
+    assert np.allclose(fast, plain, rtol=1e-4, atol=1e-6) and len(fast) == 2
+    fast, plain = (load_classifier(f"{name}/model").state_dict() for name in ("fast", "plain"))
+    assert max((fast[name] - plain[name]).abs().max() for name in fast) < 1e-5
+
+
+def test_the_plain_model_predicts_as_the_accelerated_one(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    arguments = [str(write_rows(finished / "plain.csv", 20, seed=4)), "--model", "run/model", "--precision", "fp32"]
+    assert predict.main([*arguments, "--output", "fast.csv"]) == 0
+    monkeypatch.setattr("minipref.fast.FastSelfAttention.forward", None)
+    assert predict.main([*arguments, "--output", "plain-model.csv", "--no-fast"]) == 0
+    fast, plain = (pd.read_csv(name) for name in ("fast.csv", "plain-model.csv"))
+    assert np.allclose(fast, plain, rtol=0, atol=1e-6)
+
+
+def test_the_auxiliary_head_is_trained_and_saved_with_the_state_and_is_not_in_the_model(encoder, tmp_path):
     rows = write_rows(tmp_path / "t.csv", 60)
     base = ["--train", str(rows), "--encoder", str(encoder), *FAST, "--epochs", "1"]
     assert train.main([*base, "--run", "with"]) == 0
-    assert train.main([*base, "--run", "without", "--field-loss", "0"]) == 0
-    states = {name: train.runs.load_state(f"{name}/state")[0] for name in ("with", "without")}
-    assert [name for name in states["with"] if "field_head" in name and name.startswith("model.")]
-    assert not any("field_head" in name for name in states["without"])
+    assert train.main([*base, "--run", "without", "--aux-loss", "0"]) == 0
+    states = {name: state.read_state(f"{name}/state")[0] for name in ("with", "without")}
+    assert [name for name in states["with"] if "auxiliary_head" in name and name.startswith("model.")]
+    assert not any("auxiliary_head" in name for name in states["without"])
     models = [load_classifier(f"{name}/model").state_dict() for name in states]
     assert models[0].keys() == models[1].keys()
-    assert not torch.equal(models[0]["encoder.word_table.weight"], models[1]["encoder.word_table.weight"])
+    assert not torch.equal(models[0]["encoder.word_embeddings.weight"], models[1]["encoder.word_embeddings.weight"])
 
 
-# --- stopping and going on
+# --- stopping and resuming
 
 def stop_at_check(monkeypatch, number):
-    """Let the run believe that SIGTERM came just before its n-th look."""
-    looks = 0
+    """Let the run believe that SIGTERM came just before its n-th check."""
+    checks = 0
 
     def check(self, *_):
-        nonlocal looks
-        looks += 1
-        if looks == number:
-            self.number = signal.SIGTERM
-            raise train.Stopped
+        nonlocal checks
+        checks += 1
+        if checks == number:
+            raise Stopped(signal.SIGTERM)
     monkeypatch.setattr(train.StopSignal, "check", check)
 
 
-@pytest.mark.parametrize("look", [1, 7, 8, 9, 16, 20, 25])    # mid-epoch, in an evaluation, after one, at the very end
-def test_a_run_stopped_anywhere_and_resumed_ends_as_if_it_had_not_been(encoder, tmp_path, monkeypatch, look):
+@pytest.mark.parametrize("check", [1, 7, 8, 9, 16, 20, 25])    # mid-epoch, in an evaluation, after one, at the very end
+def test_a_run_stopped_anywhere_and_resumed_ends_as_if_it_had_not_been(encoder, tmp_path, monkeypatch, check):
     rows = write_rows(tmp_path / "t.csv", 120)
     base = ["--train", str(rows), "--encoder", str(encoder), *FAST, "--accumulate", "2"]
     assert train.main([*base, "--run", "whole"]) == 0
     with monkeypatch.context() as patch:
-        stop_at_check(patch, look)
+        stop_at_check(patch, check)
         assert train.main([*base, "--run", "broken"]) == 143
     assert train.main(["--resume", "--run", "broken"]) == 0
     for name in ("metrics.csv", "valid_predictions.csv", "model/model.safetensors", "model/minipref.json"):
         assert Path("whole", name).read_bytes() == Path("broken", name).read_bytes(), name
-    whole, broken = (train.runs.load_state(f"{name}/state")[0] for name in ("whole", "broken"))
+    whole, broken = (state.read_state(f"{name}/state")[0] for name in ("whole", "broken"))
     assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(encoder, tmp_path):
+def test_a_signal_finishes_the_step_saves_and_prints_how_to_resume(encoder, tmp_path):
     rows = write_rows(tmp_path / "t.csv", 2000)
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--train", str(rows), "--encoder", str(encoder),
                                 "--run", "r", *FAST, "--epochs", "200", "--patience", "0"], stdout=subprocess.PIPE,
@@ -284,7 +311,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(encoder, tmp_pat
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "--resume --run 'r'" in out and "Traceback" not in err
-    assert train.runs.has_state("r/state")
+    assert state.has_state("r/state")
 
 
 def test_signal_handlers_are_put_back_when_a_run_is_over(encoder, tmp_path):
@@ -294,18 +321,20 @@ def test_signal_handlers_are_put_back_when_a_run_is_over(encoder, tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_run_that_could_go_on_is_not_overwritten(finished, encoder, monkeypatch, capsys):
+def test_a_run_that_can_be_resumed_is_not_overwritten(finished, encoder, monkeypatch, capsys):
     monkeypatch.chdir(finished)
     before = Path("run/report.json").read_bytes()
-    code, _, err = said(capsys, ["--train", "train.csv", "--encoder", str(encoder), "--run", "run", *FAST])
+    code, _, err = call(capsys, ["--train", "train.csv", "--encoder", str(encoder), "--run", "run", *FAST])
     assert code == 2 and "--resume" in err and Path("run/report.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(("arguments", "what"), [(["--lr", "1e-4"], "--lr 0.0001, where the run has 0.005"),
-                                                 (["--no-swap"], "--no-swap True, where the run has its default")])
-def test_resuming_with_other_figures_is_refused_by_name(finished, monkeypatch, capsys, arguments, what):
+@pytest.mark.parametrize(("arguments", "what"), [
+    (["--lr", "1e-4"], "--lr 0.0001, where the run has 0.005"),
+    (["--no-swap"], "--no-swap True, where the run has False"),
+    (["--warmup", "9"], "--warmup 9.0, where the run has that of its recipe")])
+def test_resuming_with_other_hyperparameters_is_refused_by_name(finished, monkeypatch, capsys, arguments, what):
     monkeypatch.chdir(finished)
-    code, _, err = said(capsys, ["--resume", "--run", "run", *arguments])
+    code, _, err = call(capsys, ["--resume", "--run", "run", *arguments])
     assert code == 2 and what in err and err.count("\n") == 1
 
 
@@ -313,17 +342,26 @@ def test_resuming_on_other_rows_is_refused(encoder, tmp_path, capsys):
     rows = write_rows(tmp_path / "t.csv", 60)
     assert train.main(["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST]) == 0
     write_rows(rows, 60, seed=5)
-    code, _, err = said(capsys, ["--resume", "--run", "r"])
+    code, _, err = call(capsys, ["--resume", "--run", "r"])
     assert code == 2 and "train has changed" in err
 
 
-def test_a_figure_of_zero_is_a_figure(encoder, tmp_path, capsys):
+def test_a_hyperparameter_of_zero_is_one(encoder, tmp_path, capsys):
     rows = write_rows(tmp_path / "t.csv", 20)
     zero = ["--head-dropout", "0", "--warmup", "0", "--patience", "0", "--weight-decay", "0", "--seed", "0"]
     assert train.main(["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST, *zero]) == 0
     stored = json.loads(Path("r/config.json").read_text())
     assert stored["options"]["seed"] == 0
-    assert [stored["figures"][name] for name in ("head_dropout", "warmup", "patience", "weight_decay")] == [0] * 4
+    assert all(stored["hyperparameters"][name] == 0 for name in ("head_dropout", "warmup", "patience", "weight_decay"))
+
+
+def test_the_recipe_that_was_called_seed_is_baseline(encoder, tmp_path, capsys):
+    rows = write_rows(tmp_path / "t.csv", 20)
+    arguments = ["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST]
+    arguments[arguments.index("tiny")] = "seed"
+    code, out, _ = call(capsys, [*arguments, "--epochs", "1"])
+    assert code == 0 and "note: the recipe 'seed' is now called 'baseline'" in out and "recipe     baseline" in out
+    assert json.loads(Path("r/config.json").read_text())["options"]["recipe"] == "baseline"
 
 
 # --- what is refused
@@ -334,7 +372,7 @@ def test_a_figure_of_zero_is_a_figure(encoder, tmp_path, capsys):
     (["--epochs", "0"], "--epochs"),
     (["--lr", "-1"], "--lr"),
     (["--lr", "nan"], "--lr"),
-    (["--recipe", "best"], "--recipe"),
+    (["--recipe", "best"], "--recipe: 'best', expected baseline, microsoft, tiny"),
     (["--folds", "2", "--all-rows"], "--folds and --all-rows"),
     (["--resume"], "--resume without --run"),
     (["--resume", "--run", "nowhere"], "nowhere"),
@@ -345,7 +383,7 @@ def test_a_figure_of_zero_is_a_figure(encoder, tmp_path, capsys):
 def test_wrong_arguments_get_one_line_and_exit_code_2(encoder, tmp_path, capsys, arguments, what):
     rows = write_rows(tmp_path / "t.csv", 20)
     base = ["--train", str(rows), "--encoder", str(encoder), "--run", "r"]
-    code, _, err = said(capsys, [*base, *arguments] if "--resume" not in arguments else arguments)
+    code, _, err = call(capsys, [*base, *arguments] if "--resume" not in arguments else arguments)
     assert code == 2 and err.count("\n") == 1 and err.startswith("train.py: ") and what in err
 
 
@@ -356,7 +394,7 @@ def test_an_encoder_without_one_of_its_files_is_refused_by_name(encoder, tmp_pat
     for file in encoder.iterdir():
         if file.name != broken:
             (folder / file.name).write_bytes(file.read_bytes())
-    code, _, err = said(capsys, ["--train", str(write_rows(tmp_path / "t.csv", 20)), "--encoder", str(folder)])
+    code, _, err = call(capsys, ["--train", str(write_rows(tmp_path / "t.csv", 20)), "--encoder", str(folder)])
     assert code == 2 and err.count("\n") == 1 and (broken.split(".")[0] in err)
 
 
@@ -370,7 +408,7 @@ def test_a_half_written_checkpoint_is_refused_and_nothing_is_overwritten(finishe
     test = write_rows(tmp_path / "t.csv", 3, labels=False)
     for part in range(0, 16):
         (folder / "model.safetensors").write_bytes(whole[:len(whole) * part // 16])
-        code, _, err = said(capsys, [str(test), "--model", str(folder)], predict.main)
+        code, _, err = call(capsys, [str(test), "--model", str(folder)], predict.main)
         assert code == 2 and "model.safetensors" in err and err.count("\n") == 1
     assert Path("submission.csv").read_text() == "mine"
 
@@ -383,14 +421,14 @@ def test_a_half_written_checkpoint_is_refused_and_nothing_is_overwritten(finishe
     (["t.csv"], "no run so far"),
 ])
 def test_wrong_arguments_to_predict_get_one_line_and_exit_code_2(capsys, arguments, what):
-    code, _, err = said(capsys, arguments, predict.main)
+    code, _, err = call(capsys, arguments, predict.main)
     assert code == 2 and what in err and err.count("\n") == 1
 
 
 def test_a_duplicate_id_in_a_test_file_stops_prediction_before_anything_is_written(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished)
     Path("twice.csv").write_text("id,prompt,response_a,response_b\n1,p,a,b\n1,p,a,b\n")
-    code, _, err = said(capsys, ["twice.csv", "--output", "out.csv"], predict.main)
+    code, _, err = call(capsys, ["twice.csv", "--output", "out.csv"], predict.main)
     assert code == 2 and "twice.csv, row 2, column id" in err and not Path("out.csv").exists()
 
 
@@ -398,6 +436,6 @@ def test_a_duplicate_id_in_a_test_file_stops_prediction_before_anything_is_writt
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_batchs_ids(encoder, tmp_path, capsys):
     rows = write_rows(tmp_path / "t.csv", 40)
-    code, _, err = said(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST, "--lr", "1e30"])
+    code, _, err = call(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST, "--lr", "1e30"])
     assert code == 1 and "Traceback" not in err and err.count("\n") == 1
     assert any(p.id in err for p in read_pairs(rows)) and "--lr" in err

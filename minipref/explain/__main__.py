@@ -1,0 +1,87 @@
+"""`python -m minipref.explain`: the page and the figure of one pair."""
+
+import argparse
+import sys
+from itertools import islice
+from pathlib import Path
+
+from minipref.checkpoint import load_classifier
+from minipref.config import LABELS
+from minipref.data import Pair, read_pairs
+from minipref.explain.attribution import explain
+from minipref.explain.figure import figure
+from minipref.explain.page import page
+from minipref.predictor import SETTINGS, Judge, add_rows_or_pair, check_rows_or_pair, check_vocabulary, load_judge
+from minipref.run.folder import newest_models
+from minipref.runtime import ArgumentParser, InputError, number, run_program, write_text
+from minipref.tokenizer import load_tokenizer
+
+BUNDLED = Path(__file__).resolve().parents[2] / "weights" / "minipref-tiny"
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(prog="python -m minipref.explain",
+                            description="What a head attends to, and token attributions: a page and a figure.")
+    add = parser.add_argument
+    add_rows_or_pair(parser)
+    add("--row", type=number(int, 1), default=1, metavar="N", help="which row of the CSV, counted from 1")
+    add("--model", metavar="DIR", help="a trained model or an encoder (default: the newest run's, or the bundled)")
+    add("--layer", type=int, default=1, metavar="N", help="the layer to open with, counted from 1")
+    add("--head", type=int, default=1, metavar="N", help="the head to open with, counted from 1")
+    add("--tokens", type=int, default=128, metavar="N",
+        help="truncate the pair to this many tokens: the page grows with their square")
+    add("--output", default="explain.html", metavar="HTML", help="the page; the figure goes beside it")
+    options = parser.parse_args(arguments)
+    check_rows_or_pair(parser, options)
+    if not options.output.endswith(".html"):
+        parser.error(f"--output {options.output}: the page's name ends in .html")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_program("explain", lambda: write_explanation(parse_arguments(arguments)))
+
+
+def write_explanation(options: argparse.Namespace) -> None:
+    if options.csv is None:
+        pair = Pair("", (options.prompt,), (options.a,), (options.b,))
+    else:
+        pair = next(islice(read_pairs(options.csv, "if present"), options.row - 1, None), None)
+        if pair is None:
+            raise InputError(file=options.csv, found=f"no row {options.row}", expected="a row of the file")
+    judge, name = load_model(options.model)
+    config = judge.model.config
+    for what, chosen, count in (("layer", options.layer, config.num_hidden_layers),
+                                ("head", options.head, config.num_attention_heads)):
+        if not 1 <= chosen <= count:
+            raise InputError(found=f"--{what} {chosen}", expected=f"from 1 to {count} with this model")
+    explanation = explain(judge, pair, options.tokens, name)
+    output = Path(options.output)
+    write_text(output, page(explanation, options.layer - 1, options.head - 1))
+    write_text(output.with_suffix(".svg"), figure(explanation, options.layer - 1, options.head - 1))
+    print(f"explained  {name}: {len(explanation.tokens)} tokens, {explanation.num_truncated:,} left out")
+    if explanation.attribution is None:
+        print("           no trained classifier here, so no prediction: train.py trains one")
+    else:
+        for label, p in zip(LABELS, explanation.attribution.averaged):
+            print(f"           {label:<4} {p:.4f}")
+    print(f"wrote      {output} and {output.with_suffix('.svg')}")
+
+
+def load_model(path: str | None) -> tuple[Judge, str]:
+    """The model at `path`, else the newest run's (its first fold's), else the bundled encoder; and its name."""
+    try:
+        folder = Path(path) if path else newest_models()[0]
+    except InputError:                                                   # nothing was trained yet
+        folder = BUNDLED
+    name = "/".join(folder.resolve().parts[-2:])
+    if (folder / SETTINGS).exists():
+        return load_judge(folder, fast=False), name
+    tokenizer, model = load_tokenizer(folder), load_classifier(folder)
+    check_vocabulary(tokenizer, model.config.vocab_size, folder)
+    return (Judge(model, tokenizer, model.config.max_distance),
+            f"{name}, an encoder" if model.load_report.new else name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

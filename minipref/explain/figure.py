@@ -1,0 +1,87 @@
+"""One head's scores and probabilities as an SVG, and as text."""
+
+import html
+from itertools import pairwise
+
+import numpy as np
+
+from minipref.explain.attribution import TERMS, Explanation
+
+PANELS = {"c2c": "content to content", "c2p": "content to position", "p2c": "position to content",
+          "sum": "the three together", "probs": "probabilities"}
+LEVELS = 10                  # shades of a figure on each side of zero
+
+
+def figure(explanation: Explanation, layer: int, head: int, panels: tuple[str, ...] = tuple(PANELS)) -> str:
+    """One head's matrices side by side as an SVG, rows the queries, columns the keys; layer and head from 0.
+
+    Orange: a score above the row's mean; blue: below. All scores share one scale, so the panels can be compared.
+    """
+    matrices = {name: matrix for name, matrix in explanation.panels(layer, head).items() if name in panels}
+    L, columns = len(explanation.tokens), 2 if len(matrices) <= 4 else 3
+    cell, margin = max(2, min(11, 420 // L)), 66 if L <= 48 else 0       # longer sequences go without names
+    side = cell * L
+    limit = max([abs(m).max() for name, m in matrices.items() if name != "probs"], default=1.0) or 1.0
+    parts = []
+    for number, (name, matrix) in enumerate(matrices.items()):
+        row, column = divmod(number, columns)
+        left, top = margin + column * (side + 18), 20 + margin + row * (side + margin + 34)
+        shades = np.rint(np.sqrt(matrix) * LEVELS if name == "probs" else matrix / limit * LEVELS).astype(int)
+        title = PANELS[name] if name == "probs" else f"{name}, {PANELS[name]}"
+        parts += [f'<text x="{left}" y="{top - margin - 6}" class="title">{title}</text>',
+                  f'<g transform="translate({left} {top})"><rect width="{side}" height="{side}" class="s0"/>',
+                  _shaded(shades, cell), "</g>"]
+        for n, token in enumerate(explanation.tokens if margin else ()):
+            text, middle = html.escape(label(token)), cell * (n + .5) + 3
+            parts.append(f'<text transform="translate({left + middle:g} {top - 5}) rotate(-90)">{text}</text>')
+            if column == 0:
+                parts.append(f'<text x="{left - 5}" y="{top + middle:g}" text-anchor="end">{text}</text>')
+    width, height = margin + min(columns, len(matrices)) * (side + 18), top + side + 8
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+            f'role="img"><title>Layer {layer + 1}, head {head + 1}: {", ".join(matrices)}</title>'
+            f'<desc>{html.escape(alternative(explanation, layer, head))}</desc>\n<style>{STYLE}</style>\n'
+            + "\n".join(parts) + "\n</svg>\n")
+
+
+def label(token: str) -> str:
+    """A token's name; white space alone is shown as an open box."""
+    return token.strip() or "\u2423"
+
+
+def _shaded(shades: np.ndarray, cell: int) -> str:
+    """Cells of one shade as one path, neighbours in a row as one rectangle. `shades` (L, L) in -LEVELS..LEVELS."""
+    paths: dict[int, list[str]] = {}
+    for i, row in enumerate(shades):
+        edges = [0, *(np.flatnonzero(np.diff(row)) + 1), len(row)]
+        for begin, end in pairwise(edges):
+            if row[begin]:
+                paths.setdefault(int(row[begin]), []).append(
+                    f"M{begin * cell} {i * cell}h{(end - begin) * cell}v{cell}h-{(end - begin) * cell}z")
+    return "\n".join(f'<path class="{"s" if shade > 0 else "m"}{abs(shade)}" d="{"".join(pieces)}"/>'
+                     for shade, pieces in sorted(paths.items()))
+
+
+def _palette(mean: tuple, most: tuple, least: tuple) -> str:
+    """CSS for every shade: from `least` over `mean` to `most`, colours as (red, green, blue)."""
+    def mixed(end: tuple, share: float) -> str:
+        return "#" + "".join(f"{round(m + (e - m) * share):02x}" for m, e in zip(mean, end))
+    return "".join(f".{name}{n}{{fill:{mixed(end, n / LEVELS)}}}" for n in range(LEVELS + 1)
+                   for name, end in (("s", most), ("m", least)))
+
+
+STYLE = ("text{font:9px ui-monospace,monospace;fill:#24292f;white-space:pre}.title{font:12px system-ui,sans-serif}"
+         + _palette((246, 246, 246), (179, 74, 0), (20, 84, 170))
+         + "@media(prefers-color-scheme:dark){text{fill:#d0d7de}"
+         + _palette((32, 37, 44), (255, 160, 70), (90, 165, 255)) + "}")
+
+
+def alternative(explanation: Explanation, layer: int, head: int, count: int = 5) -> str:
+    """The figure as text: the `count` highest probabilities, and which term is the largest in each."""
+    probs, scores = explanation.probs[layer, head], explanation.scores[layer, head]
+    sentences = []
+    for place in np.argsort(-probs, axis=None, kind="stable")[:count]:
+        i, j = divmod(int(place), len(explanation.tokens))
+        term = TERMS[int(scores[:, i, j].argmax())]
+        query, key = (f"{label(explanation.tokens[n])} (token {n + 1})" for n in (i, j))
+        sentences.append(f"{query} attends to {key} with {probs[i, j]:.0%}, mostly through {term}")
+    return "The strongest: " + "; ".join(sentences) + "."

@@ -1,0 +1,363 @@
+"""Disentangled attention without a gather, and without an L x L matrix kept for the backward pass.
+
+The plain form in `model.py` multiplies every query with all R relative embeddings and then gathers, for each pair of
+tokens, the one that its distance selects. The gather is what makes DeBERTa slow: it reads and writes L x L elements one
+by one, twice per head, and autograd keeps them all. Three observations remove it.
+
+**1. A table laid out by distance needs no index.** (Transformer-XL's relative shift.) L tokens have 2L - 1 distances.
+Let t[m] be the embedding of the distance L - 1 - m, so that distances descend. One matrix product,
+T[i, m] = q_i . t[m], gives every query's score with every distance, and a key at j needs the one at m = j - i + L - 1.
+In memory, where row i of T starts at i * (2L - 1), it lies at
+
+    i * (2L - 1) + j - i + L - 1  =  (L - 1) + i * (2L - 2) + j * 1:
+
+a matrix with strides (2L - 2, 1), which is a view of T (`relative_shift`). p2c is the same with queries and keys
+exchanged, transposed. A tile of c queries needs only L + c - 1 distances.
+
+**2. One head at a time fits into the cache.** A block of scores, about a megabyte, is made, used and overwritten;
+main memory sees only q, k, v and the result.
+
+**3. The backward pass can recompute the scores.** A block holds whole rows, so its softmax can be recomputed from q, k
+and the table alone. With S the scores, P = softmax(S), Z the dropout mask (0 or 1 / keep), O = (P * Z) V the result and
+dO the incoming gradient:
+
+    dV = (P * Z)^T dO         dP = (dO V^T) * Z         dS = P * (dP - rowsum(P * dP))
+
+    dq_i = scale * sum_j dS[i, j] (k_j + pos_k[i - j])         dpos_k[m] = scale * sum_(i - j = m) dS[i, j] q_i
+    dk_j = scale * sum_i dS[i, j] (q_i + pos_q[i - j])         dpos_q[m] = scale * sum_(i - j = m) dS[i, j] k_j
+
+The sums over one distance are matrix products again: write dS into the `relative_shift` of a zeroed T; the formulas are
+then T times the table, and T transposed times the queries. Textbooks take the row sum over O * dO. It is the same
+number, but only the sum over P * dP makes a lone token's gradients exactly 0.
+
+Dropout draws from its own generator, seeded from torch's global one. The backward pass seeds it again, so no mask is
+kept, and a resumed or recomputed pass repeats it.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipref.fast.layers import DropoutMask, draw_seed, without_autocast
+
+BLOCK_BYTES = 2**21      # of scores per block: half of a core's second-level cache
+LANES = 32               # widths of products are rounded up to a multiple of this: 32 bfloat16 fill a cache line
+
+
+def select_backend(device: torch.device) -> str:
+    """Which form computes the attention: "blocks" or "batched".
+
+    On a CPU blocks, whatever the length: they stay in its cache. On an accelerator the batched form: starting a kernel
+    costs more than a block's work, so all heads go at once.
+    """
+    return "blocks" if device.type == "cpu" else "batched"
+
+
+def fast_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor, attention_mask: Tensor,
+                   buckets: Tensor, dropout: float = 0.0) -> Tensor:
+    """Disentangled attention in the form that suits the device.
+
+    Shapes: q (B, H, L, d), or (B, H, 1, d) for [CLS] alone; the rest as in `blockwise_attention` -> that of q.
+    """
+    if q.shape[2] < k.shape[2]:
+        attention = cls_attention
+    else:
+        attention = blockwise_attention if select_backend(q.device) == "blocks" else batched_attention
+    return attention(q, k, v, pos_q, pos_k, attention_mask, buckets, dropout)
+
+
+def cls_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor, attention_mask: Tensor,
+                  buckets: Tensor, dropout: float = 0.0) -> Tensor:
+    """Disentangled attention of the first token only. With one query there is one distance a key, and no square:
+    score[j] = k_j . (q + pos_q[0 - j]) + q . pos_k[0 - j].
+
+    Shapes: q (B, H, 1, d), the rest as in `blockwise_attention` -> (B, H, 1, d).
+    """
+    L = k.shape[2]
+    buckets = buckets[:L].flip(0)                                        # of the distances 0, -1, ... 1 - L
+    q = q / math.sqrt(3 * q.shape[-1])
+    pos_q = pos_q[:, buckets] / math.sqrt(3 * q.shape[-1])
+    scores = (k * (q + pos_q)).sum(-1)[:, :, None] + q @ pos_k[:, buckets].mT                            # (B, H, 1, L)
+    scores = scores.masked_fill(~attention_mask[:, None, None, :], torch.finfo(scores.dtype).min)
+    probs = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return F.dropout(probs, dropout).to(v.dtype) @ v
+
+
+def batched_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor, attention_mask: Tensor,
+                      buckets: Tensor, dropout: float = 0.0) -> Tensor:
+    """Disentangled attention of all heads at once, with c2p + p2c as the mask of torch's own fused attention.
+
+    Shapes: as `blockwise_attention`.
+    """
+    (B, H, L), scale = q.shape[:3], 1 / math.sqrt(3 * q.shape[-1])
+    q = q * scale
+    c2p = relative_shift((q @ pos_k[:, buckets.flip(0)].mT).flatten(0, 1), L)                            # (BH, L, L)
+    p2c = relative_shift((k @ (pos_q[:, buckets] * scale).mT).flatten(0, 1), L).mT
+    bias = (c2p + p2c).unflatten(0, (B, H))
+    bias = bias.masked_fill(~attention_mask[:, None, None, :], torch.finfo(bias.dtype).min)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor, attention_mask: Tensor,
+                        buckets: Tensor, dropout: float = 0.0) -> Tensor:
+    """Disentangled attention in blocks, with dropout on the probabilities. Differentiable once.
+
+    Queries past the last token of all sequences that are worked on together are not computed; their result is 0.
+
+    Shapes: q, k, v (B, H, L, d); pos_q, pos_k (H, R, d); attention_mask (B, L) bool; buckets (2L - 1,) int64, the row
+    of each distance as `model.distance_buckets` returns it; dropout a rate in [0, 1) -> (B, H, L, d).
+    """
+    seed = draw_seed() if dropout else 0
+    return _BlockwiseAttention.apply(q, k, v, pos_q, pos_k, attention_mask, buckets, dropout, seed)
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    """The arguments are those of `blockwise_attention`, and the seed of its dropout."""
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx, q, k, v, pos_q, pos_k, attention_mask, buckets, dropout, seed):
+        ctx.save_for_backward(q, k, v, pos_q, pos_k, attention_mask, buckets)
+        ctx.dropout, ctx.seed = dropout, seed
+        mask, space = DropoutMask(dropout, seed), Workspace(q.dtype)
+        out = torch.zeros_like(q)
+        for block in blocks(q, k, pos_q, pos_k, attention_mask, buckets, space):
+            probs = block.probs
+            if dropout:
+                probs *= mask.fill(space.take("mask", probs.shape))
+            out[block.at_queries] = torch.bmm(probs, v[block.at_keys]) / mask.keep
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @without_autocast
+    def backward(ctx, d_out):
+        q, k, v, pos_q, pos_k, attention_mask, buckets = ctx.saved_tensors
+        (H, R, d), L = pos_q.shape, q.shape[2]
+        scale = 1 / math.sqrt(3 * d)
+        mask, space = DropoutMask(ctx.dropout, ctx.seed), Workspace(q.dtype)
+        wide = torch.promote_types(q.dtype, torch.float32)               # sums over blocks are kept in float32
+        narrow = q.dtype if is_one_block(L, q.dtype) else wide
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k, dtype=narrow), torch.zeros_like(v, dtype=narrow)
+        d_table_q, d_table_k = (q.new_zeros(H, d, table_width(L), dtype=wide) for _ in range(2))
+
+        for block in blocks(q, k, pos_q, pos_k, attention_mask, buckets, space):
+            probs, d_block = block.probs, d_out[block.at_queries].contiguous() / mask.keep
+            d_probs = torch.bmm(d_block, v[block.at_keys].contiguous().mT, out=space.take("d_probs", probs.shape))
+            dropped = probs
+            if ctx.dropout:
+                kept = mask.fill(space.take("mask", probs.shape))
+                d_probs *= kept
+                dropped = kept.mul_(probs)
+            d_values = torch.bmm(dropped.mT, d_block)
+            d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype, grad_input=d_probs)
+            d_queries, d_keys = torch.bmm(d_scores, block.keys), torch.bmm(d_scores.mT, block.queries)       # c2c
+            for tile, near in block.query_tiles():                                                         # c2p
+                d_tile, d_table = tile_backward(d_scores[:, tile], block.queries[:, tile],
+                                                  block.table_k[:, near], space)
+                d_queries[:, tile] += d_tile
+                d_table_k[block.head, :, near] += d_table
+            for tile, near in block.key_tiles():                                                           # p2c
+                d_tile, d_table = tile_backward(d_scores[:, :, tile].mT, block.keys[:, tile],
+                                                  block.table_q[:, near], space)
+                d_keys[:, tile] += d_tile
+                d_table_q[block.head, :, near] += d_table
+
+            dq[block.at_queries] = d_queries
+            if block.first == 0:                     # mostly the only block, and writing costs less than adding
+                dk[block.at_keys], dv[block.at_keys] = d_keys, d_values
+            else:
+                dk[block.at_keys] += d_keys
+                dv[block.at_keys] += d_values
+
+        d_pos_q, d_pos_k = (q.new_zeros(H, R, d, dtype=wide) for _ in range(2))
+        d_pos_q.index_add_(1, buckets, d_table_q[:, :, :len(buckets)].mT, alpha=scale)
+        d_pos_k.index_add_(1, buckets.flip(0), d_table_k[:, :, :len(buckets)].mT)
+        gradients = dq.mul_(scale), dk, dv, d_pos_q, d_pos_k
+        return *(gradient.to(q.dtype) for gradient in gradients), None, None, None, None
+
+
+class Block(NamedTuple):
+    """The queries first..first + m - 1 of one head, in G rows of the batch, against those rows' n keys."""
+
+    head: int
+    batch: slice
+    first: int
+    L: int
+    queries: Tensor          # (G, m, d), scaled
+    keys: Tensor             # (G, n, d)
+    table_q: Tensor          # (d, E): pos_q for the distances i - j, ascending, scaled
+    table_k: Tensor          # (d, E): pos_k for the distances i - j, descending
+    probs: Tensor            # (G, m, n)
+
+    @property
+    def at_queries(self) -> tuple:
+        """Where in (B, H, L, d) the queries are."""
+        return self.batch, self.head, slice(self.first, self.first + self.queries.shape[1])
+
+    @property
+    def at_keys(self) -> tuple:
+        """Where in (B, H, L, d) the keys and values are."""
+        return self.batch, self.head, slice(0, self.keys.shape[1])
+
+    def query_tiles(self) -> list[tuple[slice, slice]]:
+        """The queries in tiles: which of the m, and the columns of table_k that these meet."""
+        return tiles(self.first, self.queries.shape[1], 0, self.keys.shape[1], self.L, self.keys.dtype)
+
+    def key_tiles(self) -> list[tuple[slice, slice]]:
+        """The keys in tiles: which of the n, and the columns of table_q that these meet."""
+        return tiles(0, self.keys.shape[1], self.first, self.queries.shape[1], self.L, self.keys.dtype)
+
+    def compute_probs(self, padding: Tensor | None, space: "Workspace") -> None:
+        """Fill `probs` with softmax(c2c + c2p + p2c); `padding` (G, 1, n) marks the keys that are none."""
+        scores, (m, n) = self.probs, self.probs.shape[1:]
+        for tile, near in self.key_tiles():
+            scores[:, :, tile] = tile_scores(self.keys[:, tile], self.table_q[:, near], m, space).mT      # p2c
+        scores.baddbmm_(self.queries, self.keys.mT)                                                          # c2c
+        for tile, near in self.query_tiles():
+            scores[:, tile] += tile_scores(self.queries[:, tile], self.table_k[:, near], n, space)        # c2p
+        if padding is not None:
+            scores.masked_fill_(padding, torch.finfo(scores.dtype).min)
+        torch.softmax(scores, -1, out=scores)              # of bfloat16 too it is computed in float32, then rounded
+
+
+def blocks(q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor, attention_mask: Tensor, buckets: Tensor,
+           space: "Workspace") -> Iterator[Block]:
+    """Every block of the attention, its probabilities computed; the order depends on the batch only.
+
+    Any block's `probs` are overwritten by the next one's.
+    """
+    (H, L, d), most = q.shape[1:], BLOCK_BYTES // q.itemsize
+    scale = 1 / math.sqrt(3 * d)
+    tables_q, tables_k = by_distance(pos_q * scale, buckets), by_distance(pos_k, buckets.flip(0))
+    groups = token_groups(attention_mask, most)
+    for h in range(H):
+        for batch, n, padding in groups:
+            keys = k[batch, h, :n].contiguous()
+            m = max(LANES, most // (len(keys) * n))
+            for first in range(0, n, m):
+                queries = q[batch, h, first:min(first + m, n)].contiguous() * scale
+                probs = space.take("probs", (len(keys), queries.shape[1], n))
+                block = Block(h, batch, first, L, queries, keys, tables_q[h], tables_k[h], probs)
+                block.compute_probs(padding, space)
+                yield block
+
+
+def is_one_block(L: int, dtype: torch.dtype) -> bool:
+    """Whether all queries of L tokens fit into one block."""
+    return L * L * dtype.itemsize <= BLOCK_BYTES
+
+
+def token_groups(attention_mask: Tensor, most_scores: int) -> list[tuple[slice, int, Tensor | None]]:
+    """Neighbouring rows of the batch that are worked on together: the rows, n, and which of their n keys are padding.
+
+    n is the position after the last token of the longest row. Where all keys up to there are tokens no mask is made.
+    """
+    B, L = attention_mask.shape
+    ends = (attention_mask * torch.arange(1, L + 1, device=attention_mask.device)).amax(1).tolist()
+    groups, start = [], 0
+    while start < B:
+        n, stop = ends[start], start + 1
+        while stop < B and max(n, ends[stop])**2 * (stop + 1 - start) <= most_scores:
+            n, stop = max(n, ends[stop]), stop + 1
+        padding = ~attention_mask[start:stop, None, :n]
+        if n > 0:
+            groups.append((slice(start, stop), n, padding if padding.any() else None))
+        start = stop
+    return groups
+
+
+def table_width(L: int) -> int:
+    """E: the columns of a table by distance, one for each distance among L tokens and room for rounding up."""
+    return 2 * L - 1 + 2 * LANES
+
+
+def by_distance(pos: Tensor, buckets: Tensor) -> Tensor:
+    """The relative table's vectors laid out by distance, one a column. Shapes: (H, R, d), (2L - 1,) -> (H, d, E)."""
+    table = pos.new_zeros(len(pos), pos.shape[2], table_width((len(buckets) + 1) // 2))
+    table[:, :, :len(buckets)] = pos.transpose(0, 1).index_select(0, buckets).permute(1, 2, 0)
+    return table
+
+
+@lru_cache(maxsize=4096)
+def tiles(start: int, count: int, others_start: int, others: int, L: int, dtype: torch.dtype
+           ) -> list[tuple[slice, slice]]:
+    """Cut `count` positions from `start` on into tiles of c, for products with a table by distance.
+
+    Column m of the table belongs to a position a of the tile and one b of the others with m = b - a + L - 1. All a
+    and b together need c + others - 1 columns: short tiles waste few of them, long ones make fewer products.
+
+    Returns for each tile where it lies among the `count`, and the columns.
+    """
+    # Measured at 128 to 2,048 tokens. A bfloat16 product has less to compute and so can afford less overhead.
+    c = min(max(others // 4, 64), 128) if dtype.itemsize > 2 else min(max(others, 64), 512)
+    found = []
+    for a in range(0, count, c):
+        b = min(a + c, count)
+        width = -(-(b - a + others - 1) // LANES) * LANES
+        if width % 512 == 0:         # rows a power of two apart compete for the same lines of the cache
+            width += LANES
+        column = others_start - (start + b) + L
+        found.append((slice(a, b), slice(column, column + width)))
+    return found
+
+
+def tile_scores(tile: Tensor, table: Tensor, others: int, space: "Workspace") -> Tensor:
+    """What each position of a tile scores with each of the others. Shapes: (G, c, d), (d, width) -> (G, c, others)."""
+    G, c, _ = tile.shape
+    product, relative_shift = space.product("product", G, c, table.shape[1], others)
+    torch.mm(tile.flatten(0, 1), table, out=product)
+    return relative_shift
+
+
+def tile_backward(d_scores: Tensor, tile: Tensor, table: Tensor, space: "Workspace") -> tuple[Tensor, Tensor]:
+    """The gradients of `tile_scores`: the tile's and the table's.
+
+    Shapes: (G, c, others), (G, c, d), (d, width) -> (G, c, d), (d, width).
+    """
+    G, c, others = d_scores.shape
+    d_product, relative_shift = space.product("d_product", G, c, table.shape[1], others)
+    relative_shift.copy_(d_scores)
+    return (d_product @ table.mT).unflatten(0, (G, c)), tile.flatten(0, 1).mT @ d_product
+
+
+def relative_shift(product: Tensor, others: int) -> Tensor:
+    """The view of a tile's products with a table in which entry (a, b) is product[a, b - a + c - 1].
+
+    Shapes: (G, c, width), contiguous, width >= others + c - 1 -> (G, c, others).
+    """
+    G, c, width = product.shape
+    assert product.is_contiguous() and width >= others + c - 1           # or the strides below would be wrong
+    return product.as_strided((G, c, others), (c * width, width - 1, 1), product.storage_offset() + c - 1)
+
+
+class Workspace:
+    """Buffers that every block uses again, so that they stay in the cache and memory is not asked for anew."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.buffers: dict[str, Tensor] = {}
+        self.products: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A contiguous tensor that holds anything; for the same name it is the same memory."""
+        size = math.prod(shape)
+        if name not in self.buffers or len(self.buffers[name]) < size:
+            self.buffers[name] = torch.empty(size, dtype=self.dtype)
+        return self.buffers[name][:size].view(shape)
+
+    def product(self, name: str, G: int, c: int, width: int, others: int) -> tuple[Tensor, Tensor]:
+        """A tile's products with a table, (G * c, width), and their `relative_shift`, (G, c, others).
+
+        New ones are zero, and stay so outside the relative_shift where only these are written.
+        """
+        key = name, G, c, width, others
+        if key not in self.products:
+            product = torch.zeros(G, c, width, dtype=self.dtype)
+            self.products[key] = product.flatten(0, 1), relative_shift(product, others)
+        return self.products[key]

@@ -1,0 +1,171 @@
+"""A trained model in use: its weights, tokenizer, budget and temperature as one object that compares responses.
+
+What is unusual here: annotators and models alike have a position bias. Each pair is predicted in both orders, the
+prediction for the swapped pair is mapped back (A and B exchanged), and the two are averaged.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minipref.checkpoint import load_classifier, save_classifier
+from minipref.data import SHARES, Pair, TokenizedPairs, Turns, batches_by_tokens, collate, encode_pairs, swap_classes
+from minipref.fast import accelerate
+from minipref.metrics import swap_averaged
+from minipref.model import PreferenceModel
+from minipref.run import distributed
+from minipref.runtime import ArgumentParser, InputError, autocast, read_json, short_repr, write_json
+from minipref.tokenizer import Tokenizer, load_tokenizer
+
+SETTINGS = "minipref.json"        # in a model's folder, beside config.json: what its training chose
+ROWS_AT_ONCE = 4096               # that are tokenized, and sorted by length, together
+MAX_LENGTH = 1 << 16              # tokens; far beyond any use, and still a size that a machine can refuse politely
+
+
+class Judge:
+    """Predicts how likely a person prefers A, prefers B or calls it a tie.
+
+    `temperature` divides the logits; `max_length` is the budget of the whole sequence in tokens.
+    """
+
+    def __init__(self, model: PreferenceModel, tokenizer: Tokenizer, max_length: int, temperature: float = 1.0,
+                 precision: str = "fp32"):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length, self.temperature, self.precision = max_length, temperature, precision
+
+    def compare(self, prompt: str | Sequence[str | None], response_a: str | Sequence[str | None],
+                response_b: str | Sequence[str | None]) -> tuple[float, float, float]:
+        """(p_a, p_b, p_tie) of one pair; each argument is a text, or a list of turns with None for a missing one."""
+        return tuple(self.compare_many([(prompt, response_a, response_b)])[0].tolist())
+
+    def compare_many(self, rows: Iterable[tuple], batch_tokens: int = 16_384, swap_average: bool = True,
+                     progress: Callable[[int], object] | None = None) -> np.ndarray:
+        """Probabilities of many pairs (prompt, response_a, response_b). Shapes: N rows -> (N, 3) float64.
+
+        Errors: `InputError` where the model's arithmetic overflows.
+        """
+        pairs = [row if isinstance(row, Pair) else Pair("", *map(_as_turns, row)) for row in rows]
+        if not pairs:
+            return np.empty((0, 3))
+        blocks = [pairs[begin:begin + ROWS_AT_ONCE] for begin in range(0, len(pairs), ROWS_AT_ONCE)]
+        orders = (False, True) if swap_average else (False,)
+        logits = []
+        with ThreadPoolExecutor(1) as executor:             # tokenizes the next block while this one is predicted
+            coming = executor.submit(encode_pairs, blocks[0], self.tokenizer, self.max_length)
+            for following in (*blocks[1:], None):
+                tokenized = coming.result()
+                if following is not None:
+                    coming = executor.submit(encode_pairs, following, self.tokenizer, self.max_length)
+                logits.append(predict_logits(self.model, tokenized, self.tokenizer, batch_tokens,
+                                             precision=self.precision, orders=orders, progress=progress))
+        logits = np.concatenate(logits)
+        if not np.isfinite(logits).all():
+            raise InputError(found=f"logits that are not finite, in precision {self.precision}",
+                             expected="--precision fp32 or bf16, or a model whose training did not diverge")
+        return swap_averaged(logits, self.temperature)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that `load_judge` and Hugging Face's `from_pretrained` load."""
+        folder = Path(folder)
+        self.tokenizer.save(folder)
+        write_json(folder / SETTINGS, {"format": 1, "max_length": self.max_length, "shares": list(SHARES),
+                                       "temperature": self.temperature})
+        save_classifier(self.model, folder)
+
+
+def load_judge(folder: str | Path, device: torch.device | str = "cpu", precision: str = "fp32", fast: bool = True
+               ) -> Judge:
+    """A trained model's folder, as train.py writes it: weights, tokenizer, budget, temperature.
+
+    The model is accelerated unless `fast` is False. Errors: `InputError` for whatever is missing, damaged, or does not
+    fit together.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(file=folder, found="no such folder", expected="a trained model's folder, like runs/NAME/model")
+    max_length, temperature = _read_settings(folder / SETTINGS)
+    tokenizer = load_tokenizer(folder)
+    model = load_classifier(folder, device=device)
+    if model.load_report.new:
+        raise InputError(file=folder / "model.safetensors", found=f"no {' and no '.join(model.load_report.new)}",
+                         expected="a trained classifier; this is an encoder, which train.py --encoder fine-tunes")
+    check_vocabulary(tokenizer, model.config.vocab_size, folder)
+    return Judge(accelerate(model) if fast else model, tokenizer, max_length, temperature, precision)
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: str | Path) -> None:
+    """Errors: `InputError` for a tokenizer with ids that the word embeddings do not have."""
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(file=folder, found=f"a tokenizer of {tokenizer.vocab_size:,} ids and {vocab_size:,} word "
+                         "embeddings", expected="a tokenizer and a model that belong together")
+
+
+def _read_settings(path: Path) -> tuple[int, float]:
+    settings = read_json(path, "a folder that train.py wrote")
+    max_length, temperature = settings.get("max_length"), settings.get("temperature")
+    if settings.get("format") != 1 or settings.get("shares") != list(SHARES):
+        raise InputError(file=path, found=f"format {short_repr(settings.get('format'))}, shares "
+                         f"{short_repr(settings.get('shares'))}", expected=f"format 1, shares {list(SHARES)}")
+    if type(max_length) is not int or not 8 <= max_length <= MAX_LENGTH:
+        raise InputError(file=path, found=f"max_length is {short_repr(max_length)}",
+                         expected=f"from 8 to {MAX_LENGTH} tokens")
+    if type(temperature) not in (int, float) or not 0 < temperature < 1e6:
+        raise InputError(file=path, found=f"temperature is {short_repr(temperature)}",
+                         expected="a positive number below a million")
+    return max_length, float(temperature)
+
+
+def _as_turns(value: str | Sequence[str | None]) -> Turns:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+@torch.no_grad()
+def predict_logits(model: PreferenceModel, tokenized: TokenizedPairs, tokenizer: Tokenizer, batch_tokens: int,
+                   most_rows: int = 256, precision: str = "fp32", orders: Sequence[bool] = (False, True),
+                   progress: Callable[[int], object] | None = None, together: bool = False) -> np.ndarray:
+    """Logits of every row in each order asked for (False as it stands, True with A and B exchanged).
+
+    Longest rows go first: a batch has little padding, and memory peaks at once. Logits of the swapped order are mapped
+    back: column 0 is always the row's own A. `progress` is called after each batch with its number of rows. With
+    `together` the processes of a run (run/distributed.py) share the batches, all return all logits, and `progress` is
+    called equally often in each.
+    Shapes: N rows -> (N, orders, 3) float64.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    logits = np.zeros((len(tokenized), len(orders), 3))
+    batches = list(batches_by_tokens(tokenized.lengths, batch_tokens, most_rows))
+    for rows in distributed.shard_batches(batches) if together else batches:
+        for order, swapped in enumerate(orders if len(rows) else ()):
+            input_ids, attention_mask, _ = collate(tokenized, rows, [swapped] * len(rows), tokenizer)
+            with autocast(device, precision):
+                out = model(input_ids.to(device), attention_mask.to(device)).cpu().double().numpy()   # no MPS float64
+            logits[rows, order] = swap_classes(out) if swapped else out
+        if progress:
+            progress(len(rows))
+    model.train(was_training)
+    return distributed.all_reduce_sum(logits) if together else logits
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+def add_rows_or_pair(parser: ArgumentParser) -> None:
+    """The arguments that say what to predict: a CSV, or one pair."""
+    parser.add_argument("csv", nargs="?", metavar="CSV", help="rows with id, prompt, response_a, response_b")
+    parser.add_argument("--prompt", metavar="TEXT", help="one pair instead of a CSV")
+    parser.add_argument("--a", metavar="TEXT")
+    parser.add_argument("--b", metavar="TEXT")
+
+
+def check_rows_or_pair(parser: ArgumentParser, options: argparse.Namespace) -> None:
+    """Errors: `InputError` for neither or both."""
+    pair = [options.prompt, options.a, options.b]
+    if options.csv is None and None in pair:
+        parser.error("neither a CSV nor all of --prompt, --a and --b")
+    if options.csv is not None and any(text is not None for text in pair):
+        parser.error("both a CSV and --prompt, --a or --b")

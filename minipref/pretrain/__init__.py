@@ -1,0 +1,22 @@
+"""Pretraining from scratch: replaced-token detection with gradient-disentangled embedding sharing (GDES).
+
+The files in the order in which they are best read:
+
+    objective.py     what makes v3 v3: generator, discriminator, the shared word embeddings, the two losses
+    corpus.py        text to documents, token ids and packed windows
+    evaluation.py    held-out metrics, and the baselines beside them
+    loop.py          the run: forward, backward, clip, schedule, step
+    __main__.py      the options
+
+    python -m minipref.pretrain --corpus CORPUS [CORPUS ...] --output runs/pretrain
+    python -m minipref.pretrain --corpus CORPUS --encoder weights/minipref-tiny      starts from a trained encoder
+    python -m minipref.pretrain --resume --output runs/pretrain                      resumes exactly where it stopped
+"""
+
+from minipref.pretrain.corpus import Corpus, PackedWindows, load_corpus, read_corpus
+from minipref.pretrain.evaluation import evaluate
+from minipref.pretrain.loop import export_encoder, pretrain
+from minipref.pretrain.objective import Pretraining
+
+__all__ = ["Corpus", "PackedWindows", "Pretraining", "evaluate", "export_encoder", "load_corpus", "pretrain",
+           "read_corpus"]

@@ -1,0 +1,102 @@
+"""The hyperparameters of a fine-tuning run, and three named presets: each value with its source.
+
+`train.py --recipe NAME` chooses a preset; each of its options overrides one value.
+"""
+
+import math
+from dataclasses import MISSING, dataclass, field
+
+
+def _between(lowest: float, highest: float, help: str, default=MISSING):
+    """A hyperparameter with what train.py's option of the same name allows and says."""
+    return field(default=default, metadata={"lowest": lowest, "highest": highest, "help": help})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The hyperparameters that change a run's result."""
+
+    epochs: int = _between(1, 10**4, "passes over the training rows")
+    batch_size: int = _between(1, 10**9, "rows of one forward and backward pass, over all processes")
+    eval_batch_size: int = _between(1, 10**9, "the same for evaluation")
+    lr: float = _between(0, 1e30, "learning rate at the peak")
+    warmup: float = _between(0, 10**9, "steps of warmup; below 1, a fraction of all steps")
+    weight_decay: float = _between(0, 1, "AdamW's, on matrices and embeddings")
+    adam_beta2: float = _between(0, 0.999999, "AdamW's average of squared gradients, over 1 / (1 - beta2) steps")
+    adam_eps: float = _between(0, 1, "added to AdamW's denominator")
+    clip: float = _between(0, 10**9, "maximum L2 norm of all gradients together")
+    head_dropout: float = _between(0, 0.999, "dropout before the classifier")
+    patience: int = _between(0, 10**9, "evaluations without a better log loss before stopping; 0 never stops")
+    evals_per_epoch: int = _between(1, 10**4, "evaluations per epoch")
+    max_length: int = _between(8, 1 << 16, "tokens of prompt and responses together")
+    accumulate: int = _between(1, 10**9, "micro-batches per optimizer step", default=1)
+    valid_fraction: float = _between(0.001, 0.9, "fraction of the rows that validates", default=0.1)
+    aux_loss: float = _between(0, 1000, "weight of the auxiliary head's loss; 0: no such head", default=0.0)
+    swap: bool = True          # exchange A and B in half of the rows, drawn anew each epoch
+
+    def steps_per_epoch(self, rows: int) -> int:
+        """Optimizer steps in an epoch of `rows` training rows; its last batch and last step may be smaller."""
+        return math.ceil(math.ceil(rows / self.batch_size) / self.accumulate)
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Steps of warmup; never more than a tenth of the run, or the peak would not be reached in time."""
+        steps = round(self.warmup * total_steps) if self.warmup < 1 else round(self.warmup)
+        return min(steps, max(1, total_steps // 10))
+
+
+MNLI = "Microsoft's mnli.sh for v3-small"
+RECIPES: dict[str, dict[str, tuple[int | float, str]]] = {   # preset -> hyperparameter -> (value, source)
+    "baseline": {
+        "epochs": (20, "the recipe this project started from"),
+        "batch_size": (8, "the recipe this project started from"),
+        "eval_batch_size": (32, "the recipe this project started from"),
+        "lr": (1.6e-5, f"{MNLI}: 4.5e-5 at batch 64, times sqrt(8 / 64)"),
+        "warmup": (0.08, f"{MNLI}: 1,500 of 18,408 steps"),
+        "weight_decay": (0.01, f"{MNLI}; none on biases and LayerNorms"),
+        "adam_beta2": (0.999, "torch's and transformers' default"),
+        "adam_eps": (1e-6, MNLI),
+        "clip": (1.0, MNLI),
+        "head_dropout": (0.5, "the recipe this project started from"),
+        "patience": (2, "the recipe this project started from"),
+        "evals_per_epoch": (1, "the recipe this project started from"),
+        "max_length": (512, "the longest the encoder was pretrained on"),
+        "aux_loss": (0.0, "the recipe this project started from"),
+    },
+    "microsoft": {
+        "epochs": (3, MNLI),
+        "batch_size": (64, MNLI),
+        "eval_batch_size": (64, "has no influence on the result beyond rounding"),
+        "lr": (4.5e-5, MNLI),
+        "warmup": (1500, MNLI),
+        "weight_decay": (0.01, f"{MNLI}; none on biases and LayerNorms"),
+        "adam_beta2": (0.999, "torch's and transformers' default"),
+        "adam_eps": (1e-6, MNLI),
+        "clip": (1.0, MNLI),
+        "head_dropout": (0.2, MNLI),
+        "patience": (0, "the published recipe runs to its end"),
+        "evals_per_epoch": (2, "so that the best of six states is kept"),
+        "max_length": (512, "the longest the encoder was pretrained on"),
+        "aux_loss": (0.0, MNLI),
+    },
+    "tiny": {
+        "epochs": (2, "trials in docs/experiments.md"),
+        "batch_size": (32, "trials in docs/experiments.md"),
+        "eval_batch_size": (128, "has no influence on the result beyond rounding"),
+        "lr": (5e-4, "trials in docs/experiments.md"),
+        "warmup": (0.05, "docs/training.md, with and without each"),
+        "weight_decay": (0.01, f"{MNLI}; none on biases and LayerNorms"),
+        "adam_beta2": (0.98, "v3's pretraining; trials in docs/experiments.md"),
+        "adam_eps": (1e-6, MNLI),
+        "clip": (1.0, MNLI),
+        "head_dropout": (0.0, "trials in docs/experiments.md"),
+        "patience": (2, "an epoch's evaluations"),
+        "evals_per_epoch": (2, "to see it learn"),
+        "max_length": (256, "no pair of the synthetic dataset is longer"),
+        "aux_loss": (1.0, "trials in docs/experiments.md"),
+    },
+}
+
+
+def recipe(name: str) -> TrainConfig:
+    """A preset's hyperparameters, without their sources."""
+    return TrainConfig(**{parameter: value for parameter, (value, _) in RECIPES[name].items()})

@@ -1,0 +1,216 @@
+"""A run's folder: what it was started with, who may write in it, and its logs.
+
+    runs/NAME/
+        config.json     options, hyperparameters and fingerprint of the input, with a checksum
+        metrics.csv     one row an evaluation; no times and no paths, so that equal runs have equal files
+        timing.csv      the times that metrics.csv leaves out
+        report.json     the final scores; report.html is the same as a page
+        model/          the best model so far, in the Hugging Face layout
+        state/          everything needed to resume (state.py)
+"""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from minipref.run import distributed
+from minipref.run.state import has_state
+from minipref.runtime import (
+    InputError,
+    RunError,
+    Stopped,
+    read_json,
+    remove_stale_temporaries,
+    sha256_of,
+    short_repr,
+    write_json,
+    write_text,
+)
+
+try:
+    import fcntl
+except ModuleNotFoundError:        # Windows
+    fcntl = None
+
+LATEST = Path("runs/latest")       # a text file that names the newest run's folder, wherever that is
+# Parts of a fingerprint that may change on --resume: the result is then the same up to rounding.
+MAY_CHANGE = ("device", "threads", "processes", "torch", "python", "system")
+
+
+def newest_models() -> list[Path]:
+    """The model of the newest run, or of each of its folds. Errors: `InputError` where there is none."""
+    try:
+        run = Path(LATEST.read_text(encoding="utf-8").strip())
+        run.stat()
+    except (OSError, ValueError):               # no such file, or one that names no folder
+        raise InputError(file=LATEST, found="no run so far", expected="--model DIR, or train.py first") from None
+    models = [run / "model"] if (run / "model").is_dir() else sorted(run.glob("fold-*/model"))
+    if not models:
+        raise InputError(file=run, found="no model in the newest run", expected="--model DIR")
+    return models
+
+
+def write_latest(folder: Path) -> None:
+    """Name the newest run for predict.py; for a fold, its run. No run fails for lack of this file."""
+    run = folder.parent if folder.name.startswith("fold-") else folder
+    try:
+        write_text(LATEST, f"{run.resolve()}\n")
+    except OSError as problem:
+        print(f"note: {LATEST} cannot be written ({problem.strerror}): pass --model {run / 'model'} to predict.py")
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run's folder, or that of one of its folds, has a state to resume from."""
+    return any(has_state(place / "state") for place in (folder, *folder.glob("fold-*")))
+
+
+def can_resume(folder: Path) -> bool:
+    """Whether there is a state to resume from; a run that never saved one starts anew. Errors: `InputError` for a run
+    whose state is gone."""
+    if not has_state(folder / "state") and (folder / "metrics.csv").exists():     # which is written after each state
+        raise InputError(file=folder / "state", found="no state, though the run had got as far as an evaluation",
+                         expected="the folder as it was, or the run begun anew: without --resume")
+    return has_state(folder / "state")
+
+
+@contextlib.contextmanager
+def resume_hint(folder: Path, command: str) -> Iterator[None]:
+    """Tell the user of a run that fails or is stopped in this block how to resume it."""
+    try:
+        yield
+    except (OSError, RuntimeError, RunError, Stopped) as problem:
+        if has_checkpoint(folder):
+            whole = "" if isinstance(problem, Stopped) else "the last saved state is whole; "
+            problem.add_note(f"{whole}to resume: {command} '{folder}'")
+        raise
+
+
+@contextlib.contextmanager
+def lock_run(folder: str | Path) -> Iterator[None]:
+    """Keep a run's folder for this run; what killed processes left half-written in it is removed.
+
+    Of several processes rank 0 locks. The lock is on the folder itself and is the system's: it leaves no file behind
+    and ends with the process, however that dies. Some network file systems have no locks; a line says so.
+    Errors: `InputError` where another process has the folder.
+    """
+    if not distributed.is_main_process():
+        yield
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:                    # the folder is the other process's, to remove as well
+        os.close(descriptor)
+        raise InputError(file=folder, found="another process at work in it",
+                         expected="that one to end, or another folder") from None
+    except OSError as problem:
+        print(f"note: {folder} cannot be locked ({problem.strerror}): let no other run use it now")
+    try:
+        for part in (folder, *folder.glob("fold-*")):
+            for place in (part, part / "model", part / "state"):
+                remove_stale_temporaries(place)
+        yield
+    finally:
+        with contextlib.suppress(OSError):     # only an empty one goes: a failed run leaves no folder
+            folder.rmdir()
+        if fcntl:
+            os.close(descriptor)
+
+
+# --- what a run was started with --------------------------------------------------------------------------------------
+
+def machine_fingerprint(device: torch.device) -> dict:
+    """What of this machine changes the order of additions, and so the last digits."""
+    return {"device": device.type, "threads": torch.get_num_threads(), "processes": distributed.world_size(),
+            "torch": torch.__version__, "python": platform.python_version(), "system": platform.machine()}
+
+
+def encoder_fingerprint(folder: str | Path) -> dict[str, str]:
+    """The SHA-256 of each file of an encoder's folder that a run reads."""
+    return {file.name: sha256_of(file) for file in sorted(Path(folder).iterdir())
+            if file.suffix in (".safetensors", ".json", ".model") and file.is_file()}
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Write a run's config.json with a checksum: nobody may change it while the run can be resumed."""
+    if distributed.is_main_process():
+        write_json(folder / "config.json", manifest | {"sha256": json_sha256(manifest)})
+
+
+def read_manifest(folder: Path, program: str) -> dict:
+    """What `write_manifest` wrote. Errors: `InputError` where it is not, to the last character."""
+    path = folder / "config.json"
+    manifest = read_json(path, f"the folder of a run that {program} began")
+    if manifest.pop("sha256", None) != json_sha256(manifest):
+        raise InputError(file=path, found="its content does not match its checksum",
+                         expected="the file as it was written: a run's settings cannot be changed under it")
+    return manifest
+
+
+def resumed_options(folder: Path, program: str, overrides: Mapping, free: set[str]) -> dict:
+    """The options of the run to resume; those in `free` may be given anew. Errors: `InputError` for other changes."""
+    manifest = read_manifest(folder, program)
+    if not manifest.keys() >= {"options", "hyperparameters", "fingerprint"}:
+        raise InputError(file=folder / "config.json", found="a run of another version of minipref",
+                         expected="the version that began it, or a new run")
+    stored = manifest["options"]
+    for name in sorted(overrides.keys() - free):
+        if overrides[name] != stored.get(name):
+            raise InputError(file=folder / "config.json", found=f"--{name.replace('_', '-')} {overrides[name]}, where "
+                             f"the run has {stored.get(name, 'that of its recipe')}", expected="the same, or a new run")
+    return stored | {name: overrides[name] for name in free if name in overrides}
+
+
+def check_manifest(folder: Path, program: str, hyperparameters: dict, fingerprint: dict) -> None:
+    """Compare a run to resume with what it was started with; files are known by content, not by name.
+
+    A change in `MAY_CHANGE` is a note. Errors: `InputError` naming any other.
+    """
+    manifest = read_manifest(folder, program)
+    before = manifest["hyperparameters"] | manifest["fingerprint"]
+    now = hyperparameters | fingerprint
+    for name in sorted(before.keys() | now.keys(), key=lambda name: (name in MAY_CHANGE, name)):
+        if before.get(name) == now.get(name):
+            continue
+        change = f"it was {short_repr(before.get(name))} and is {short_repr(now.get(name))}"
+        if name not in MAY_CHANGE:
+            is_hash = isinstance(now.get(name), list | dict)             # says nothing to a reader
+            raise InputError(file=folder / "config.json",
+                             found=f"{name} has changed since the run began{'' if is_hash else f': {change}'}",
+                             expected="the same, or a new run")
+        print(f"note: {name} has changed ({change}): the run resumes, but not bit for bit")
+
+
+def json_sha256(value: object) -> str:
+    """A SHA-256 of what JSON can hold, the same however it is laid out."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# --- logs -------------------------------------------------------------------------------------------------------------
+
+def write_logs(folder: Path, state) -> None:
+    """metrics.csv and timing.csv, from the `history` and `timing` of a run's state."""
+    if distributed.is_main_process():
+        write_csv(folder / "metrics.csv", state.history)
+        write_csv(folder / "timing.csv", state.timing)
+
+
+def write_csv(path: str | Path, rows: list[dict]) -> None:
+    """Write a small CSV whole: a resumed run must not repeat or lose a row of its log."""
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    write_text(path, text.getvalue())

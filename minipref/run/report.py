@@ -1,0 +1,319 @@
+"""A run's report as one page (curves, confusion, calibration, length bias, confident mistakes), and a model card.
+
+`final_report` scores the best model and writes both. The page, `report.html` in the run's folder, needs no server and
+fetches nothing, and equal runs have equal pages.
+
+What is unusual here: matplotlib is an extra (`pip install .[plots]`). Without it the page has its tables and texts, and
+a sentence in place of the figures.
+"""
+
+import dataclasses
+import html
+import io
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from minipref import metrics
+from minipref.checkpoint import load_classifier
+from minipref.config import LABELS
+from minipref.data import Pair, character_counts
+from minipref.fast import accelerate
+from minipref.model import PreferenceModel
+from minipref.predictor import Judge, predict_logits
+from minipref.run import distributed, folder
+from minipref.run.setup import Setup
+from minipref.run.state import weights_sha256
+from minipref.runtime import InputError, RunError, write_json, write_text
+
+TEMPLATE = Path(__file__).with_name("report.html")
+INK = "#010203"            # in matplotlib; on the page the colour of the text, light or dark
+COLOURS = ("#c8641e", "#2a78c8", "#5f8f3a")
+MISTAKES = 10
+MOST_SHOWN = 1500          # characters of a text
+
+
+def final_report(run: Path, classifier: PreferenceModel, state, ended: str, train_rows: np.ndarray,
+                 valid_rows: np.ndarray, setup: Setup) -> np.ndarray:
+    """Score the best model beside the baselines, fit its temperature, write model/, report.json and report.html.
+
+    `state` is train.py's `TrainState`. Returns the validation rows' logits in both orders, (rows, 2, 3).
+    """
+    options, config, pairs = setup.options, setup.config, setup.pairs
+    summary = {"ended": ended, "steps": state.step, "best_step": state.best_step,
+               "minutes": round(state.seconds / 60, 2), "skipped_steps": state.skipped,
+               "train_rows": len(train_rows), "valid_rows": len(valid_rows)}
+    logits, temperature = np.empty((0, 2, 3)), 1.0
+    if len(valid_rows):
+        classifier = load_classifier(run / "model", device=setup.device)
+        if weights_sha256(classifier) != state.best_weights:
+            raise InputError(file=run / "model" / "model.safetensors",
+                             found="other weights than the best evaluation's",
+                             expected=f"those of step {state.best_step:,}, as they were written")
+        if not options.no_fast:
+            accelerate(classifier)
+        logits = predict_logits(classifier, setup.tokenized.take(valid_rows), setup.tokenizer,
+                                config.eval_batch_size * config.max_length, config.eval_batch_size, setup.precision,
+                                progress=setup.stop.check, together=True)
+    elif not all(torch.isfinite(parameter).all() for parameter in classifier.parameters()):
+        raise RunError(f"step {state.step}: weights that are not finite. A smaller --lr usually helps.")
+    if not distributed.is_main_process():
+        return logits
+    if len(valid_rows):
+        lengths, labels, truth = character_counts(pairs), setup.tokenized.labels, read_truth(options.train)
+        bayes_optimal = [truth.get(pairs[row].id) for row in valid_rows]
+        scored = metrics.score_logits(logits, labels[valid_rows], lengths[valid_rows], labels[train_rows],
+                                      lengths[train_rows], options.seed,
+                                      None if any(p is None for p in bayes_optimal) else np.array(bayes_optimal))
+        temperature = metrics.fit_temperature(logits, labels[valid_rows])
+        summary |= scored | {"temperature": temperature}
+        print(f"\n{len(valid_rows):,} validation rows (lower log loss is better; calibrated: temperature cross-fitted)")
+        print(metrics.results_text(scored))
+        folder.write_csv(run / "valid_predictions.csv", [
+            {"id": pairs[row].id, "label": LABELS[labels[row]],
+             **{f"p_{name.lower()}": f"{value:.6f}" for name, value in zip(LABELS, p)}}
+            for row, p in zip(valid_rows, metrics.swap_averaged(logits, temperature))])
+    Judge(classifier, setup.tokenizer, config.max_length, temperature).save(run / "model")
+    write_text(run / "model" / "README.md", model_card(
+        summary, Path(options.encoder).name, [Path(file).name for file in options.train], options.recipe,
+        dataclasses.asdict(config), options.seed))
+    folder.write_latest(run)
+    write_json(run / "report.json", summary)
+    write_page(run, summary, state.history, [pairs[row] for row in valid_rows], logits)
+    return logits
+
+
+def read_truth(train_files: list[str]) -> dict[str, np.ndarray]:
+    """The probabilities that the synthetic dataset's labels were drawn from, by id; real rows have none."""
+    truth = {}
+    for path in {Path(file).with_name("truth.csv") for file in train_files}:
+        if path.is_file():
+            frame = pd.read_csv(path, dtype={"id": str})
+            truth |= dict(zip(frame["id"], frame[["p_a", "p_b", "p_tie"]].to_numpy()))
+    return truth
+
+
+def write_page(folder: Path, report: dict, rows: list[dict], pairs: Sequence[Pair], logits: np.ndarray) -> None:
+    """Write `folder`/report.html.
+
+    `report` is report.json's content, `rows` those of metrics.csv. Shapes: N validation pairs with their labels, their
+    logits (N, 2, 3); N = 0 for a run on all rows, whose page has no scores.
+    """
+    figures, tables = [], []
+    if len(pairs):
+        result = report["results"]["model, calibrated"]
+        labels = np.array([pair.label for pair in pairs])
+        probabilities = metrics.swap_averaged(logits, report["temperature"])
+        lengths = character_counts(pairs)
+        figures = [
+            ("Loss", "training and validation loss by epoch", lambda axes: draw_curves(axes, rows, LOSSES)),
+            ("Scores", "accuracy and macro F1 by epoch", lambda axes: draw_curves(axes, rows, SCORES)),
+            ("Confusion matrix", "the confusion matrix", lambda axes: draw_confusion(axes, result)),
+            ("Reliability", "accuracy at each confidence", lambda axes: draw_reliability(axes, result)),
+            ("Length bias", "how often A wins, by how much longer A is",
+             lambda axes: draw_length_bias(axes, probabilities, labels, lengths)),
+        ]
+        tables = [scores_html(report["results"]), confusion_html(result), curves_html(rows),
+                  mistakes_html(pairs, labels, probabilities)]
+    head = f"<p>{html.escape(' '.join(report.get('conclusions', ['Trained on every row: there is no score.'])))}</p>"
+    facts = (f"<p class=quiet>Ended: {html.escape(report['ended'])}. {report['steps']:,} steps, the best after "
+             f"{report['best_step']:,}; {report['train_rows']:,} rows trained on, {report['valid_rows']:,} validated "
+             "on.</p>")
+    body = "\n".join([head, facts, figures_html(figures), *tables])
+    write_text(folder / "report.html", TEMPLATE.read_text(encoding="utf-8").replace("@BODY@", body))
+
+
+# --- the model card ---------------------------------------------------------------------------------------------------
+
+def model_card(report: dict, encoder: str, files: list[str], recipe: str, hyperparameters: dict, seed: int) -> str:
+    """README.md of a model's folder: what it is, what it was trained on and how, its scores, its limits."""
+    if "results" in report:
+        final, prior, by_length = (report["results"][name] for name in (
+            "model, calibrated", "class prior", "length only"))
+        scored = (f"On {report['valid_rows']:,} validation rows: log loss {final['log_loss']:.4f}, accuracy "
+                  f"{final['accuracy']:.3f}, macro F1 {final['f1']:.3f}, calibration error (ECE) {final['ece']:.3f}. "
+                  f"On the same rows the class-prior baseline has {prior['log_loss']:.4f}, the length-only baseline "
+                  f"{by_length['log_loss']:.4f}.\n\n" + " ".join(report["conclusions"]))
+    else:
+        scored = "It was trained on every row, so there is no score."
+    table = "\n".join(f"| {name} | {value} |" for name, value in hyperparameters.items())
+    return f"""# A preference model made with minipref
+
+A DeBERTa-v3 encoder with a three-way head: from a prompt and two responses, the probabilities that a person prefers A,
+prefers B or calls it a tie ({", ".join(f"{i} {label}" for i, label in enumerate(LABELS))}). It started from the encoder
+`{encoder}` and was fine-tuned on {report['train_rows']:,} rows of {', '.join(files)}.
+
+{scored}
+
+Use: `minipref.load_judge(folder).compare(prompt, a, b)`, `python predict.py test.csv --model folder`, or
+`transformers.AutoModelForSequenceClassification.from_pretrained(folder)` on ids laid out as
+`[CLS] prompt [SEP] A [SEP] B [SEP]`. `minipref.json` holds the budgets and the temperature.
+
+It reproduces the preferences of its annotators, their preference for longer responses included. It does not check
+facts, and a probability of 0.6 is a weak preference.
+
+Recipe `{recipe}`, seed {seed}, {report['steps']:,} steps, the best after {report['best_step']:,}:
+
+| hyperparameter | value |
+|---|---|
+{table}
+"""
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+def figures_html(figures: list[tuple[str, str, Callable]]) -> str:
+    """Each figure drawn into an SVG of its own, or one sentence where matplotlib is missing."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        log_missing_matplotlib()
+        return "<p>The figures were left out: matplotlib is not installed (<code>pip install .[plots]</code>).</p>"
+    parts = []
+    for number, (title, said, draw) in enumerate(figures):
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": str(number), "font.size": 9,
+                                    **{f"{part}.color": INK for part in ("text", "xtick", "ytick")},
+                                    "axes.edgecolor": INK, "axes.labelcolor": INK,
+                                    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
+            figure = Figure(figsize=(4.4, 3.2))
+            axes = figure.add_axes((0.15, 0.16, 0.8, 0.74))
+            draw(axes)
+            svg = io.StringIO()
+            figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        drawing = svg.getvalue()
+        drawing = drawing[drawing.index("<svg"):].replace(INK, "currentColor").replace(
+            "<svg ", f'<svg role="img" aria-label="{html.escape(said)}" ', 1)
+        parts.append(f"<figure><figcaption>{html.escape(title)}</figcaption>{drawing}</figure>")
+    return f'<div class="figures">{"".join(parts)}</div>'
+
+
+@cache
+def log_missing_matplotlib() -> None:
+    """Once a process, however many folds a run has."""
+    print("report.html has no figures: matplotlib is not installed (pip install .[plots])")
+
+
+LOSSES = {"train_loss": "training", "log_loss": "validation"}
+SCORES = {"accuracy": "accuracy", "f1": "macro F1"}
+
+
+def draw_curves(axes, rows: list[dict], which: dict[str, str]) -> None:
+    """Columns of metrics.csv over the epochs, with the best evaluation marked."""
+    epochs = [row["epoch"] for row in rows]
+    for (column, name), colour in zip(which.items(), COLOURS):
+        axes.plot(epochs, [row[column] for row in rows], "o-", ms=3, color=colour, label=name)
+    best = [row["epoch"] for row in rows if row["best"]][-1:]
+    for epoch in best:
+        axes.axvline(epoch, color=INK, lw=0.7, ls=":")
+    axes.set_xlabel("epoch (dotted: the model that was kept)")
+    axes.legend()
+
+
+def draw_confusion(axes, result: dict) -> None:
+    """Labels (rows) against predictions (columns); shades are shares of the row."""
+    counts = np.array(result["confusion"])
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    for truth in range(len(LABELS)):
+        for prediction in range(len(LABELS)):
+            axes.fill_between([prediction - 0.5, prediction + 0.5], truth - 0.5, truth + 0.5, color=COLOURS[1], lw=0,
+                              alpha=float(shares[truth, prediction]))
+            axes.text(prediction, truth, f"{counts[truth, prediction]:,}\n{shares[truth, prediction]:.0%}",
+                      ha="center", va="center")
+    axes.set_xticks(range(len(LABELS)), LABELS)
+    axes.set_yticks(range(len(LABELS)), LABELS)
+    axes.set_xlim(-0.5, len(LABELS) - 0.5)
+    axes.set_ylim(len(LABELS) - 0.5, -0.5)
+    axes.set_xlabel("prediction")
+    axes.set_ylabel("label")
+
+
+def draw_reliability(axes, result: dict) -> None:
+    """Accuracy against confidence: on the diagonal the model is calibrated. Areas are numbers of rows."""
+    bins = result["calibration"]
+    axes.plot([0, 1], [0, 1], color=INK, lw=0.7, ls=":")
+    axes.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], color=COLOURS[0], lw=1)
+    axes.scatter([b["confidence"] for b in bins], [b["accuracy"] for b in bins], color=COLOURS[0], lw=0,
+                 s=[4 + 200 * b["rows"] / result["rows"] for b in bins])
+    axes.set_xlim(0.3, 1)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel(f"confidence in the likeliest class (ECE {result['ece']:.3f})")
+    axes.set_ylabel("accuracy")
+
+
+def draw_length_bias(axes, probabilities: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> None:
+    """How often annotators preferred A, and how often the model expects it, by how much longer A is than B."""
+    longer = metrics.length_features(lengths)[:, 0]
+    for values, name, colour in ((labels == 0, "annotators", COLOURS[0]), (probabilities[:, 0], "model", COLOURS[1])):
+        middles, means, errors = tenths(longer, values)
+        axes.errorbar(middles, means, errors, fmt="o-", ms=3, color=colour, label=name)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("log(characters of A / characters of B)")
+    axes.set_ylabel("A preferred")
+    axes.legend()
+
+
+def tenths(by: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows sorted by `by` and cut into ten: the median of `by`, the mean of `values` and its standard error in each.
+
+    Shapes: (N,), (N,) -> (min(10, N),) each.
+    """
+    parts = [part for part in np.array_split(np.argsort(by, kind="stable"), 10) if len(part)]
+    return (np.array([np.median(by[part]) for part in parts]), np.array([values[part].mean() for part in parts]),
+            np.array([values[part].std() / math.sqrt(len(part)) for part in parts]))
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+def table_html(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column names its rows. Cells are escaped here."""
+    head = "".join(f"<th scope=col>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(f"<tr><th scope=row>{html.escape(row[0])}</th>"
+                   + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:]) + "</tr>" for row in rows)
+    return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>"
+
+
+def scores_html(results: dict[str, dict]) -> str:
+    names = ("log_loss", "accuracy", "precision", "recall", "f1", "ece")
+    return table_html("On the validation rows", ("", *(name.replace("_", " ") for name in names)),
+                      [(name, *(f"{result[column]:.4f}" for column in names)) for name, result in results.items()])
+
+
+def confusion_html(result: dict) -> str:
+    return table_html("Labels (rows) and predictions of the calibrated model (columns)", ("", *LABELS),
+                      [(label, *(f"{count:,}" for count in row)) for label, row in zip(LABELS, result["confusion"])])
+
+
+def curves_html(rows: list[dict]) -> str:
+    return table_html("Evaluations", ("epoch", "step", "training loss", "log loss", "accuracy", "F1", "learning rate"),
+                      [(f"{row['epoch']:g}{' (best so far)' if row['best'] else ''}", f"{row['step']:,}",
+                        *(f"{row[name]:.4f}" for name in ("train_loss", "log_loss", "accuracy", "f1")),
+                        f"{row['lr']:.2e}") for row in rows])
+
+
+def mistakes_html(pairs: Sequence[Pair], labels: np.ndarray, probabilities: np.ndarray) -> str:
+    """The wrong predictions with the highest probability, with their texts."""
+    confidence, predictions = probabilities.max(1), probabilities.argmax(1)
+    wrong = np.flatnonzero(predictions != labels)
+    parts = []
+    for row in wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]:
+        pair = pairs[row]
+        texts = "".join(f"<dt>{name}</dt><dd>{html.escape(shortened(turns))}</dd>" for name, turns in
+                        (("prompt", pair.prompt), ("A", pair.response_a), ("B", pair.response_b)))
+        parts.append(f"<details><summary>{html.escape(pair.id)}: label {LABELS[labels[row]]}, prediction "
+                     f"{LABELS[predictions[row]]} with {confidence[row]:.0%}</summary><dl>{texts}</dl></details>")
+    return f"<h2>The {len(parts)} most confident mistakes</h2>{''.join(parts)}"
+
+
+def shortened(turns: Sequence[str | None]) -> str:
+    """Turns as one text; of a long one head and tail, and how much lies between."""
+    text = "\n\n".join("(no answer)" if turn is None else turn for turn in turns)
+    if len(text) <= MOST_SHOWN:
+        return text
+    half = MOST_SHOWN // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters ...]\n{text[-half:]}"

@@ -1,0 +1,68 @@
+"""What a run decides before its first step: hyperparameters, split, and the manifest that --resume checks."""
+
+import argparse
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minipref import __version__
+from minipref.data import Pair, TokenizedPairs, split_by_prompt
+from minipref.recipes import RECIPES, TrainConfig
+from minipref.run import folder
+from minipref.run.signals import StopSignal
+from minipref.runtime import InputError, sha256_of
+from minipref.tokenizer import Tokenizer
+
+
+@dataclass
+class Setup:
+    """What all folds of a run share."""
+
+    options: argparse.Namespace
+    config: TrainConfig
+    device: torch.device
+    precision: str
+    tokenizer: Tokenizer
+    pairs: list[Pair]
+    tokenized: TokenizedPairs
+    stop: StopSignal
+
+
+def hyperparameters(options: argparse.Namespace) -> TrainConfig:
+    """The preset's hyperparameters, with those given on the command line in their place."""
+    values = {name: value for name, (value, _) in RECIPES[options.recipe].items()}
+    given = {f.name: getattr(options, f.name) for f in fields(TrainConfig) if hasattr(options, f.name)}
+    return TrainConfig(**values | given, swap=not options.no_swap)
+
+
+def split_rows(pairs: list[Pair], held_out: list[Pair], config: TrainConfig, options: argparse.Namespace
+               ) -> list[tuple[np.ndarray, np.ndarray]]:
+    """[(training rows, validation rows)], one entry, or one per fold; `held_out` rows are numbered after `pairs`."""
+    if held_out:
+        return [(np.arange(len(pairs)), np.arange(len(pairs), len(pairs) + len(held_out)))]
+    if options.all_rows:
+        return [(np.arange(len(pairs)), np.arange(0))]
+    folds = options.folds
+    shares = [1 / folds] * folds if folds else [1 - config.valid_fraction, config.valid_fraction]
+    part = split_by_prompt([p.prompt for p in pairs], [p.label for p in pairs], shares, options.seed)
+    splits = [(np.flatnonzero(part != k), np.flatnonzero(part == k)) for k in (range(folds) if folds else [1])]
+    if any(len(train) == 0 or len(valid) == 0 for train, valid in splits):
+        raise InputError(file=", ".join(options.train), found=f"{len(pairs)} rows, whose prompts cannot be split",
+                         expected="more rows with different prompts, or --all-rows")
+    return splits
+
+
+def write_or_check_manifest(run: Path, options: argparse.Namespace, config: TrainConfig, device: torch.device,
+                            precision: str) -> None:
+    """Write what the run is started with, or on --resume compare it; files are compared by their SHA-256."""
+    fingerprint = {"train": [sha256_of(path) for path in options.train],
+                   "valid": sha256_of(options.valid) if options.valid else None,
+                   "encoder": folder.encoder_fingerprint(options.encoder), "precision": precision,
+                   "minipref": __version__} | folder.machine_fingerprint(device)
+    if options.resume:
+        folder.check_manifest(run, "train.py", asdict(config), fingerprint)
+    else:
+        stored = {name: value for name, value in vars(options).items() if name not in ("run", "resume")}
+        folder.write_manifest(run, {"options": stored, "hyperparameters": asdict(config), "fingerprint": fingerprint})

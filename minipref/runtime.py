@@ -1,0 +1,288 @@
+"""What every command shares: one way to fail, devices and precision, and files that are written whole or not at all."""
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import signal
+import stat
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+MAX_JSON_BYTES = 32 << 20       # a config.json has a thousand, the index of a large checkpoint a million
+
+
+# --- errors and commands ----------------------------------------------------------------------------------------------
+
+class InputError(Exception):
+    """What a user gave is wrong: exit code 2.
+
+    The message is one line that says where (file, row, column), what was found and what was expected, as far as
+    each applies. A row is the record's number in the file, the header not counted: the first record is row 1.
+    """
+
+    def __init__(self, *, found: str, expected: str = "", file: str | Path | None = None,
+                 row: int | None = None, column: str | None = None):
+        self.file, self.row, self.column, self.found, self.expected = file, row, column, found, expected
+        where = [str(file)] if file is not None else []
+        where += [f"row {row}"] if row is not None else []
+        where += [f"column {column}"] if column is not None else []
+        message = f"{', '.join(where)}: {found}" if where else found
+        message += f"; expected {expected}" if expected else ""
+        super().__init__(" ".join(message.split()))
+
+
+class RunError(Exception):
+    """A run failed although its input has the right form: exit code 1. The message is one line."""
+
+
+class Stopped(Exception):
+    """A signal stopped the run, and its state is saved: exit code 128 + the signal's number."""
+
+    def __init__(self, signal_number: int):
+        super().__init__("stopped; the state is saved")
+        self.signal_number = signal_number
+
+
+def exit_code(problem: BaseException) -> int:
+    """1 the run failed, 2 the input or an argument is wrong, 128 + N stopped by signal N."""
+    if isinstance(problem, Stopped):
+        return 128 + problem.signal_number
+    if isinstance(problem, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return 2 if isinstance(problem, InputError) else 1
+
+
+def run_program(name: str, body: Callable[[], None], out_of_memory_advice: str = "", process: str = "") -> int:
+    """Run a command's body and return its exit code: one line and no traceback for anything a user can cause.
+
+    A note that the body added to an exception (`add_note`) becomes part of its line. `process` follows the name where
+    the error is that of this process alone.
+    """
+    escape_unencodable()
+    try:
+        body()
+    except Stopped as problem:
+        print("; ".join([str(problem), *getattr(problem, "__notes__", [])]))
+        return exit_code(problem)
+    except (InputError, RunError, OSError, RuntimeError, KeyboardInterrupt) as problem:
+        message, where = str(problem), process if isinstance(problem, OSError | RuntimeError) else ""
+        if isinstance(problem, KeyboardInterrupt):
+            message = "interrupted"
+        elif isinstance(problem, RuntimeError):
+            if not is_out_of_memory(problem):
+                raise
+            message = f"out of memory: {message.splitlines()[0].rstrip('. ')}{out_of_memory_advice}"
+        line = " ".join("; ".join([message, *getattr(problem, "__notes__", [])]).split())
+        print(f"{name}{where}: {line}", file=sys.stderr)
+        return exit_code(problem)
+    return 0
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, but for a wrong argument it raises `InputError`: one line, as for every other mistake."""
+
+    def parse_args(self, arguments: Sequence[str] | None = None, namespace=None):
+        for text in sys.argv[1:] if arguments is None else arguments:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                self.error(f"{short_repr(text)}, which is not UTF-8")
+        return super().parse_args(arguments, namespace)
+
+    def error(self, message: str):
+        raise InputError(found=message, expected=f"what {self.prog} --help describes")
+
+
+def number(kind: type, lowest: float, highest: float = 10**9) -> Callable[[str], float]:
+    """An argument's type for argparse: an int or float within bounds."""
+    def parse(text: str):
+        value = kind(text)
+        if not lowest <= value <= highest:          # NaN is not, either
+            raise ValueError
+        return value
+    parse.__name__ = f"number from {lowest} to {highest}"
+    return parse
+
+
+def short_repr(value: object, limit: int = 60) -> str:
+    """`value` as an error message may quote it: its repr on one line, cut to `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
+
+
+def escape_unencodable() -> None:
+    """Let print() take any text: a character that the terminal's encoding lacks is printed as its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):         # pytest and notebooks put streams of their own there
+            stream.reconfigure(errors="backslashreplace")
+
+
+# --- devices and precision --------------------------------------------------------------------------------------------
+
+DEVICES, PRECISIONS = ("auto", "cpu", "cuda", "mps"), ("auto", "fp32", "bf16", "fp16")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes a GPU where there is one. Errors: `InputError` for a device that this machine does not have."""
+    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if have[kind])
+    if not have[name]:
+        raise InputError(found=f"--device {name}, which this machine or this build of torch does not have",
+                         expected=f"auto or one of {', '.join(kind for kind, there in have.items() if there)}")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where products in it are fast (GPUs since Ampere, CPUs with AMX or AVX-512 bf16), else fp16 on an
+    older CUDA GPU, else fp32. Never fp16 on a CPU: it works there, at a thirtieth of float32's speed.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return "bf16"
+    return "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The context in which a forward pass runs in `precision`; parameters stay float32 whatever it is."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def is_out_of_memory(problem: RuntimeError) -> bool:
+    """Whether a GPU or the system has no more memory to give."""
+    messages = "can't allocate memory", "not enough memory"              # of the CPU's allocator, which has no class
+    return isinstance(problem, torch.OutOfMemoryError) or any(message in str(problem) for message in messages)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+def check_regular_file(path: str | Path, expected: str) -> None:
+    """Refuse what is not a regular file: a folder, or a pipe or device that would keep us waiting without end.
+
+    Errors: `InputError` that says what is there instead.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise InputError(file=path, found="no such file", expected=expected) from None
+    except OSError as problem:
+        raise InputError(file=path, found=problem.strerror or str(problem), expected=expected) from None
+    if not stat.S_ISREG(mode):
+        found = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device, not a file"
+        raise InputError(file=path, found=found, expected=expected)
+
+
+def read_json(path: str | Path, expected: str) -> dict:
+    """The JSON object in a small file; `expected` says where it should be found.
+
+    Errors: `InputError` for what is no such file, before it costs memory or time.
+    """
+    check_regular_file(path, expected)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES:,} bytes")
+        fields = json.loads(data.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise InputError(file=path, found=str(problem), expected="a JSON object") from None
+    if not isinstance(fields, dict):
+        raise InputError(file=path, found=f"a JSON {type(fields).__name__}", expected="a JSON object")
+    return fields
+
+
+def check_writable(path: str | Path) -> None:
+    """Try now whether `atomic_write(path)` will work later. Errors: `InputError` for a folder or without permission."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder")
+        with _temporary(path):
+            pass
+    except OSError as problem:
+        raise InputError(file=path, found=f"cannot be written: {problem.strerror or problem}",
+                         expected="a file name in a folder that can be written") from None
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed to disk and takes `path`'s place.
+
+    Whatever happens inside the block or to the process, `path` holds its old content or the new one, whole: a rename
+    within one folder is atomic, and the flush comes before it so that a power cut cannot reorder the two. On an
+    exception the temporary file is removed; after a SIGKILL `remove_stale_temporaries` removes it.
+    Errors: OSError for whatever keeps the file from being written, safetensors' own error turned into one.
+    """
+    path = Path(path)
+    with _temporary(path) as temporary:
+        usual = temporary.stat().st_mode      # what the umask gives a new file; safetensors makes its own private
+        try:
+            yield temporary
+        except SafetensorError as problem:    # how a full disk is reported by `save_file`
+            raise OSError(f"{path}: {problem}") from None
+        temporary.chmod(usual)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`, of this process alone, and gone at the end if it is still there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):    # it could not be made, or cannot be removed: the first error says why
+            temporary.unlink()
+
+
+def remove_stale_temporaries(folder: str | Path) -> None:
+    """Remove what killed processes left half-written in `folder`: our temporary files, and those of safetensors.
+
+    Only for a folder in which nobody else is writing now.
+    """
+    for pattern in (".*.tmp", ".tmp*"):
+        for leftover in Path(folder).glob(pattern):
+            if leftover.is_file():
+                leftover.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable. Windows has no such call, and no need of it."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8 with plain newlines, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinity, which JSON cannot represent, are an error."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256_of(path: str | Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

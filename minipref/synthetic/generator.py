@@ -1,0 +1,174 @@
+"""The rows of the synthetic dataset and its files: equal arguments give equal bytes on every machine."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pandas as pd
+
+from minipref.runtime import InputError, write_text
+from minipref.synthetic.rule import FLAWS, outcome_probabilities, utility
+from minipref.synthetic.texts import WORDS, choice_task, passage_task, pick, some, topic_task, word_task
+
+TRAIN_ROWS, TEST_ROWS, TRAIN_SEED, TEST_SEED = 45_000, 1500, 1, 2
+
+CHANCES = {"off": 0.30, "cut": 0.25, "form": 0.25, "amount": 0.25, "wrong": 0.30}   # of each flaw, where it can occur
+REUSE = 0.10         # the share of rows that put an earlier row's prompt to two other models, as happens in real data
+MULTI_TURN = 0.07    # the share of prompts that begin with a turn of small talk
+
+WINNERS = ["winner_model_a", "winner_model_b", "winner_tie"]
+COLUMNS = ["id", "model_a", "model_b", "prompt", "response_a", "response_b", *WINNERS]
+TEXTS = ["prompt", "response_a", "response_b"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of prompt: its share of the prompts, the flaws its answers can have, and its task (`texts.py`)."""
+
+    share: float
+    flaws: tuple[str, ...]
+    task: Callable
+
+
+KINDS = {
+    "list": Kind(0.16, ("off", "cut", "form"), partial(topic_task, kind="list")),
+    "prose": Kind(0.16, ("off", "cut", "form"), partial(topic_task, kind="prose")),
+    "brief": Kind(0.16, ("off", "cut", "amount"), partial(topic_task, kind="brief")),
+    "detail": Kind(0.16, ("off", "cut", "amount"), partial(topic_task, kind="detail")),
+    "passage": Kind(0.16, ("off", "cut", "wrong"), passage_task),
+    "choice": Kind(0.10, ("off", "cut", "wrong"), choice_task),
+    "word": Kind(0.10, ("cut", "wrong"), word_task),
+}
+
+
+@dataclass(frozen=True)
+class SyntheticRows:
+    """Rows, and the truth about them.
+
+    frame: the nine Kaggle columns, all text but the three 0/1 winners; `null` turns do not occur.
+    probabilities: (rows, 3) float64, the rule's P(A), P(B), P(tie), six decimals, each row summing to 1.
+    flaws: `kind`, then 0/1 columns `a_off`, `b_off`, ... for each of `FLAWS`, then `a_words`, `b_words`.
+    """
+
+    frame: pd.DataFrame
+    probabilities: np.ndarray
+    flaws: pd.DataFrame
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(rows,) int64: 0 where A won, 1 where B won, 2 for a tie."""
+        return self.frame[WINNERS].to_numpy().argmax(axis=1)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(rows, 3): the characters of prompt, A and B, over all turns, as `metrics.baselines` takes them."""
+        return self.frame[TEXTS].map(lambda cell: sum(map(len, json.loads(cell)))).to_numpy()
+
+
+def generate(rows: int, seed: int, *, apart_from: SyntheticRows | None = None) -> SyntheticRows:
+    """`rows` rows from `seed`.
+
+    apart_from: rows (a training set, say) of which no prompt and no id may occur again.
+    Errors: InputError for fewer than one row or a negative seed.
+    """
+    if rows < 1:
+        raise InputError(found=f"{rows} rows asked for", expected="at least 1")
+    if seed < 0:
+        raise InputError(found=f"seed {seed}", expected="0 or more")   # Random takes -1 for 1
+    rng = Random(seed)
+    avoid, used_ids = (set(apart_from.frame[column]) if apart_from else set() for column in ("prompt", "id"))
+    asked, made = [], []
+    for _ in range(rows):
+        if asked and rng.random() < REUSE:
+            prompt = pick(rng, asked)
+        else:
+            prompt = new_prompt(rng, avoid)
+            asked.append(prompt)
+        record, *truth = make_row(rng, *prompt)
+        while record["id"] in used_ids:
+            record["id"] = new_id(rng)
+        used_ids.add(record["id"])
+        made.append((record, *truth))
+    records, probabilities, notes = zip(*made)
+    return SyntheticRows(pd.DataFrame(records), np.array(probabilities), pd.DataFrame(notes))
+
+
+def new_prompt(rng: Random, avoid: set[str]) -> tuple[str, list[str], Callable]:
+    """(kind, turns, answer function) of a prompt whose JSON is not in `avoid`."""
+    while True:
+        left = rng.random() * sum(kind.share for kind in KINDS.values())
+        for name in KINDS:                    # the last one where rounding leaves a remainder
+            left -= KINDS[name].share
+            if left < 0:
+                break
+        prompt, answer = KINDS[name].task(rng)
+        turns = [pick(rng, list(WORDS["small_talk"])), prompt] if rng.random() < MULTI_TURN else [prompt]
+        if json.dumps(turns) not in avoid:
+            return name, turns, answer
+
+
+def make_row(rng: Random, kind: str, turns: list[str], answer: Callable) -> tuple[dict, tuple, dict]:
+    """(record, probabilities, note): two answers to the prompt, and the label that the rule draws for them."""
+    flaws = [draw_flaws(rng, kind) for _ in "AB"]
+    replies = [answer(rng, flaw) for flaw in flaws]
+    words = [len(reply.split()) for reply in replies]
+    p = outcome_probabilities(utility(flaws[0], words[0]) - utility(flaws[1], words[1]))
+    drawn = rng.random()
+    label = 0 if drawn < p[0] else 1 if drawn < p[0] + p[1] else 2
+    cells = [json.dumps([*(pick(rng, WORDS["small_talk"][turn]) for turn in turns[:-1]), reply]) for reply in replies]
+    record = dict(zip(COLUMNS, [new_id(rng), *some(rng, WORDS["models"], 2), json.dumps(turns), *cells,
+                                *(int(label == k) for k in range(3))]))
+    marks = {f"{side}_{flaw}": int(flaw in of) for flaw in FLAWS for side, of in zip("ab", flaws)}
+    return record, p, {"kind": kind, **marks, "a_words": words[0], "b_words": words[1]}
+
+
+def draw_flaws(rng: Random, kind: str) -> list[str]:
+    """The flaws of one answer, drawn independently; but an answer to another prompt is not also wrong on this one."""
+    flaws = [flaw for flaw in KINDS[kind].flaws if rng.random() < CHANCES[flaw]]
+    return [flaw for flaw in flaws if not (flaw == "wrong" and "off" in flaws)]
+
+
+def new_id(rng: Random) -> str:
+    """Text of up to ten digits; like the real ids, every second one does not fit in int32."""
+    return str(int(rng.random() * 2**32))
+
+
+def train_and_test(*, train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS,
+                   train_seed: int = TRAIN_SEED, test_seed: int = TEST_SEED) -> tuple[SyntheticRows, SyntheticRows]:
+    """Rows to train on and rows to test on, from two seeds; they share no prompt and no id.
+
+    Errors: InputError for equal seeds, a negative seed, fewer than one row.
+    """
+    if train_seed == test_seed:
+        raise InputError(found=f"seed {train_seed} for both training and test rows", expected="two different seeds")
+    train = generate(train_rows, train_seed)
+    return train, generate(test_rows, test_seed, apart_from=train)
+
+
+def write_dataset(folder: str | Path, **arguments: int) -> dict[str, Path]:
+    """Write `train_and_test(**arguments)` into `folder`, each file atomically.
+
+    Returns the paths: "train" is `train.csv`, labelled; "test" is `test.csv` with id, prompt, response_a, response_b
+    as Kaggle gives them; "test_labelled" is the same rows with models and labels; "truth" is `truth.csv`, the rule's
+    probabilities for the ids of both (id, p_a, p_b, p_tie).
+    Errors: InputError as `train_and_test`, and for a folder that cannot be written.
+    """
+    return write_files(folder, *train_and_test(**arguments))
+
+
+def write_files(folder: str | Path, train: SyntheticRows, test: SyntheticRows) -> dict[str, Path]:
+    """Write the four files of `write_dataset`; returns their paths."""
+    truth = pd.DataFrame(np.concatenate([train.probabilities, test.probabilities]), columns=["p_a", "p_b", "p_tie"])
+    truth.insert(0, "id", [*train.frame["id"], *test.frame["id"]])
+    frames = {"train": train.frame, "test": test.frame[["id", *TEXTS]], "test_labelled": test.frame, "truth": truth}
+    paths = {name: Path(folder) / f"{name}.csv" for name in frames}
+    for name, path in paths.items():
+        try:
+            write_text(path, frames[name].to_csv(index=False, lineterminator="\n", float_format="%.6f"))
+        except OSError as error:
+            raise InputError(file=path, found=error.strerror or str(error), expected="a writable file") from None
+    return paths
