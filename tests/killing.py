@@ -40,7 +40,6 @@ import torch._dynamo  # noqa: E402 - building a module on the meta device import
 from small import write_encoder, write_rows  # noqa: E402
 
 import minipref.checkpoint  # noqa: E402
-import minipref.data  # noqa: E402
 import minipref.predictor  # noqa: E402
 import predict  # noqa: E402
 import train  # noqa: E402
@@ -114,7 +113,7 @@ class Watch:
         for name, part in PARTS.items():
             self.around(train, name, part)
         self.around(predict, "predict_file", "the submission")
-        for module in (state, minipref.checkpoint, minipref.data):
+        for module in (state, minipref.checkpoint):
             self._half_written(module)
 
     def _inside_a_step(self) -> None:
@@ -348,7 +347,7 @@ def kill_all(place: Path, small: bool) -> Tally:
         whole = sit(folder, arguments)
         if whole.code:
             raise SystemExit(f"the run that nobody kills ends with {whole.code}: {(folder / 'said.txt').read_text()}")
-        kill_everywhere(place, setting, folder / "run", whole.events, 18 if small else 60, tally)
+        kill_everywhere(place, setting, folder / "run", whole.events, 20 if small else 60, tally)
         for seed in range(1 if small else 4):
             kill_often(place, setting, folder / "run", 12, seed, tally)
     folder, began = fresh(place / "long"), time.monotonic()
