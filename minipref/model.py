@@ -3,11 +3,11 @@
 BERT adds a position embedding to each token embedding. DeBERTa keeps the two apart: a token i has a content vector, a
 *distance* i - j has a vector of its own, and an attention score is the sum of three products:
 
-    score[i, j] = ( q_i . k_j  +  q_i . pos_k[b(i - j)]  +  k_j . pos_q[b(i - j)] ) / sqrt(3 d)
-                     c2c            c2p                        p2c
+    score[i, j] = ( q_i . k_j  +  q_i . pos_k[bucket(i - j)]  +  k_j . pos_q[bucket(i - j)] ) / sqrt(3 d)
+                     c2c            c2p                              p2c
 
 What is unusual, compared with BERT or a GPT:
-- b(i - j) is a bucket: exact up to 128 tokens, logarithmic beyond. One embedding table serves all layers.
+- A bucket is one distance up to 128 tokens, and a range of distances beyond. One embedding table serves all layers.
 - The table goes through each layer's own q_proj and k_proj, biases included (`share_att_key` in config.json).
 - **The sign of p2c.** The paper (equation 4) has the distance j - i in the third term; the released weights mean i - j.
 - The scale is sqrt(3 d), because three products of variance d are added.
@@ -53,7 +53,7 @@ def log_bucket(distance: Tensor, position_buckets: int = 256, max_distance: int 
 
 
 def distance_buckets(length: int, position_buckets: int, max_distance: int) -> Tensor:
-    """The relative embedding of every distance among `length` tokens, a row of the table each.
+    """The bucket of every distance among `length` tokens, plus position_buckets: a row of the relative embeddings.
 
     Row 0 would be bucket -position_buckets, which no distance has: it is never read, and its gradient is 0.
 
@@ -78,7 +78,7 @@ def attention_by_definition(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_
 
     Shapes: q, k, v (B, H, L, d); pos_q, pos_k (H, R, d); attention_mask (B, L) bool -> (B, H, L, d).
     Paper: DeBERTa (arXiv 2006.03654), equation 4 and algorithm 1.
-    Differs: the paper's third term reads b(j - i); the released weights mean b(i - j).
+    Differs: the paper's third term reads bucket(j - i); the released weights mean bucket(i - j).
     """
     B, H, L, d = q.shape
     out = torch.zeros_like(v)

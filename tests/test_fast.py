@@ -399,6 +399,9 @@ def test_accelerating_keeps_parameters_names_and_modules_and_can_be_done_twice()
     assert all(model.get_submodule(name) is module for name, module in modules.items())
     assert isinstance(model, PreferenceModel) and isinstance(model.encoder, Encoder)
     assert all(isinstance(part, nn.Dropout) for name, part in model.named_modules() if name.endswith("dropout"))
+    drops = {name: type(part) for name, part in model.named_modules() if isinstance(part, nn.Dropout)}
+    assert {kind for name, kind in drops.items() if name.startswith("encoder.")} == {FastDropout}
+    assert drops["pooler_dropout"] is drops["classifier_dropout"] is nn.Dropout, "the head's dropout draws as torch's"
 
 
 def test_an_accelerated_model_can_be_copied_and_the_copy_is_its_own():
