@@ -26,7 +26,9 @@ sys.path.insert(0, str(ROOT))                              # minipref, train and
 REQUIRED = [name.strip() for name in os.environ.get("MINIPREF_REQUIRE", "").split(",") if name.strip()]
 REFERENCE = "MINIPREF_REFERENCE_DIR"
 
-torch.set_num_threads(2)
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # beside other test processes a second thread only waits
+os.environ["OMP_NUM_THREADS"] = str(THREADS)               # of programs that tests start
+torch.set_num_threads(THREADS)
 
 # The same examples every time, so that a red test is red for everyone. `--hypothesis-profile explore` draws new ones;
 # `hasty` stops at the first failure without making it small, for runs in which a failure is what is wanted.

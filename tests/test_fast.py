@@ -518,9 +518,10 @@ def freed_at_once(at_least: int) -> int:
 @pytest.fixture
 def one_thread():
     """A forked process has lost the others."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
 
 
 glibc_alone = pytest.mark.skipif(not (sys.platform == "linux" and platform.libc_ver()[0] == "glibc"),

@@ -303,6 +303,7 @@ def test_the_mistake_is_noticed(mistake):
     assert failed, f"{mistake.what}: {mistake.noticed_by} did not notice"
 
 
+@pytest.mark.slow
 def test_without_a_mistake_the_same_tests_pass():
     tests = sorted({"tests/{}.py::{}".format(*mistake.noticed_by.split("::")) for mistake in MISTAKES})
     assert failures(tests, stop_at_first=False) == {}
