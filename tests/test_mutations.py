@@ -278,6 +278,12 @@ MISTAKES = [
     Mistake("special tokens are found in texts", "minipref/tokenizer.py",
             'if token.get("special"):', "if False:",
             "test_tokenizer::test_a_special_token_without_flags_is_special_where_another_file_says_so"),
+    Mistake("the classes stay in the file's order", "minipref/checkpoint.py", "tensors[name][order]", "tensors[name]",
+            "test_checkpoint::test_a_preference_head_has_its_classes_in_whatever_order_the_file_names_them["
+            "tie,model_a,model_b]"),
+    Mistake("a token classifier passes for a preference head", "minipref/checkpoint.py",
+            'any(name.startswith("pooler.") for name in head)', "True",
+            "test_checkpoint::test_a_token_classifier_with_our_names_is_another_tasks_head"),
 
     # Judging and training.
     Mistake("the swapped order's prediction is not mapped back", "minipref/predictor.py",

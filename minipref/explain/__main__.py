@@ -11,7 +11,15 @@ from minipref.data import Pair, read_pairs
 from minipref.explain.attribution import explain
 from minipref.explain.figure import figure
 from minipref.explain.page import page
-from minipref.predictor import SETTINGS, Judge, add_rows_or_pair, check_rows_or_pair, check_vocabulary, load_judge
+from minipref.predictor import (
+    SETTINGS,
+    Judge,
+    add_rows_or_pair,
+    check_rows_or_pair,
+    check_vocabulary,
+    load_judge,
+    refuse_other_task,
+)
 from minipref.run.folder import newest_models
 from minipref.runtime import ArgumentParser, InputError, number, run_program, write_text
 from minipref.tokenizer import load_tokenizer
@@ -60,6 +68,8 @@ def write_explanation(options: argparse.Namespace) -> None:
     write_text(output, page(explanation, options.layer - 1, options.head - 1))
     write_text(output.with_suffix(".svg"), figure(explanation, options.layer - 1, options.head - 1))
     print(f"explained  {name}: {len(explanation.tokens)} tokens, {explanation.num_truncated:,} left out")
+    if judge.model.load_report.note:
+        print(f"           {judge.model.load_report.note}")
     if explanation.attribution is None:
         print("           no trained classifier here, so no prediction: train.py trains one")
     else:
@@ -78,6 +88,7 @@ def load_model(path: str | None) -> tuple[Judge, str]:
     if (folder / SETTINGS).exists():
         return load_judge(folder, fast=False), name
     tokenizer, model = load_tokenizer(folder), load_classifier(folder)
+    refuse_other_task(model, folder)
     check_vocabulary(tokenizer, model.config.vocab_size, folder)
     return (Judge(model, tokenizer, model.config.max_distance),
             f"{name}, an encoder" if model.load_report.new else name)
