@@ -82,8 +82,12 @@ def load_model(path: str | None) -> tuple[Judge, str]:
     """The model at `path`, else the newest run's (its first fold's), else the bundled encoder; and its name."""
     try:
         folder = Path(path) if path else newest_models()[0]
-    except InputError:                                                   # nothing was trained yet
+    except InputError as problem:                                        # nothing was trained yet
         folder = BUNDLED
+        if not folder.is_dir():
+            raise InputError(found=f"{problem.found}, and an installed minipref has no bundled encoder",
+                             expected="--model DIR: a run's model/, or an encoder like weights/minipref-tiny of the "
+                                      "repository") from None
     name = "/".join(folder.resolve().parts[-2:])
     if (folder / SETTINGS).exists():
         return load_judge(folder, fast=False), name
