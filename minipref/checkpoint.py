@@ -41,8 +41,8 @@ TASK_HEADS = ("pooler.", "classifier.", "qa_outputs.")     # of transformers' cl
 # How others name the classes: by one of these words, with fillers around it ('winner_model_a', 'A is better').
 CLASS_WORDS = {"a": 0, "1": 0, "b": 1, "2": 1} | dict.fromkeys(
     ("tie", "tied", "draw", "equal", "same", "both", "bothbad", "bad", "good", "neither"), 2)     # 'both bad' is a tie
-FILLERS = {"winner", "win", "wins", "won", "is", "better", "best", "preferred", "chosen", "model", "response", "answer",
-           "assistant", "option"}
+FILLERS = {"winner", "win", "wins", "won", "is", "better", "best", "prefer", "preferred", "chosen", "model", "response",
+           "answer", "assistant", "option", "candidate", "completion", "output"}
 
 PRETRAINING_HEADS = ("lm_predictions.", "mask_predictions.", "cls.")
 LEFTOVERS = {  # in some published files, and of no use: name -> why
@@ -122,7 +122,7 @@ def load_classifier(folder: str | Path, dtype: torch.dtype = torch.float32, devi
                 _check_shapes(checkpoint, sources, model)
                 tensors |= {name: checkpoint.read(source) for name, source in sources.items()}
             else:
-                report.new.append(HEAD_NAMES[part].split(".")[0])
+                report.new.append(part)
                 fresh = getattr(model, part).to_empty(device="cpu")
                 init_weights(fresh, config.initializer_range)
                 tensors |= {f"{part}.{name}": value for name, value in fresh.state_dict().items()}

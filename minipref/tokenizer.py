@@ -137,8 +137,8 @@ class Tokenizer:
     """
 
     def __init__(self, name: str, data: bytes, added_tokens: Sequence[dict] = ()):
-        """`data`: the bytes of a file with the name `name`. `added_tokens`: further ones than the file has, as
-        transformers writes them, with their ids. Errors: ValueError that says what is wrong with them.
+        """`data`: the bytes of a file with the name `name`. `added_tokens`: those that the file may lack, each with id,
+        content and the flags of transformers. Errors: ValueError that says what is wrong with them.
         """
         self._name, self._data, self._added_tokens = name, data, added_tokens
         self._vocabulary = vocabulary = read_sentencepiece_model(data) if name == "spm.model" else _read_json(data)
@@ -280,7 +280,7 @@ class Tokenizer:
             config["added_tokens_decoder"] = {str(token["id"]): {
                 "content": token["content"], **{flag: bool(token.get(flag, flag == "normalized")) for flag in
                                                 ("lstrip", "normalized", "rstrip", "single_word", "special")}}
-                for token in sorted(self._added_tokens, key=itemgetter("id"))}
+                for token in self._added_tokens[::-1]}                     # the first of equals counts
         try:
             for name, data in ((self._name, self._data),
                                ("tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())):

@@ -523,6 +523,16 @@ def test_a_special_token_without_flags_is_special_where_another_file_says_so(sma
     assert load_tokenizer(folder).encode("<a>") == plain.encode("<a>")
 
 
+def test_flags_that_a_file_has_count_before_those_that_another_leaves_out(small_spm):
+    folder, plain = small_spm
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {
+        plain.mask_id: token("[MASK]", special=True), plain.vocab_size: token("a b", normalized=True)}}))
+    (folder / "added_tokens.json").write_text(json.dumps({"a b": plain.vocab_size}))
+    for tokenizer in (load_tokenizer(folder), load_tokenizer(folder)):
+        assert tokenizer.encode("a   b") == [plain.vocab_size]
+        tokenizer.save(folder)
+
+
 @pytest.mark.parametrize("flags, why", [
     ({"lstrip": True}, "lstrip"), ({"rstrip": True, "single_word": True}, "rstrip and single_word"),
     ({"content": "\n", "normalized": True}, "normalized"), ({"content": "\n"}, ""), ({"content": " x "}, ""),
