@@ -57,6 +57,9 @@ def predict(options: argparse.Namespace) -> None:
         runtime.check_writable(options.output)     # now, not after hours of work
     folders = options.model or newest_models()
     judges = [load_judge(folder, device, precision, fast=not options.no_fast) for folder in folders]
+    for folder, judge in zip(folders, judges):
+        if judge.model.load_report.note:
+            print(f"note: {folder}: {judge.model.load_report.note}")
     if options.csv is not None:
         print(f"model      {', '.join(map(str, folders))}")
         predict_file(judges, options)

@@ -22,17 +22,20 @@ WORK = Path(os.environ.get("NOTEBOOK_WORK", "/kaggle/working"))
 TRAIN_OPTIONS = os.environ.get("NOTEBOOK_TRAIN_OPTIONS", "").split()      # '--epochs 2', for instance
 
 
-def folder_with(*names):
-    """The first folder among the inputs that has all of these files; None where there is none."""
+def folder_with(*names, outside=None):
+    """The first folder among the inputs, and not within `outside`, that has all of these files; None without one."""
     return next((path.parent for path in sorted(INPUT.rglob(names[0]))
-                 if all((path.parent / name).exists() for name in names)), None)
+                 if outside not in path.parents and all((path.parent / name).exists() for name in names)), None)
 
 
 project, rows = folder_with("train.py", "predict.py", "minipref"), folder_with("test.csv", "train.csv")
 assert project, f"no project files below {INPUT}: attach the dataset with train.py, predict.py and minipref/"
 assert rows, f"no train.csv and test.csv below {INPUT}: attach the competition's data"
 trained = folder_with("minipref.json", "model.safetensors")
-encoder = folder_with("spm.model", "config.json", "model.safetensors") or project / "weights" / "minipref-tiny"
+# Whatever is an encoder is taken, even an incomplete one: training then says what is missing.
+encoder = next(filter(None, (folder_with(name, "config.json", outside=project)
+                             for name in ("spm.model", "tokenizer.json", "config.json"))),
+               project / "weights" / "minipref-tiny")
 print(f"project  {project}\nrows     {rows}\nmodel    {trained or f'to be trained from {encoder}'}")
 
 WORK.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
 """Hugging Face checkpoints in and out. The table below *is* the documentation of the file format.
 
 Nothing is skipped silently. Every tensor of the body must be there with the right shape; what belongs to the
-pre-training heads is left out and counted; anything else is an error that names it.
+pre-training heads or to another task's head is left out and counted; anything else is an error that names it.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minipref.config import EncoderConfig
+from minipref.config import LABELS, EncoderConfig
 from minipref.model import Encoder, PreferenceModel, init_weights
 from minipref.runtime import InputError, atomic_write, read_json, short_repr, write_json
 
@@ -35,6 +36,14 @@ BODY_NAMES = {
 BODY_PREFIX = "deberta."               # in a classifier's file; an encoder's own file may go without
 HEAD_NAMES = {"pooler": "pooler.dense", "classifier": "classifier"}
 
+TASK_HEADS = ("pooler.", "classifier.", "qa_outputs.")     # of transformers' classes for DeBERTa-v3
+
+# How others name the classes: by one of these words, with fillers around it ('winner_model_a', 'A is better').
+CLASS_WORDS = {"a": 0, "1": 0, "b": 1, "2": 1} | dict.fromkeys(
+    ("tie", "tied", "draw", "equal", "same", "both", "bothbad", "bad", "good", "neither"), 2)     # 'both bad' is a tie
+FILLERS = {"winner", "win", "wins", "won", "is", "better", "best", "prefer", "preferred", "chosen", "model", "response",
+           "answer", "assistant", "option", "candidate", "completion", "output"}
+
 PRETRAINING_HEADS = ("lm_predictions.", "mask_predictions.", "cls.")
 LEFTOVERS = {  # in some published files, and of no use: name -> why
     "embeddings.position_ids": "a counter 0, 1, 2, ...",
@@ -51,8 +60,10 @@ class LoadReport:
     body: int = 0
     heads_skipped: list[str] = field(default_factory=list)      # of the pre-training heads
     leftovers_skipped: list[str] = field(default_factory=list)
-    classifier_skipped: list[str] = field(default_factory=list)   # when only the encoder was asked for
+    classifier_skipped: list[str] = field(default_factory=list)   # only the encoder was asked for, or another task's
     new: list[str] = field(default_factory=list)
+    other_task: str = ""           # what the file's head is for, if not for A, B and tie
+    note: str = ""                 # how the classes were read, if their names do not say it
 
     def __str__(self) -> str:
         parts = [f"loaded {self.loaded} of {self.body} body tensors"]
@@ -63,22 +74,24 @@ class LoadReport:
         if self.classifier_skipped:
             parts.append(f"skipped {len(self.classifier_skipped)} of the classification head")
         if self.new:
-            parts.append(f"new: {', '.join(self.new)}")
+            why = f" (the file's head is for: {self.other_task})" if self.other_task else ""
+            parts.append(f"new: {', '.join(self.new)}{why}")
+        if self.note:
+            parts.append(self.note)
         return "; ".join(parts)
 
 
 def load_encoder(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Encoder:
     """The encoder of a Hugging Face folder (config.json and model.safetensors), in eval mode.
 
-    The folder may hold an encoder, a pre-training checkpoint or a classifier. `encoder.load_report` says what was read
-    and what was left out.
+    The folder may hold an encoder, a pre-training checkpoint or any task's head. `encoder.load_report` says what was
+    read and what was left out.
     Errors: `InputError` for a folder, a config.json or a tensor that is missing, damaged or not DeBERTa-v3's.
     """
     folder = Path(folder)
     config = EncoderConfig.from_json(folder / "config.json")
     with _open_checkpoint(folder) as checkpoint:
-        report, body, head = _sort_tensors(checkpoint, config)
-        report.classifier_skipped = list(head.values())
+        report, body, report.classifier_skipped = _sort_tensors(checkpoint, config)
         with torch.device("meta"):
             encoder = Encoder(config)
         _fill(encoder, {name: checkpoint.read(source) for name, source in body.items()}, dtype, device)
@@ -90,9 +103,10 @@ def load_classifier(folder: str | Path, dtype: torch.dtype = torch.float32, devi
                     ) -> PreferenceModel:
     """Encoder, pooler and head of a Hugging Face folder, in eval mode.
 
-    A file without `pooler.*` or `classifier.*` (the published one has neither) gets fresh ones from torch's global
-    generator, N(0, initializer_range): seed it first. `model.load_report` says which.
-    Errors: as `load_encoder`, and a classifier that does not have three classes.
+    A file without `pooler.*` or `classifier.*` (the published one has neither), or with the head of another task, gets
+    fresh ones from torch's global generator, N(0, initializer_range): seed it first. `model.load_report` says which.
+    The classes A, B and tie are known by their names in config.json, and may be there in any order.
+    Errors: as `load_encoder`, and a head of other shapes than config.json says.
     """
     folder = Path(folder)
     config = EncoderConfig.from_json(folder / "config.json")
@@ -101,15 +115,19 @@ def load_classifier(folder: str | Path, dtype: torch.dtype = torch.float32, devi
         with torch.device("meta"):
             model = PreferenceModel(config)
         tensors = {f"encoder.{name}": checkpoint.read(source) for name, source in body.items()}
-        for part in HEAD_NAMES:
-            names = [f"{part}.weight", f"{part}.bias"]
-            if names[0] in head:
-                tensors |= {name: checkpoint.read(head[name]) for name in names}
+        order = _class_order(read_json(folder / "config.json", "a configuration"), head, checkpoint, report)
+        for part, theirs in HEAD_NAMES.items():
+            if order and any(name.startswith(f"{theirs}.") for name in head):
+                sources = {f"{part}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
+                _check_shapes(checkpoint, sources, model)
+                tensors |= {name: checkpoint.read(source) for name, source in sources.items()}
             else:
-                report.new.append(HEAD_NAMES[part].split(".")[0])
+                report.new.append(part)
                 fresh = getattr(model, part).to_empty(device="cpu")
                 init_weights(fresh, config.initializer_range)
                 tensors |= {f"{part}.{name}": value for name, value in fresh.state_dict().items()}
+        if order and "classifier" not in report.new:
+            tensors |= {name: tensors[name][order] for name in ("classifier.weight", "classifier.bias")}
         _fill(model, tensors, dtype, device)
     model.load_report = report
     return model.eval()
@@ -151,8 +169,9 @@ def _body_names(config: EncoderConfig) -> dict[str, str]:
     return names
 
 
-def _sort_tensors(checkpoint: "_Checkpoint", config: EncoderConfig) -> tuple[LoadReport, dict, dict]:
-    """Decide what each tensor of the file is. Returns the report, {our name: file's name} of the body and of the head.
+def _sort_tensors(checkpoint: "_Checkpoint", config: EncoderConfig) -> tuple[LoadReport, dict, list]:
+    """Decide what each tensor of the file is. Returns the report, {our name: file's name} of the body, and the names of
+    a task's head.
 
     Errors: `InputError` naming the tensor for a missing, misshapen or unknown one.
     """
@@ -162,21 +181,14 @@ def _sort_tensors(checkpoint: "_Checkpoint", config: EncoderConfig) -> tuple[Loa
         raise InputError(file=checkpoint.path, found=f"{len(checkpoint.shapes)} tensors",
                          expected=f"at least {16 * layers:,}, for the {layers:,} layers of config.json")
     prefix = BODY_PREFIX if any(name.startswith(BODY_PREFIX) for name in checkpoint.shapes) else ""
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in PreferenceModel(config).named_parameters()}
     body = {ours: prefix + theirs for ours, theirs in _body_names(config).items()}
-    head = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in HEAD_NAMES.items() for kind in ("weight", "bias")
-            if any(f"{theirs}.{k}" in checkpoint.shapes for k in ("weight", "bias"))}
-
-    for ours, theirs in ({f"encoder.{name}": source for name, source in body.items()} | head).items():
-        if theirs not in checkpoint.shapes:
-            raise InputError(file=checkpoint.path, found=f"no tensor {theirs}", expected=f"one of shape {shapes[ours]}")
-        if checkpoint.shapes[theirs] != shapes[ours]:
-            raise InputError(file=checkpoint.path, found=f"tensor {theirs} has shape {checkpoint.shapes[theirs]}",
-                             expected=f"{shapes[ours]}, from config.json")
-
-    for name in sorted(checkpoint.shapes.keys() - set(body.values()) - set(head.values())):
-        if name.startswith(PRETRAINING_HEADS):
+    with torch.device("meta"):
+        _check_shapes(checkpoint, body, Encoder(config))
+    head = []
+    for name in sorted(checkpoint.shapes.keys() - set(body.values())):
+        if name.startswith(TASK_HEADS):
+            head.append(name)
+        elif name.startswith(PRETRAINING_HEADS):
             report.heads_skipped.append(name)
         elif name.removeprefix(prefix) in LEFTOVERS:
             report.leftovers_skipped.append(name)
@@ -185,7 +197,59 @@ def _sort_tensors(checkpoint: "_Checkpoint", config: EncoderConfig) -> tuple[Loa
                              "does not have", expected="only the encoder's, the classifier's and the "
                              "pre-training heads' tensors")
     report.loaded = report.body = len(body)
-    return report, body, head
+    return report, body, head[::-1]        # pooler before classifier, weight before bias
+
+
+def _check_shapes(checkpoint: "_Checkpoint", names: dict[str, str], module: nn.Module) -> None:
+    """Errors: `InputError` for a tensor of {our name: file's name} that is missing or has not the module's shape."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    for ours, theirs in names.items():
+        if theirs not in checkpoint.shapes:
+            raise InputError(file=checkpoint.path, found=f"no tensor {theirs}", expected=f"one of shape {shapes[ours]}")
+        if checkpoint.shapes[theirs] != shapes[ours]:
+            raise InputError(file=checkpoint.path, found=f"tensor {theirs} has shape {checkpoint.shapes[theirs]}",
+                             expected=f"{shapes[ours]}, from config.json")
+
+
+def _class_order(fields: dict, head: list[str], checkpoint: "_Checkpoint", report: LoadReport) -> list[int]:
+    """The rows of A, B and tie in the file's classifier; empty for another task's head, which `report` then describes.
+
+    transformers calls classes LABEL_0, LABEL_1, ... where nobody names them. Three of a sequence classifier are taken
+    for A, B and tie, the order of Kaggle's columns.
+    """
+    if not any(name.startswith(("classifier.", "qa_outputs.")) for name in head):
+        return [0, 1, 2]                   # nothing to be put in order
+    given, problem, architecture = fields.get("id2label"), fields.get("problem_type"), fields.get("architectures")
+    rows = (*checkpoint.shapes.get("classifier.weight", ()), 0)[0]
+    if given is None:
+        names = [f"LABEL_{row}" for row in range(rows)]
+    elif isinstance(given, dict):
+        names = [str(given.get(str(row))) for row in range(len(given))]
+    else:
+        names = [short_repr(given)]
+    is_sequence = architecture is None or "ForSequenceClassification" in str(architecture)
+    is_softmax = problem in (None, "single_label_classification")
+    if (is_softmax and any(name.startswith("pooler.") for name in head)
+            and all(re.fullmatch(r"(pooler\.dense|classifier)\.(weight|bias)", name) for name in head)):
+        classes = [_class_of(name) for name in names]
+        if len(classes) == len(LABELS) and set(classes) == {0, 1, 2}:
+            return [classes.index(label) for label in range(len(LABELS))]
+        if is_sequence and names == ["LABEL_0", "LABEL_1", "LABEL_2"]:
+            report.note = f"its classes {', '.join(names)} were taken for {', '.join(LABELS)}"
+            return [0, 1, 2]
+    names = names[:10] + ["..."] * (len(names) > 10)
+    what = [", ".join(names), "" if is_sequence else str(architecture).strip("[]'"),
+            "" if is_softmax else str(problem)]
+    report.other_task = "; ".join(part for part in what if part) or ", ".join(head)
+    report.classifier_skipped = head
+    return []
+
+
+def _class_of(name: str) -> int | None:
+    """The class that a name means; None where it has another word, or words for several classes."""
+    words = {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+|[0-9]+", name)} - FILLERS
+    classes = {CLASS_WORDS.get(word) for word in words}
+    return classes.pop() if len(classes) == 1 else None
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str) -> None:

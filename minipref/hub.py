@@ -38,7 +38,7 @@ DATA_REPO, DATA_FOLDER = "lmsys/lmsys-arena-human-preference-55k", "data"
 
 # Each row is one file, by the names that it may have, the preferred one first.
 WEIGHTS_FILES = (("config.json",), ("spm.model", "tokenizer.json"), ("model.safetensors", "pytorch_model.bin"))
-OPTIONAL = ("tokenizer_config.json",)       # transformers reads it, minipref does not
+OPTIONAL = (("tokenizer_config.json",), ("added_tokens.json",), ("special_tokens_map.json",))   # of a changed tokenizer
 
 # The token ids of the published weights refer to this vocabulary. Another one would load, and give wrong results.
 KNOWN_SHA256 = {(WEIGHTS_REPO, "spm.model"): "c679fbf93643d19aab7ee10c0b99e460bdbc02fedf34b92b05af343b4af586fd"}
@@ -62,7 +62,7 @@ def fetch_weights(repo: str = WEIGHTS_REPO, folder: str | Path = WEIGHTS_FOLDER,
     if (folder / "spm.model").is_file():
         _verify(repo, folder / "spm.model")
     if missing:
-        _fetch(repo, "model", missing + _missing((OPTIONAL,), folder), folder, log)
+        _fetch(repo, "model", missing + _missing(OPTIONAL, folder), folder, log)
     if not os.path.lexists(folder / "model.safetensors"):
         _install(folder / "pytorch_model.bin", folder, log)
     elif not missing:
@@ -117,10 +117,10 @@ def _fetch(repo: str, repo_type: str, wanted: Sequence[tuple], folder: Path, log
             found.append(_find(repo, repo_type, names, revision, log))
             revision = found[-1].parent.name         # in the cache it is snapshots/COMMIT/NAME
         except Exception as error:                   # the library, its HTTP client and hf_xet share no base class
-            if names == OPTIONAL:
-                log(f"{names[0]} was not fetched, and only transformers reads it: {_reason(error)}")
+            if names in OPTIONAL:
+                log(f"{names[0]} was not fetched, and most encoders need none: {_reason(error)}")
                 continue
-            files = ", ".join(" or ".join(names) for names in wanted if names != OPTIONAL)
+            files = ", ".join(" or ".join(names) for names in wanted if names not in OPTIONAL)
             page = f"{HUB}/{'datasets/' if repo_type == 'dataset' else ''}{repo}"
             raise FetchError(
                 file=folder, found=f"could not fetch {repo} from {os.getenv('HF_ENDPOINT', HUB)}: {_reason(error)}",

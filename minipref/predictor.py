@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from minipref.checkpoint import load_classifier, save_classifier
+from minipref.config import LABELS
 from minipref.data import SHARES, Pair, TokenizedPairs, Turns, batches_by_tokens, collate, encode_pairs, swap_classes
 from minipref.fast import accelerate
 from minipref.metrics import swap_averaged
@@ -90,11 +91,19 @@ def load_judge(folder: str | Path, device: torch.device | str = "cpu", precision
     max_length, temperature = _read_settings(folder / SETTINGS)
     tokenizer = load_tokenizer(folder)
     model = load_classifier(folder, device=device)
+    refuse_other_task(model, folder)
     if model.load_report.new:
         raise InputError(file=folder / "model.safetensors", found=f"no {' and no '.join(model.load_report.new)}",
                          expected="a trained classifier; this is an encoder, which train.py --encoder fine-tunes")
     check_vocabulary(tokenizer, model.config.vocab_size, folder)
     return Judge(accelerate(model) if fast else model, tokenizer, max_length, temperature, precision)
+
+
+def refuse_other_task(model: PreferenceModel, folder: str | Path) -> None:
+    """Errors: `InputError` for the folder of a classifier that was trained for something else."""
+    if model.load_report.other_task:
+        raise InputError(file=folder, found=f"a head for: {model.load_report.other_task}",
+                         expected=f"a head for {', '.join(LABELS)}; train.py --encoder trains one on this encoder")
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: str | Path) -> None:

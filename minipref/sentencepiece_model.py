@@ -13,7 +13,7 @@ import re
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -42,6 +42,7 @@ class Vocabulary:
     normalizers: list[Callable[[str], str]]        # applied in this order
     remove_extra_whitespaces: bool                 # strip spaces, and collapse runs of them
     add_dummy_prefix: bool                         # put a space in front of the text
+    added_tokens: list[dict] = field(default_factory=list)   # of tokenizer.json, in its own form
 
     def check(self) -> None:
         """Refuse what sentencepiece refuses to load, and absurd sizes. Errors: ValueError."""

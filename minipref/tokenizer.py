@@ -20,6 +20,10 @@ transformers, in two ways:
 
 transformers 5 drops the character map and byte fallback altogether.
 
+*Added tokens*, those of transformers' `add_tokens`, come first, as in transformers. A text is split at them, the
+longest at each place, and each part between them goes through the four steps alone. A token with the flag `normalized`
+is looked for after step 1, any other before it. Special tokens are not among them: they stay text.
+
 One difference from sentencepiece remains. It sums scores in float32 from the start of the text; here each word has a
 float64 sum of its own. Where the sums of two segmentations are equal, or differ by less than float32's rounding, the
 other one may be chosen: 'BBBBB' is 'BB' 'BBB' or 'BBB' 'BB'.
@@ -32,12 +36,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from tokenizers import Regex, normalizers
 from tokenizers.models import Unigram
 
-from minipref.runtime import InputError, atomic_write, check_regular_file, short_repr
+from minipref.runtime import InputError, atomic_write, check_regular_file, read_json, short_repr
 from minipref.sentencepiece_model import (
     BYTE,
     BYTE_PIECES,
@@ -61,7 +66,8 @@ MAX_FILE_BYTES = {"spm.model": 8 << 20, "tokenizer.json": 32 << 20}   # larger f
 def load_tokenizer(folder: str | Path) -> "Tokenizer":
     """The tokenizer of a folder: from its `spm.model`, or from its `tokenizer.json` if it has no spm.model.
 
-    A tokenizer.json that transformers 5 made has lost the character map, so its ids are not quite v3's.
+    A tokenizer.json that transformers 5 made has lost the character map, so its ids are not quite v3's. Added tokens
+    are read from every file that transformers writes them into, beside spm.model too.
 
     Errors: InputError if there is neither; or InputError with the file's name, if it cannot be read, is damaged, or is
     not a Unigram model. A damaged spm.model is an error even if there is a tokenizer.json beside it.
@@ -77,11 +83,45 @@ def load_tokenizer(folder: str | Path) -> "Tokenizer":
                 data = file.read(limit + 1)
             if len(data) > limit:
                 raise ValueError(f"more than {limit:,} bytes")
-            return Tokenizer(name, data)
+            return Tokenizer(name, data, _read_added_tokens(folder, beside=name))
         except (OSError, ValueError, OverflowError, RecursionError) as problem:
             raise InputError(file=path, found=str(problem), expected=expected) from None
     raise InputError(file=folder, found="no tokenizer here" if folder.is_dir() else "not a folder",
                      expected="a folder with spm.model or tokenizer.json")
+
+
+def _read_added_tokens(folder: Path, beside: str) -> list[dict]:
+    """The added tokens in a folder's other files than `beside`, each a dict with id, content and flags.
+
+    added_tokens.json has no flags: transformers' slow tokenizers write it, and look for tokens before normalization.
+    Errors: InputError for a file of another form, and for settings and special tokens that v3 does not have.
+    """
+    def read(name: str) -> dict:
+        return read_json(folder / name, "a JSON file of a tokenizer") if os.path.lexists(folder / name) else {}
+
+    def content(token: object) -> object:
+        return token.get("content") if isinstance(token, dict) else token
+
+    special = set(SPECIAL_TOKENS)
+    try:
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            fields = read(name)
+            wrong = [key for key in ("do_lower_case", "split_by_punct") if fields.get(key)]
+            wrong += [key for token in SPECIAL_TOKENS
+                      if content(fields.get(key := f"{token[1:-1].lower()}_token")) not in (None, token)]
+            if wrong:
+                raise InputError(file=folder / name, found=f"{wrong[0]} is {short_repr(fields[wrong[0]])}",
+                                 expected="the special tokens of DeBERTa-v3, and text as it was written")
+            special.update(map(content, fields.get("additional_special_tokens") or ()))
+        tokens = [{**token, "id": int(id)} for id, token in (fields.get("added_tokens_decoder") or {}).items()]
+        name = "tokenizer.json"
+        tokens += (read(name).get("added_tokens") or []) if beside != name else []
+        name = "added_tokens.json"
+        return tokens + [{"id": int(id), "content": token, "special": token in special, "normalized": False}
+                         for token, id in read(name).items()]
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(file=folder / name, found="added tokens in another form",
+                         expected="the form in which transformers writes them") from None
 
 
 class Tokenizer:
@@ -91,15 +131,18 @@ class Tokenizer:
     `unk_id` in a vocabulary without byte pieces. A special token that the file lacks gets the next free id: for v3 that
     is [MASK], 128000.
     `vocab_size`: the number of ids, special tokens included.
-    `fingerprint`: the sha256 of the file, in hex.
+    `fingerprint`: the sha256 of the file and of added tokens from other files, in hex.
     `replaced_surrogates`: how many texts with a lone surrogate (half of a UTF-16 pair, not a character) were encoded.
     Each lone surrogate is read as U+FFFD. A complete pair is read as its character and does not count.
     """
 
-    def __init__(self, name: str, data: bytes):
-        """`data`: the bytes of a file with the name `name`. Errors: ValueError that says what is wrong with them."""
-        self._name, self._data = name, data
+    def __init__(self, name: str, data: bytes, added_tokens: Sequence[dict] = ()):
+        """`data`: the bytes of a file with the name `name`. `added_tokens`: those that the file may lack, each with id,
+        content and the flags of transformers. Errors: ValueError that says what is wrong with them.
+        """
+        self._name, self._data, self._added_tokens = name, data, added_tokens
         self._vocabulary = vocabulary = read_sentencepiece_model(data) if name == "spm.model" else _read_json(data)
+        in_text = _place_added_tokens(vocabulary, [*vocabulary.added_tokens, *added_tokens])
         vocabulary.check()
         pieces, scores, types = vocabulary.pieces, vocabulary.scores, vocabulary.types
         control_ids = {piece: id for id, piece in enumerate(pieces) if types[id] == CONTROL}
@@ -112,7 +155,8 @@ class Tokenizer:
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = (control_ids[token] for token in SPECIAL_TOKENS)
         self.unk_id = types.index(UNKNOWN)
         self.vocab_size = len(pieces)
-        self.fingerprint = hashlib.sha256(data).hexdigest()
+        listed = json.dumps(added_tokens, sort_keys=True).encode() if added_tokens else b""
+        self.fingerprint = hashlib.sha256(data + listed).hexdigest()
         self.replaced_surrogates = 0
 
         byte_ids = {piece: id for id, piece in enumerate(pieces) if types[id] == BYTE}
@@ -127,37 +171,60 @@ class Tokenizer:
         self._splits_words = SPACE in text_pieces and not any(SPACE in piece[1:] for piece in text_pieces)
         self._segment_cached = functools.lru_cache(CACHED_WORDS)(self._segment)
 
+        before, after = {}, {}     # content -> id of the added tokens that are looked for before and after step 1
+        for content, token in in_text.items():
+            normalized = token.get("normalized", True)
+            flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
+            if normalized and self._normalize(content) != content:     # '\n' would be nothing, which is everywhere
+                flags.append("normalized (and normalization changes it)")
+            if flags:
+                raise ValueError(f"the added token {short_repr(content)} with the flag {' and '.join(flags)}")
+            (after if normalized else before)[content] = token["id"]
+        self._before, self._after = (
+            (ids, re.compile(f"({'|'.join(map(re.escape, sorted(ids, key=len, reverse=True)))})"))
+            for ids in (before, after))
+
     def __reduce__(self):
-        return Tokenizer, (self._name, self._data)
+        return Tokenizer, (self._name, self._data, self._added_tokens)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens; none for a text that is empty or consists of spaces."""
         ids = []
-        for word in self._pre_tokenize(self._normalize(text)) if text != "" else ():
-            ids += self._segment_cached(word) if len(word) <= CACHED_WORD_LENGTH else self._segment(word)
+        for raw in _split(self._mend(text), *self._before) if text != "" else ():
+            for part in [raw] if isinstance(raw, int) else _split(self._normalize(raw), *self._after):
+                if isinstance(part, int):
+                    ids.append(part)
+                    continue
+                for word in self._pre_tokenize(part):
+                    ids += self._segment_cached(word) if len(word) <= CACHED_WORD_LENGTH else self._segment(word)
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text. It starts no threads or processes, so it can itself run in several."""
         return [self.encode(text) for text in texts]
 
-    def _normalize(self, text: str) -> str:
-        """Step 1."""
+    def _mend(self, text: str) -> str:
+        """The text with its surrogates joined or replaced."""
         if not isinstance(text, str):
             raise TypeError(f"a text must be a str, not {short_repr(text)}")
         if SURROGATE.search(text):
             replaced = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             self.replaced_surrogates += replaced.count("\ufffd") > text.count("\ufffd")
             text = replaced
+        return text
+
+    def _normalize(self, text: str) -> str:
+        """Step 1."""
         for normalize in self._vocabulary.normalizers:
             text = normalize(text)
-        return SPACES.sub(" ", text).strip(" ") if self._vocabulary.remove_extra_whitespaces else text
+        if self._vocabulary.remove_extra_whitespaces:   # sentencepiece strips '▁' at the end, even one of the text
+            text = SPACES.sub(" ", text).lstrip(" ").rstrip(f" {SPACE}")
+        return text
 
     def _pre_tokenize(self, text: str) -> list[str]:
         """Step 2; the whole text is one word if its words are not independent."""
-        text = ((" " if self._vocabulary.add_dummy_prefix else "") + text).replace(" ", SPACE)
-        if self._vocabulary.remove_extra_whitespaces:
-            text = text.rstrip(SPACE)   # sentencepiece strips '▁' at the end, even one that the text itself contains
+        has_space = self._vocabulary.remove_extra_whitespaces and text[:1] in ("", " ")   # after an added token
+        text = ((" " if self._vocabulary.add_dummy_prefix and not has_space else "") + text).replace(" ", SPACE)
         if not self._splits_words:
             return [text] if text else []
         first, *others = text.split(SPACE)
@@ -209,6 +276,11 @@ class Tokenizer:
             config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         for role in ("pad", "cls", "sep", "unk", "mask"):
             config[f"{role}_token"] = self._vocabulary.pieces[getattr(self, f"{role}_id")]
+        if self._added_tokens:
+            config["added_tokens_decoder"] = {str(token["id"]): {
+                "content": token["content"], **{flag: bool(token.get(flag, flag == "normalized")) for flag in
+                                                ("lstrip", "normalized", "rstrip", "single_word", "special")}}
+                for token in self._added_tokens[::-1]}                     # the first of equals counts
         try:
             for name, data in ((self._name, self._data),
                                ("tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())):
@@ -216,6 +288,38 @@ class Tokenizer:
                     temporary.write_bytes(data)
         except OSError as problem:
             raise InputError(file=folder, found=f"cannot be written: {problem.strerror}") from None
+
+
+def _split(text: str, ids: dict[str, int], pattern: re.Pattern) -> list[str | int]:
+    """The parts of a text between the added tokens of `ids`, and the tokens' ids."""
+    return [ids.get(part, part) for part in pattern.split(text) if part] if ids else [text]
+
+
+def _place_added_tokens(vocabulary: Vocabulary, tokens: Sequence[dict]) -> dict[str, dict]:
+    """Append new tokens to the vocabulary; returns those that a text may contain, by content, the first of equals.
+
+    Errors: ValueError for one that has neither the place of its piece nor the next.
+    """
+    pieces, types, in_text = vocabulary.pieces, vocabulary.types, {}
+    for token in tokens:
+        match token:
+            case {"id": int(), "content": str()}:
+                pass
+            case _:
+                raise ValueError(f"the added token {short_repr(token)}, without id or content")
+    for token in sorted(tokens, key=itemgetter("id")):
+        id, content, is_new = token["id"], token["content"], token["id"] == len(pieces)
+        if is_new:
+            pieces.append(content)
+            vocabulary.scores.append(0.0)
+            types.append(CONTROL)                 # for the Unigram model: it must not produce the token
+        elif not (0 <= id < len(pieces) and pieces[id] == content):
+            raise ValueError(f"the added token {short_repr(token)}, which is neither a piece nor has the next id")
+        if token.get("special"):
+            types[id] = CONTROL if types[id] == NORMAL else types[id]
+        elif content not in SPECIAL_TOKENS and (is_new or types[id] == NORMAL):
+            in_text.setdefault(content, token)
+    return in_text
 
 
 # --- tokenizer.json, the format of the tokenizers library ---
@@ -243,24 +347,17 @@ def _read_json(data: bytes) -> Vocabulary:
                              CONTROL if piece in SPECIAL_TOKENS else NORMAL)
             case _:
                 raise ValueError(f"entry {id} of the vocab is {short_repr(entry)}, not [piece, score]")
-    for token in added:
-        match token:
-            case {"id": int(id), "content": str(content)} if 0 <= id < len(pieces) and pieces[id] == content:
-                if token.get("special") and types[id] == NORMAL:
-                    types[id] = CONTROL
-            case {"id": int(id), "content": str(content)} if id == len(pieces):
-                pieces += [content]
-                scores += [0.0]
-                types += [CONTROL]
-            case _:
-                raise ValueError(f"the added token {short_repr(token)}, which is neither a piece nor has the next id")
 
     match _steps_of(file.get("pre_tokenizer"), "pretokenizers"):
         case [{"type": "Metaspace", "replacement": "▁"} as metaspace]:   # older files have add_prefix_space alone
-            prefix = metaspace.get("prepend_scheme") != "never" and bool(metaspace.get("add_prefix_space", True))
+            scheme = metaspace.get("prepend_scheme")
+            prefix = scheme != "never" and bool(metaspace.get("add_prefix_space", True))
+            if scheme == "first" and any(isinstance(token, dict) and not token.get("special") for token in added):
+                raise ValueError("a Metaspace with prepend_scheme 'first' and added tokens")
         case other:
             raise ValueError(f"the pre-tokenizer {short_repr(other)}, not Metaspace with {SPACE}")
-    return Vocabulary(pieces, scores, types, *_read_normalizer(file.get("normalizer")), add_dummy_prefix=prefix)
+    return Vocabulary(pieces, scores, types, *_read_normalizer(file.get("normalizer")), add_dummy_prefix=prefix,
+                      added_tokens=added)
 
 
 def _read_normalizer(node: object) -> tuple[list[Callable[[str], str]], bool]:

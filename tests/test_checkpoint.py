@@ -7,10 +7,13 @@ import torch
 from helpers import SMALL, large_model, padded_batch, reference_model, relative, resized
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from spm import trained_tokenizer
 
 from minipref import load_classifier, load_encoder, save_classifier
 from minipref.checkpoint import BODY_NAMES, encoder_tensors
-from minipref.runtime import InputError
+from minipref.explain.__main__ import load_model
+from minipref.predictor import load_judge
+from minipref.runtime import InputError, write_json
 
 
 @pytest.fixture
@@ -182,6 +185,134 @@ def test_a_file_with_only_a_pooler_gets_a_fresh_classifier(model, saved):
     loaded = load_classifier(saved)
     assert loaded.load_report.new == ["classifier"]
     assert torch.equal(loaded.pooler.weight, model.pooler.weight)
+
+
+# Heads of others.
+
+def write_config(folder, **changes) -> None:
+    """Change fields of a saved model's config.json; None leaves one out."""
+    path = folder / "config.json"
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+
+
+def id2label(*names) -> dict:
+    return {str(row): name for row, name in reversed(list(enumerate(names)))}
+
+
+@pytest.mark.parametrize("names", [
+    ("A", "B", "tie"), ("tie", "model_a", "model_b"), ("winner_tie", "winner_model_b", "winner_model_a"),
+    ("b", "draw", "a"), ("response_a", "both", "response_b"), ("Tie (bothbad)", "Model A", "Model B"),
+    ("B_WINS", "A_WINS", "TIE"), ("chosen_b", "neither", "chosen_a"), ("ResponseB", "ResponseA", "BothBad"),
+    ("model_2", "model_1", "tie"), ("B is better", "both good", "A is better"),
+], ids=",".join)
+def test_a_preference_head_has_its_classes_in_whatever_order_the_file_names_them(model, saved, names):
+    places = [next(row for row, name in enumerate(names) if name.lower().replace("1", "a").replace("2", "b")
+                   .replace("is better", "").replace("_wins", "").strip().endswith(letter)) for letter in "ab"]
+    places.append(3 - sum(places))
+    wanted = {name: getattr(model.classifier, name).detach().clone() for name in ("weight", "bias")}
+
+    def shuffled(tensors):
+        for name, tensor in wanted.items():
+            tensors[f"classifier.{name}"][places] = tensor
+        return tensors
+
+    rewrite(saved, shuffled)
+    write_config(saved, id2label=id2label(*names), architectures=["MyPreferenceModel"])
+    loaded = load_classifier(saved)
+    assert all(torch.equal(getattr(loaded.classifier, name), tensor) for name, tensor in wanted.items())
+    assert not loaded.load_report.new and not loaded.load_report.note
+    save_classifier(loaded, saved)
+    assert json.loads((saved / "config.json").read_text())["id2label"] == {"0": "A", "1": "B", "2": "tie"}
+    assert torch.equal(load_classifier(saved).classifier.weight, wanted["weight"])
+
+
+@pytest.mark.parametrize("changes", [{"id2label": id2label("LABEL_0", "LABEL_1", "LABEL_2")}, {"id2label": None},
+                                     {"id2label": None, "architectures": None, "problem_type": None}], ids=str)
+def test_three_classes_without_names_are_taken_for_a_b_and_tie_and_the_report_says_so(model, saved, changes):
+    write_config(saved, **changes)
+    loaded = load_classifier(saved)
+    assert torch.equal(loaded.classifier.weight, model.classifier.weight)
+    assert str(loaded.load_report).endswith("; its classes LABEL_0, LABEL_1, LABEL_2 were taken for A, B, tie")
+
+
+OTHER_HEADS = {   # name: (changes of config.json, rows of the classifier, whether there is a pooler, what it is for)
+    "NLI": ({"id2label": id2label("entailment", "neutral", "contradiction")}, 3, True,
+            "entailment, neutral, contradiction"),
+    "another three": ({"id2label": id2label("A", "B", "C")}, 3, True, "A, B, C"),
+    "two ties": ({"id2label": id2label("a", "tie", "draw")}, 3, True, "a, tie, draw"),
+    "opposites": ({"id2label": id2label("rejected_a", "rejected_b", "tie")}, 3, True, "rejected_a, rejected_b, tie"),
+    "stars": ({"id2label": id2label("1", "2", "3")}, 3, True, "1, 2, 3"),
+    "reward": ({"id2label": id2label("LABEL_0")}, 1, True, "LABEL_0"),
+    "zero-shot": ({"id2label": None}, 2, True, "LABEL_0, LABEL_1"),
+    "seven": ({"id2label": id2label(*"abcdefg")}, 7, True, "a, b, c, d, e, f, g"),
+    "many": ({"id2label": id2label(*map(str, range(77)))}, 77, True, "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ..."),
+    "NER": ({"id2label": id2label("LABEL_0", "LABEL_1", "LABEL_2"),
+             "architectures": ["DebertaV2ForTokenClassification"]}, 3, False,
+            "LABEL_0, LABEL_1, LABEL_2; DebertaV2ForTokenClassification"),
+    "NER, without its class": ({"id2label": id2label("O", "B", "I"), "architectures": None}, 3, False, "O, B, I"),
+    "choices": ({"id2label": None, "architectures": ["DebertaV2ForMultipleChoice"]}, 1, True,
+                "LABEL_0; DebertaV2ForMultipleChoice"),
+    "several labels": ({"id2label": None, "problem_type": "multi_label_classification"}, 3, True,
+                       "LABEL_0, LABEL_1, LABEL_2; multi_label_classification"),
+    "questions": ({"id2label": None, "architectures": ["DebertaV2ForQuestionAnswering"]}, 0, False,
+                  "DebertaV2ForQuestionAnswering"),
+    "names of no form": ({"id2label": [1]}, 3, True, "[1]"),
+}
+
+
+@pytest.fixture(params=OTHER_HEADS)
+def other(request, saved):
+    """The folder of the same encoder with another task's head, and what that is for."""
+    changes, rows, pooler, what = OTHER_HEADS[request.param]
+    head = ["pooler.dense.weight", "pooler.dense.bias"] * (not pooler)
+    part, size = "classifier" if rows else "qa_outputs", rows or 2
+    new = {f"{part}.weight": torch.ones(size, 24), f"{part}.bias": torch.ones(size)}
+    rewrite(saved, drop(*head, "classifier.weight", "classifier.bias"))
+    rewrite(saved, lambda tensors: tensors | new)
+    write_config(saved, **changes)
+    return saved, what
+
+
+def test_another_tasks_head_is_left_out_and_named_and_training_begins_with_a_fresh_one(model, other):
+    folder, what = other
+    encoder, classifier = load_encoder(folder), load_classifier(folder)
+    assert torch.equal(encoder.layers[1].ff_out.weight, model.encoder.layers[1].ff_out.weight)
+    assert torch.equal(classifier.encoder.layers[1].ff_out.weight, encoder.layers[1].ff_out.weight)
+    for part in (classifier.pooler, classifier.classifier):
+        assert (part.bias == 0).all() and part.weight.std() < 0.03
+    report = classifier.load_report
+    assert str(report).endswith(f"of the classification head; new: pooler, classifier (the file's head is for: {what})")
+    assert report.classifier_skipped == encoder.load_report.classifier_skipped
+    assert len(report.classifier_skipped) in (2, 4)
+
+
+def test_another_tasks_head_is_refused_where_a_preference_is_asked_for(other):
+    folder, what = other
+    write_json(folder / "minipref.json", {"format": 1, "max_length": 64, "shares": [1, 2, 2], "temperature": 1.0})
+    trained_tokenizer().save(folder)
+    with pytest.raises(InputError) as refused:
+        load_judge(folder)
+    assert f"{folder}: a head for: {what}; expected a head for A, B, tie" in str(refused.value)
+    (folder / "minipref.json").unlink()
+    with pytest.raises(InputError) as refused:
+        load_model(str(folder))
+    assert f"{folder}: a head for: {what}; expected a head for A, B, tie" in str(refused.value)
+
+
+def test_a_token_classifier_with_our_names_is_another_tasks_head(saved):
+    rewrite(saved, drop("pooler.dense.weight", "pooler.dense.bias"))
+    assert load_classifier(saved).load_report.new == ["pooler", "classifier"]
+
+
+def test_transformers_and_we_agree_on_a_head_in_another_order(model, tmp_path):
+    pytest.importorskip("transformers")
+    theirs = reference_model(model)
+    theirs.config.id2label = {0: "tie", 1: "model_b", 2: "model_a"}
+    theirs.save_pretrained(tmp_path)
+    ids, attention_mask = padded_batch(SMALL, [20, 9])
+    logits = theirs(ids, attention_mask=attention_mask.long()).logits[:, [2, 1, 0]]
+    assert relative(load_classifier(tmp_path)(ids, attention_mask), logits) < 1e-5
 
 
 def test_pretraining_heads_are_left_out_and_counted(saved):

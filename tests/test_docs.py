@@ -249,6 +249,25 @@ def test_the_notebook_has_every_cell_of_its_source():
         if line)
 
 
+@pytest.mark.parametrize("files", [
+    ("config.json", "spm.model", "model.safetensors"), ("config.json", "pytorch_model.bin"),
+    ("config.json", "tokenizer.json", "pytorch_model.bin"), ()], ids="-".join)
+def test_the_notebook_takes_an_attached_encoder_whatever_is_missing_in_it(tmp_path, monkeypatch, capsys, files):
+    project, encoder = tmp_path / "a project", tmp_path / "encoder"
+    for path in [project / name for name in ("train.py", "predict.py", "minipref", "weights/minipref-tiny/config.json",
+                                             "weights/minipref-tiny/tokenizer.json")] + [
+            tmp_path / "rows" / name for name in ("train.csv", "test.csv")] + [encoder / name for name in files]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.setenv("NOTEBOOK_INPUT", str(tmp_path))
+    monkeypatch.setenv("NOTEBOOK_WORK", str(tmp_path / "work"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    exec(text_of("docs/kaggle_notebook.py").split("# %%")[2], {})
+    wanted = encoder if files else project / "weights" / "minipref-tiny"
+    assert f"to be trained from {wanted}" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_notebook_trains_and_predicts_on_the_synthetic_dataset(tmp_path):
     inputs, work = tmp_path / "input", tmp_path / "work"

@@ -2,15 +2,18 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from helpers import SMALL, large_model, padded_batch
 from small import BUNDLED, write_encoder
 
@@ -278,6 +281,33 @@ def test_the_bundled_encoder_has_attention_to_show_and_says_that_it_predicts_not
     assert "no trained classifier here" in text and "Prediction:" not in text and str(BUNDLED) not in text
     assert "minipref-tiny, an encoder" in text and "Layer 2, head 1" in svg
     assert "no prediction" in capsys.readouterr().out
+
+
+def test_an_installed_minipref_says_in_one_line_where_the_bundled_encoder_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minipref.explain.__main__.BUNDLED", tmp_path / "site-packages" / "weights")
+    assert main(["--prompt", "p", "--a", "a", "--b", "b"]) == 2
+    assert capsys.readouterr().err == (
+        "explain: no run so far, and an installed minipref has no bundled encoder; expected --model DIR: a run's "
+        "model/, or an encoder like weights/minipref-tiny of the repository\n")
+
+
+@pytest.mark.slow
+def test_an_installed_minipref_explains_and_has_its_data_files(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    source, installed, elsewhere = (tmp_path / name for name in ("source", "installed", "elsewhere"))
+    shutil.copytree(ROOT / "minipref", source / "minipref")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", installed, source], check=True, timeout=300)
+    elsewhere.mkdir()
+    explain_pair = [sys.executable, "-m", "minipref.explain", "--prompt", "p", "--a", "a", "--b", "b"]
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run(explain_pair, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "weights/minipref-tiny of the repository" in done.stderr
+    for name in ("explain/page.html", "run/report.html", "synthetic/words.toml"):
+        assert (installed / "minipref" / name).read_bytes() == (ROOT / "minipref" / name).read_bytes()
 
 
 def test_a_row_of_a_csv_is_explained_with_the_newest_runs_model(judge, tmp_path, monkeypatch, capsys):

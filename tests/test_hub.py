@@ -54,6 +54,7 @@ def published_hash(content: bytes, large: bool) -> str:
     return (hashlib.sha256(content) if large else hashlib.sha1(b"blob %d\0" % len(content) + content)).hexdigest()
 
 
+OPTIONAL = {"tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"}
 LARGE = {"model.safetensors", "pytorch_model.bin", "spm.model", "train.csv"}
 
 
@@ -112,7 +113,8 @@ class Served:
 
     def __init__(self):
         self.repos = {REPO: {"config.json": b'{"model_type": "deberta-v2"}', "spm.model": b"\x00pieces" * 3000,
-                             "tokenizer_config.json": b"{}", "model.safetensors": save(state_dict())},
+                             "tokenizer_config.json": b"{}", "added_tokens.json": b"{}",
+                             "special_tokens_map.json": b"{}", "model.safetensors": save(state_dict())},
                       f"datasets/{DATA}": {"train.csv": CSV}}
         self.faults: dict[tuple[str, str], object] = {}
         self.log: list[tuple] = []      # (method, file, revision) of every request
@@ -229,18 +231,19 @@ def test_a_repository_with_only_a_bin_is_converted_once_bit_for_bit(server, tmp_
     server.only_a_bin(_use_new_zipfile_serialization=zipped)
     folder = tmp_path / "weights"
     hub.fetch_weights(REPO, folder)
-    assert names(folder) == {"config.json", "spm.model", "tokenizer_config.json", "model.safetensors"}
+    assert names(folder) == {"config.json", "spm.model", "model.safetensors", *OPTIONAL}
     same_tensors(load_file(folder / "model.safetensors"), state_dict())
     server.log.clear()
     hub.fetch_weights(REPO, folder)
     assert not server.log
 
 
-def test_a_repository_without_tokenizer_config_is_complete_and_the_log_says_so(server, tmp_path, capsys):
-    del server.repos[REPO]["tokenizer_config.json"]
+@pytest.mark.parametrize("optional", sorted(OPTIONAL))
+def test_a_repository_without_an_optional_file_is_complete_and_the_log_says_so(server, tmp_path, capsys, optional):
+    del server.repos[REPO][optional]
     hub.fetch_weights(REPO, tmp_path / "weights")
     assert contents(tmp_path / "weights") == server.repos[REPO]
-    assert "tokenizer_config.json was not fetched, and only transformers reads it: " in capsys.readouterr().out
+    assert f"{optional} was not fetched, and most encoders need none: " in capsys.readouterr().out
 
 
 def test_the_data_set_arrives_under_its_own_name(server, tmp_path, capsys):
@@ -269,7 +272,7 @@ def test_files_put_there_by_hand_are_kept_and_only_the_rest_is_fetched(server, t
     torch.save(state_dict(), folder / "pytorch_model.bin")
     hub.fetch_weights(REPO, folder)
     assert (folder / "config.json").read_text() == "mine"
-    assert {name for _, name, _ in server.log} == {"spm.model", "tokenizer_config.json"}
+    assert {name for _, name, _ in server.log} == {"spm.model", *OPTIONAL}
     same_tensors(load_file(folder / "model.safetensors"), state_dict())
 
 

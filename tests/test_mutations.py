@@ -271,6 +271,20 @@ MISTAKES = [
     Mistake("classes are not exchanged with the answers", "minipref/data.py", "probabilities[..., [1, 0, 2]]",
             "probabilities", "test_data::test_swapping_classes_exchanges_a_and_b_and_leaves_the_tie"),
 
+    # Models and tokenizers of others.
+    Mistake("the first added token is found, not the longest", "minipref/tokenizer.py",
+            "sorted(ids, key=len, reverse=True)", "sorted(ids, key=len)",
+            "test_tokenizer::test_added_tokens_have_the_ids_of_transformers[the longest]"),
+    Mistake("special tokens are found in texts", "minipref/tokenizer.py",
+            'if token.get("special"):', "if False:",
+            "test_tokenizer::test_a_special_token_without_flags_is_special_where_another_file_says_so"),
+    Mistake("the classes stay in the file's order", "minipref/checkpoint.py", "tensors[name][order]", "tensors[name]",
+            "test_checkpoint::test_a_preference_head_has_its_classes_in_whatever_order_the_file_names_them["
+            "tie,model_a,model_b]"),
+    Mistake("a token classifier passes for a preference head", "minipref/checkpoint.py",
+            'any(name.startswith("pooler.") for name in head)', "True",
+            "test_checkpoint::test_a_token_classifier_with_our_names_is_another_tasks_head"),
+
     # Judging and training.
     Mistake("the swapped order's prediction is not mapped back", "minipref/predictor.py",
             "swap_classes(out) if swapped else out", "out",

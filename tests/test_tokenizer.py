@@ -459,15 +459,124 @@ def test_the_usual_pipeline_of_the_library_is_not_enough(like_v3, v3_json):
     assert any(text.startswith("か\u3099") for text in differ)         # the character map
 
 
-def test_added_tokens_have_their_ids_and_no_text_becomes_one(like_v3, v3_json, tmp_path):
-    first_free = len(like_v3[1]) + 1
-    newline = {"id": first_free, "content": "\n", "special": False, "normalized": False}
-    word = {"id": like_v3[1].piece_to_id("▁the"), "content": "▁the", "special": True}
-    file = {**v3_json, "added_tokens": [*v3_json["added_tokens"], newline, word]}
+def token(content: str, **flags) -> dict:
+    """An added token as transformers writes it, without its id."""
+    return {"content": content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+            "special": False, **flags}
+
+
+def test_an_added_token_may_be_a_piece_and_a_special_one_is_no_longer_for_text(like_v3, v3_json, tmp_path):
+    newline = len(like_v3[1]) + 1
+    word, special = like_v3[1].piece_to_id("ing"), like_v3[1].piece_to_id("▁the")
+    file = {**v3_json, "added_tokens": [*v3_json["added_tokens"], {"id": newline, **token("\n")},
+                                        {"id": word, **token("ing")}, {"id": special, **token("▁the", special=True)}]}
     tokenizer = load_tokenizer(write_json(tmp_path, file))
-    assert tokenizer.tokens([first_free]) == ["\n"] and tokenizer.vocab_size == first_free + 1
-    assert word["id"] not in tokenizer.encode("the")   # special now, so no longer for text
-    assert tokenizer.encode("a\nb") == like_v3[0].encode("a\nb")
+    assert tokenizer.tokens([newline]) == ["\n"] and tokenizer.vocab_size == newline + 1
+    a, b = (like_v3[0].encode(text) for text in "ab")
+    assert tokenizer.encode("a\nbing") == [*a, newline, *b, word]
+    assert special not in tokenizer.encode("the")
+
+
+@pytest.fixture
+def small_spm(tmp_path) -> tuple[Path, Tokenizer]:
+    """A folder with an spm.model of a piece for each letter, and its tokenizer; [MASK] and added tokens follow."""
+    entries = [(name, 0.0, CONTROL) for name in ("[PAD]", "[CLS]", "[SEP]")]
+    entries += [(character, -1.0, NORMAL) for character in "▁abcdeo<>[]"]
+    Tokenizer("spm.model", spm_model(entries, bytes_too=True)).save(tmp_path)
+    return tmp_path, load_tokenizer(tmp_path)
+
+
+ADDED_BESIDE = {   # name -> what is in that file for these {content: id}
+    "tokenizer.json": lambda ids: {"added_tokens": [{"id": id, **token(content)} for content, id in ids.items()]},
+    "tokenizer_config.json": lambda ids: {"added_tokens_decoder": {str(id): token(c) for c, id in ids.items()}},
+    "added_tokens.json": lambda ids: dict(sorted(ids.items())),
+}
+
+
+@pytest.mark.parametrize("names", [[name] for name in ADDED_BESIDE] + [[*ADDED_BESIDE]], ids="-".join)
+def test_added_tokens_beside_an_spm_model_are_read_from_whatever_file_has_them(small_spm, names):
+    folder, plain = small_spm
+    ids = {content: plain.mask_id + n for n, content in enumerate(("[MASK]", "\n", "<code>", "<c"))}
+    for name in names:
+        (folder / name).write_text(json.dumps(ADDED_BESIDE[name](ids)))
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.vocab_size, tokenizer.mask_id) == (plain.vocab_size + 3, plain.mask_id)
+    a, b = plain.encode("a"), plain.encode("b")
+    newline, code, c = (ids[content] for content in ("\n", "<code>", "<c"))
+    texts = {"a\nb": [*a, newline, *b], "\n \n": [newline, newline], " a \n\n b ": [*a, newline, newline, *b],
+             "<code>a<cb": [code, *a, c, *b], "[MASK]": plain.encode("[MASK]"), "": [], " ": [],
+             "a [SEP] b": plain.encode("a [SEP] b"), "\ud800<c": [*plain.encode("\ufffd"), c]}
+    assert tokenizer.encode_batch(texts) == list(texts.values())
+    assert tokenizer.decode([*a, newline, *b]) == "a\n b"
+    tokenizer.save(folder / "again")
+    for again in (load_tokenizer(folder / "again"), pickle.loads(pickle.dumps(tokenizer))):
+        assert again.encode_batch(texts) == list(texts.values())
+        assert again.vocab_size == tokenizer.vocab_size
+    assert tokenizer.fingerprint != plain.fingerprint
+
+
+def test_a_special_token_without_flags_is_special_where_another_file_says_so(small_spm):
+    folder, plain = small_spm
+    (folder / "added_tokens.json").write_text(json.dumps({"<a>": plain.vocab_size, "[MASK]": plain.mask_id}))
+    assert load_tokenizer(folder).encode("<a>") == [plain.vocab_size]
+    (folder / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<a>"]}')
+    assert load_tokenizer(folder).encode("<a>") == plain.encode("<a>")
+
+
+def test_flags_that_a_file_has_count_before_those_that_another_leaves_out(small_spm):
+    folder, plain = small_spm
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {
+        plain.mask_id: token("[MASK]", special=True), plain.vocab_size: token("a b", normalized=True)}}))
+    (folder / "added_tokens.json").write_text(json.dumps({"a b": plain.vocab_size}))
+    for tokenizer in (load_tokenizer(folder), load_tokenizer(folder)):
+        assert tokenizer.encode("a   b") == [plain.vocab_size]
+        tokenizer.save(folder)
+
+
+@pytest.mark.parametrize("flags, why", [
+    ({"lstrip": True}, "lstrip"), ({"rstrip": True, "single_word": True}, "rstrip and single_word"),
+    ({"content": "\n", "normalized": True}, "normalized"), ({"content": "\n"}, ""), ({"content": " x "}, ""),
+    ({"content": " x", "normalized": True}, "normalized"), ({"normalized": True}, ""),
+    ({"special": True, "lstrip": True}, ""),
+])
+def test_an_added_token_with_a_flag_that_cannot_be_kept_is_refused_by_name(trained, tmp_path, flags, why):
+    trained.save(tmp_path)
+    added = token("<code>") | flags
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {trained.vocab_size: added}}))
+    if not why:
+        assert load_tokenizer(tmp_path).vocab_size == trained.vocab_size + 1
+        return
+    with pytest.raises(InputError) as refused:
+        load_tokenizer(tmp_path)
+    assert f"the added token {added['content']!r} with the flag {why}" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("setting", [{"do_lower_case": True}, {"split_by_punct": True}, {"sep_token": "</s>"},
+                                     {"pad_token": {"content": "<pad>"}}], ids=str)
+def test_settings_that_give_other_ids_are_refused_by_name(small_spm, trained, tmp_path, name, setting):
+    trained.save(tmp_path / "json")
+    for folder in (small_spm[0], tmp_path / "json"):
+        (folder / name).write_text(json.dumps(setting))
+        with pytest.raises(InputError, match=f"{name}: {next(iter(setting))} is .*; expected"):
+            load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("added_tokens.json", '{"x": "far"}'), ("added_tokens.json", '{"x": 1}'), ("added_tokens.json", "[]"),
+    ("added_tokens.json", '{"x": 99999}'), ("added_tokens.json", "{"), ("special_tokens_map.json", "3"),
+    ("special_tokens_map.json", '{"additional_special_tokens": [[]]}'), ("tokenizer.json", '{"added_tokens": 3}'),
+    ("tokenizer.json", '{"added_tokens": ["x"]}'), ("tokenizer.json", '{"added_tokens": [{"id": 1}]}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": 3}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"1": 2}}'),
+])
+def test_damaged_files_beside_an_spm_model_are_one_line(small_spm, name, content):
+    (small_spm[0] / name).write_text(content)
+    with pytest.raises(InputError, match="; expected") as refused:
+        load_tokenizer(small_spm[0])
+    assert "\n" not in str(refused.value)
 
 
 def test_special_pieces_that_the_file_forgot_to_list_are_special_all_the_same(like_v3, v3_json, tmp_path):
@@ -506,6 +615,42 @@ def test_transformers_reads_a_saved_vocabulary_of_our_own_with_the_same_ids(trai
         pair = theirs("one", "two")["input_ids"]
         assert pair == [1, *trained.encode("one"), 2, *trained.encode("two"), 2]
         assert theirs.decode(trained.encode("one (two) 漢!")) == "one (two) 漢!"
+
+
+@pytest.mark.parametrize("name", ["newline", "words", "the longest", "spaces", "pieces", "all"])
+def test_added_tokens_have_the_ids_of_transformers(trained, tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    plain = transformers.AddedToken
+    added = {"newline": [plain("\n", normalized=False)], "words": ["<code>", "foo bar"],
+             "the longest": ["<c", "<code>", "<code><code>", "foo", "foo bar"], "pieces": ["the", "ing", "xt"],
+             "spaces": [plain(token, normalized=False) for token in ("  ", "\n\n", "\t", " x ", "▁y")]}
+    added["all"] = [one for group in added.values() for one in group]
+    trained.save(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    theirs.add_tokens(added[name])
+    theirs.save_pretrained(tmp_path)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert ours.vocab_size == len(theirs)
+    pieces = ["\n", " ", "  ", "\t", "<code>", "<c", "foo", "foo bar", "foo  bar", "the", "nothing", "x", " y", "ﬁ"]
+    draw, produced = random.Random(5), set()
+    for _ in range(200):
+        text = "".join(draw.choice(pieces) for _ in range(draw.randrange(1, 9)))
+        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
+        produced.update(ours.tokens(ours.encode(text)))
+    assert produced & {str(one) for one in added[name]}
+    assert not {ours.sep_id, ours.cls_id} & set(ours.encode("[SEP][CLS]\n[SEP]"))
+
+
+def test_a_newline_added_as_a_plain_string_is_refused(trained, tmp_path):
+    # Normalization makes nothing of it. transformers then finds nothing before each character, and splits texts there.
+    transformers = pytest.importorskip("transformers")
+    trained.save(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    theirs.add_tokens(["\n"])
+    assert theirs.vocab_size not in theirs("a\nb")["input_ids"]
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"the added token '\\n' with the flag normalized"):
+        load_tokenizer(tmp_path)
 
 
 def test_the_tokenizer_json_of_transformers_5_is_read_as_it_is(like_v3, tmp_path):

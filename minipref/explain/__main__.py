@@ -11,7 +11,15 @@ from minipref.data import Pair, read_pairs
 from minipref.explain.attribution import explain
 from minipref.explain.figure import figure
 from minipref.explain.page import page
-from minipref.predictor import SETTINGS, Judge, add_rows_or_pair, check_rows_or_pair, check_vocabulary, load_judge
+from minipref.predictor import (
+    SETTINGS,
+    Judge,
+    add_rows_or_pair,
+    check_rows_or_pair,
+    check_vocabulary,
+    load_judge,
+    refuse_other_task,
+)
 from minipref.run.folder import newest_models
 from minipref.runtime import ArgumentParser, InputError, number, run_program, write_text
 from minipref.tokenizer import load_tokenizer
@@ -60,6 +68,8 @@ def write_explanation(options: argparse.Namespace) -> None:
     write_text(output, page(explanation, options.layer - 1, options.head - 1))
     write_text(output.with_suffix(".svg"), figure(explanation, options.layer - 1, options.head - 1))
     print(f"explained  {name}: {len(explanation.tokens)} tokens, {explanation.num_truncated:,} left out")
+    if judge.model.load_report.note:
+        print(f"           {judge.model.load_report.note}")
     if explanation.attribution is None:
         print("           no trained classifier here, so no prediction: train.py trains one")
     else:
@@ -72,12 +82,17 @@ def load_model(path: str | None) -> tuple[Judge, str]:
     """The model at `path`, else the newest run's (its first fold's), else the bundled encoder; and its name."""
     try:
         folder = Path(path) if path else newest_models()[0]
-    except InputError:                                                   # nothing was trained yet
+    except InputError as problem:                                        # nothing was trained yet
         folder = BUNDLED
+        if not folder.is_dir():
+            raise InputError(found=f"{problem.found}, and an installed minipref has no bundled encoder",
+                             expected="--model DIR: a run's model/, or an encoder like weights/minipref-tiny of the "
+                                      "repository") from None
     name = "/".join(folder.resolve().parts[-2:])
     if (folder / SETTINGS).exists():
         return load_judge(folder, fast=False), name
     tokenizer, model = load_tokenizer(folder), load_classifier(folder)
+    refuse_other_task(model, folder)
     check_vocabulary(tokenizer, model.config.vocab_size, folder)
     return (Judge(model, tokenizer, model.config.max_distance),
             f"{name}, an encoder" if model.load_report.new else name)
