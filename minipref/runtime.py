@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import html
 import json
 import os
+import re
 import signal
 import stat
 import sys
@@ -16,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 
 MAX_JSON_BYTES = 32 << 20       # a config.json has a thousand, the index of a large checkpoint a million
+FORBIDDEN = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef" + "".join(   # in HTML or XML
+    f"{chr(plane + 0xfffe)}{chr(plane + 0xffff)}" for plane in range(0, sys.maxunicode, 1 << 16)) + "]")
 
 
 # --- errors and commands ----------------------------------------------------------------------------------------------
@@ -123,6 +127,11 @@ def escape_unencodable() -> None:
 
 
 # --- devices and precision --------------------------------------------------------------------------------------------
+
+def html_text(text: str) -> str:
+    """`text` as a page or a figure may hold it: escaped, and U+FFFD for each character that HTML or XML forbids."""
+    return html.escape(FORBIDDEN.sub("\ufffd", text))
+
 
 DEVICES, PRECISIONS = ("auto", "cpu", "cuda", "mps"), ("auto", "fp32", "bf16", "fp16")
 
