@@ -71,7 +71,7 @@ def predict_file(judges: list[Judge], options: argparse.Namespace) -> None:
     All rows are read before the first is predicted: that costs their text's memory, and avoids losing hours to a bad
     last row. Several processes predict every N-th row each.
     """
-    pairs = list(read_pairs(options.csv, labels="if present", unique_ids=True))
+    pairs = read_pairs(options.csv, labels="if present", unique_ids=True)
     print(f"rows       {options.csv}: {len(pairs):,}")
     shard = distributed.shard(np.arange(len(pairs)))
     probabilities = np.zeros((len(pairs), len(LABELS)))
@@ -79,7 +79,6 @@ def predict_file(judges: list[Judge], options: argparse.Namespace) -> None:
               disable=None if distributed.is_main_process() else True) as bar:
         probabilities[shard] = predict_rows(judges, [pairs[row] for row in shard], options, bar.update)
     probabilities = distributed.all_reduce_sum(probabilities)            # rows of other processes are 0 here
-    replaced = int(distributed.all_reduce_sum(judges[0].tokenizer.replaced_surrogates))
     if not distributed.is_main_process():
         return
     ids, labels = [pair.id for pair in pairs], [pair.label for pair in pairs]
@@ -87,8 +86,6 @@ def predict_file(judges: list[Judge], options: argparse.Namespace) -> None:
     orders = "one order" if options.no_swap_average else "both orders"
     print(f"wrote      {options.output}: {len(ids):,} rows, {orders} of each, {len(judges)} "
           f"model{'s' if len(judges) > 1 else ''}")
-    if replaced:
-        print(f"           {replaced:,} texts with broken characters mended")
     if labels[0] is not None:
         result = metrics.evaluate(probabilities, np.array(labels))
         print(f"\n{metrics.score_table({'these rows': result})}\n\n{metrics.confusion_table(result)}")

@@ -58,6 +58,11 @@ CACHED_WORD_LENGTH = 64    # longer words are not cached: few of them come again
 MAX_FILE_BYTES = {"spm.model": 8 << 20, "tokenizer.json": 32 << 20}   # larger files are refused before they are read
 
 
+def replace_surrogates(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate, half of a UTF-16 pair. A complete pair becomes its character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if SURROGATE.search(text) else text
+
+
 def load_tokenizer(folder: str | Path) -> "Tokenizer":
     """The tokenizer of a folder: from its `spm.model`, or from its `tokenizer.json` if it has no spm.model.
 
@@ -92,8 +97,6 @@ class Tokenizer:
     is [MASK], 128000.
     `vocab_size`: the number of ids, special tokens included.
     `fingerprint`: the sha256 of the file, in hex.
-    `replaced_surrogates`: how many texts with a lone surrogate (half of a UTF-16 pair, not a character) were encoded.
-    Each lone surrogate is read as U+FFFD. A complete pair is read as its character and does not count.
     """
 
     def __init__(self, name: str, data: bytes):
@@ -113,7 +116,6 @@ class Tokenizer:
         self.unk_id = types.index(UNKNOWN)
         self.vocab_size = len(pieces)
         self.fingerprint = hashlib.sha256(data).hexdigest()
-        self.replaced_surrogates = 0
 
         byte_ids = {piece: id for id, piece in enumerate(pieces) if types[id] == BYTE}
         self._byte_ids = [byte_ids[piece] for piece in BYTE_PIECES] if byte_ids else []
@@ -145,10 +147,7 @@ class Tokenizer:
         """Step 1."""
         if not isinstance(text, str):
             raise TypeError(f"a text must be a str, not {short_repr(text)}")
-        if SURROGATE.search(text):
-            replaced = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            self.replaced_surrogates += replaced.count("\ufffd") > text.count("\ufffd")
-            text = replaced
+        text = replace_surrogates(text)
         for normalize in self._vocabulary.normalizers:
             text = normalize(text)
         return SPACES.sub(" ", text).strip(" ") if self._vocabulary.remove_extra_whitespaces else text
