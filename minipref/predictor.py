@@ -18,7 +18,7 @@ from minipref.fast import accelerate
 from minipref.metrics import swap_averaged
 from minipref.model import PreferenceModel
 from minipref.run import distributed
-from minipref.runtime import ArgumentParser, InputError, autocast, read_json, short_repr, write_json
+from minipref.runtime import ArgumentParser, InputError, autocast, check_folder, read_json, short_repr, write_json
 from minipref.tokenizer import Tokenizer, load_tokenizer
 
 SETTINGS = "minipref.json"        # in a model's folder, beside config.json: what its training chose
@@ -87,8 +87,7 @@ def load_judge(folder: str | Path, device: torch.device | str = "cpu", precision
     fit together.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(file=folder, found="no such folder", expected="a trained model's folder, like runs/NAME/model")
+    check_folder(folder, "a trained model's folder, like runs/NAME/model")
     max_length, temperature = _read_settings(folder / SETTINGS)
     tokenizer = load_tokenizer(folder)
     model = load_classifier(folder, device=device)
@@ -158,6 +157,7 @@ def add_rows_or_pair(parser: ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="one pair instead of a CSV")
     parser.add_argument("--a", metavar="TEXT")
     parser.add_argument("--b", metavar="TEXT")
+    parser.text_options = ("--prompt", "--a", "--b")
 
 
 def check_rows_or_pair(parser: ArgumentParser, options: argparse.Namespace) -> None:

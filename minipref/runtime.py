@@ -92,11 +92,20 @@ def run_program(name: str, body: Callable[[], None], out_of_memory_advice: str =
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, but for a wrong argument it raises `InputError`: one line, as for every other mistake."""
 
+    text_options: tuple[str, ...] = ()      # the next argument is their value: argparse takes '-x' for an option
+
     def parse_args(self, arguments: Sequence[str] | None = None, namespace=None):
+        others, texts = [], {}
         for text in sys.argv[1:] if arguments is None else arguments:
             if any("\ud800" <= character <= "\udfff" for character in text):
                 self.error(f"{short_repr(text)}, which is not UTF-8")
-        return super().parse_args(arguments, namespace)
+            if others and others[-1] in self.text_options:
+                texts[others.pop().removeprefix("--")] = text
+            else:
+                others.append(text)
+        options = super().parse_args(others, namespace)
+        vars(options).update(texts)
+        return options
 
     def error(self, message: str):
         raise InputError(found=message, expected=f"what {self.prog} --help describes")
@@ -119,6 +128,11 @@ def short_repr(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
 
 
+def html_text(text: str) -> str:
+    """`text` as a page or a figure may hold it: escaped, and U+FFFD for each character that HTML or XML forbids."""
+    return html.escape(FORBIDDEN.sub("\ufffd", text))
+
+
 def escape_unencodable() -> None:
     """Let print() take any text: a character that the terminal's encoding lacks is printed as its number."""
     for stream in (sys.stdout, sys.stderr):
@@ -127,11 +141,6 @@ def escape_unencodable() -> None:
 
 
 # --- devices and precision --------------------------------------------------------------------------------------------
-
-def html_text(text: str) -> str:
-    """`text` as a page or a figure may hold it: escaped, and U+FFFD for each character that HTML or XML forbids."""
-    return html.escape(FORBIDDEN.sub("\ufffd", text))
-
 
 DEVICES, PRECISIONS = ("auto", "cpu", "cuda", "mps"), ("auto", "fp32", "bf16", "fp16")
 
@@ -189,6 +198,15 @@ def check_regular_file(path: str | Path, expected: str) -> None:
     if not stat.S_ISREG(mode):
         found = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device, not a file"
         raise InputError(file=path, found=found, expected=expected)
+
+
+def check_folder(path: str | Path, expected: str) -> None:
+    """Refuse what is not a folder. Errors: `InputError`; for a name like the Hub's, it says how to fetch the files."""
+    path = Path(path)
+    if not path.is_dir():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()) and not path.parent.is_dir():
+            expected += f'; a repository of the Hub: make weights ARGS="--repo {path} --folder weights/{path.name}"'
+        raise InputError(file=path, found="not a folder" if path.exists() else "no such folder", expected=expected)
 
 
 def read_json(path: str | Path, expected: str) -> dict:

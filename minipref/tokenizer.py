@@ -37,7 +37,7 @@ from pathlib import Path
 from tokenizers import Regex, normalizers
 from tokenizers.models import Unigram
 
-from minipref.runtime import InputError, atomic_write, check_regular_file, short_repr
+from minipref.runtime import InputError, atomic_write, check_folder, check_regular_file, short_repr
 from minipref.sentencepiece_model import (
     BYTE,
     BYTE_PIECES,
@@ -72,6 +72,7 @@ def load_tokenizer(folder: str | Path) -> "Tokenizer":
     not a Unigram model. A damaged spm.model is an error even if there is a tokenizer.json beside it.
     """
     folder = Path(folder)
+    check_folder(folder, "a folder with spm.model or tokenizer.json")
     for name, limit in MAX_FILE_BYTES.items():
         path, expected = folder / name, f"the {name} of a Unigram model"
         if not os.path.lexists(path):
@@ -85,8 +86,7 @@ def load_tokenizer(folder: str | Path) -> "Tokenizer":
             return Tokenizer(name, data)
         except (OSError, ValueError, OverflowError, RecursionError) as problem:
             raise InputError(file=path, found=str(problem), expected=expected) from None
-    raise InputError(file=folder, found="no tokenizer here" if folder.is_dir() else "not a folder",
-                     expected="a folder with spm.model or tokenizer.json")
+    raise InputError(file=folder, found="no tokenizer here", expected="a folder with spm.model or tokenizer.json")
 
 
 class Tokenizer:

@@ -588,7 +588,7 @@ def test_a_tokenizer_json_that_is_not_json_is_refused(tmp_path, data):
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no tokenizer here; expected a folder with spm\.model or tokenizer\.json"):
         load_tokenizer(tmp_path)
-    with pytest.raises(InputError, match="not a folder"):
+    with pytest.raises(InputError, match="no such folder"):
         load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="not a folder"):
