@@ -271,7 +271,22 @@ MISTAKES = [
     Mistake("classes are not exchanged with the answers", "minipref/data.py", "probabilities[..., [1, 0, 2]]",
             "probabilities", "test_data::test_swapping_classes_exchanges_a_and_b_and_leaves_the_tie"),
 
+    Mistake("half a character stays in a text", "minipref/data.py", "tuple(turn and replace_surrogates(turn) for",
+            "tuple(turn for", "test_data::test_lone_surrogates_are_mended_where_rows_are_read_and_the_cells_counted"),
+    Mistake("a plain answer that is a list is parsed", "minipref/data.py",
+            "turns = parse_turns(cell) if as_lists else (cell,)", "turns = parse_turns(cell)",
+            "test_data::test_cells_are_json_lists_where_most_prompts_are_and_a_plain_answer_that_is_a_list_stays_text"),
+    Mistake("a file is packed if its name says so", "minipref/data.py", "if start.startswith(magic)",
+            "if path.suffix == '.gz'",
+            "test_data::test_a_file_is_read_for_what_it_is_packed_or_not_whatever_its_name_and_encoding"),
+    Mistake("NaN is a text", "minipref/data.py", 'in ("None", "nan", "<NA>", "NaT")', 'in ("None", "<NA>", "NaT")',
+            "test_data::test_a_missing_value_of_python_is_an_empty_cell_and_a_missing_turn_in_a_list"),
+    Mistake("control characters get onto a page", "minipref/runtime.py", r'html.escape(FORBIDDEN.sub("\ufffd", text))',
+            "html.escape(text)", "test_report::test_characters_that_html_forbids_are_on_no_page"),
+
     # Judging and training.
+    Mistake("the CSV after --model is a model", "predict.py", "options.csv = files[-1]", "options.csv = None",
+            "test_train::test_the_csv_is_found_before_among_and_after_the_models"),
     Mistake("the swapped order's prediction is not mapped back", "minipref/predictor.py",
             "swap_classes(out) if swapped else out", "out",
             "test_train::test_averaging_both_orders_makes_the_prediction_independent_of_the_order"),
