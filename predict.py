@@ -1,7 +1,7 @@
 """Predict a CSV of pairs, or one pair: three probabilities each.
 
     python predict.py test.csv                              writes submission.csv with the newest run's model
-    python predict.py test.csv --model runs/a/model runs/b/model      the average of several models
+    python predict.py --model runs/a/model runs/b/model test.csv      the average of several models
     python predict.py --prompt "..." --a "..." --b "..."    one pair, printed
     torchrun --standalone --nproc-per-node 4 -- predict.py test.csv   rows divided among four GPUs or processes
 
@@ -10,6 +10,7 @@ place, so a file of that name is always a whole and valid one.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -30,7 +31,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="predict.py", description="Three probabilities for each pair of responses.")
     add = parser.add_argument
     add_rows_or_pair(parser)
-    add("--model", nargs="+", metavar="DIR", help="trained models, averaged (default: the newest run's)")
+    add("--model", nargs="+", action="extend", metavar="DIR",
+        help="trained models, averaged (default: the newest run's)")
     add("--output", default="submission.csv", metavar="CSV")
     add("--device", choices=runtime.DEVICES, default="auto")
     add("--precision", choices=runtime.PRECISIONS, default="auto")
@@ -38,6 +40,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--no-swap-average", action="store_true", help="predict each pair in one order only: half the time")
     add("--no-fast", action="store_true", help="run the plain model of minipref/model.py: same numbers, slower")
     options = parser.parse_args(arguments)
+    files = [path for path in options.model or () if not os.path.isdir(path)]
+    if options.csv is None and options.prompt is None and files and len(options.model) > 1:
+        options.csv = files[-1]                    # in `--model A B test.csv` argparse takes it for a model
+        options.model.remove(options.csv)
     check_rows_or_pair(parser, options)
     return options
 
@@ -74,7 +80,7 @@ def predict_file(judges: list[Judge], options: argparse.Namespace) -> None:
     All rows are read before the first is predicted: that costs their text's memory, and avoids losing hours to a bad
     last row. Several processes predict every N-th row each.
     """
-    pairs = list(read_pairs(options.csv, labels="if present", unique_ids=True))
+    pairs = read_pairs(options.csv, labels="if present", unique_ids=True)
     print(f"rows       {options.csv}: {len(pairs):,}")
     shard = distributed.shard(np.arange(len(pairs)))
     probabilities = np.zeros((len(pairs), len(LABELS)))
@@ -82,7 +88,6 @@ def predict_file(judges: list[Judge], options: argparse.Namespace) -> None:
               disable=None if distributed.is_main_process() else True) as bar:
         probabilities[shard] = predict_rows(judges, [pairs[row] for row in shard], options, bar.update)
     probabilities = distributed.all_reduce_sum(probabilities)            # rows of other processes are 0 here
-    replaced = int(distributed.all_reduce_sum(judges[0].tokenizer.replaced_surrogates))
     if not distributed.is_main_process():
         return
     ids, labels = [pair.id for pair in pairs], [pair.label for pair in pairs]
@@ -90,8 +95,6 @@ def predict_file(judges: list[Judge], options: argparse.Namespace) -> None:
     orders = "one order" if options.no_swap_average else "both orders"
     print(f"wrote      {options.output}: {len(ids):,} rows, {orders} of each, {len(judges)} "
           f"model{'s' if len(judges) > 1 else ''}")
-    if replaced:
-        print(f"           {replaced:,} texts with broken characters mended")
     if labels[0] is not None:
         result = metrics.evaluate(probabilities, np.array(labels))
         print(f"\n{metrics.score_table({'these rows': result})}\n\n{metrics.confusion_table(result)}")

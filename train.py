@@ -92,7 +92,7 @@ def train(options: argparse.Namespace, stop: StopSignal) -> None:
             raise InputError(file=run, found="a run that can be resumed", expected="--resume, or another --run")
         tokenizer = load_tokenizer(options.encoder)
         pairs = [pair for path in options.train for pair in read_pairs(path)][:options.limit]
-        held_out = list(read_pairs(options.valid)) if options.valid else []
+        held_out = read_pairs(options.valid) if options.valid else []
         splits = split_rows(pairs, held_out, config, options)
         pairs += held_out
         write_or_check_manifest(run, options, config, device, precision)

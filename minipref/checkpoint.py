@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minipref.config import LABELS, EncoderConfig
 from minipref.model import Encoder, PreferenceModel, init_weights
-from minipref.runtime import InputError, atomic_write, read_json, short_repr, write_json
+from minipref.runtime import InputError, atomic_write, check_folder, read_json, short_repr, write_json
 
 # minipref's name -> Hugging Face's name, `{}` for the layer's number. Each stands for a .weight and, but for the two
 # tables, a .bias: 3 + 3 tensors around the layers and 16 in each, 102 for v3-small's six.
@@ -88,6 +88,7 @@ def load_encoder(folder: str | Path, dtype: torch.dtype = torch.float32, device:
     read and what was left out.
     Errors: `InputError` for a folder, a config.json or a tensor that is missing, damaged or not DeBERTa-v3's.
     """
+    check_folder(folder, "a Hugging Face folder with config.json and model.safetensors")
     folder = Path(folder)
     config = EncoderConfig.from_json(folder / "config.json")
     with _open_checkpoint(folder) as checkpoint:
@@ -108,6 +109,7 @@ def load_classifier(folder: str | Path, dtype: torch.dtype = torch.float32, devi
     The classes A, B and tie are known by their names in config.json, and may be there in any order.
     Errors: as `load_encoder`, and a head of other shapes than config.json says.
     """
+    check_folder(folder, "a Hugging Face folder with config.json and model.safetensors")
     folder = Path(folder)
     config = EncoderConfig.from_json(folder / "config.json")
     with _open_checkpoint(folder) as checkpoint:

@@ -1,7 +1,7 @@
 """From CSV rows to padded batches.
 
     row      id, prompt, response_a, response_b and, for training, three one-hot label columns (Kaggle's layout)
-    turns    each text cell is a JSON list of turns; anything else is one turn of plain text
+    turns    each text cell is a JSON list of turns, or in a file of plain texts one turn
     segments the token ids of prompt, A and B, each truncated to its share of the budget
     batch    [CLS] prompt [SEP] A [SEP] B [SEP], rows of similar length together, padded to the longest
 
@@ -14,9 +14,17 @@ What is unusual here:
   of the batch it had reached.
 """
 
+import bz2
+import codecs
 import csv
+import gzip
+import io
 import json
+import lzma
+import re
 import unicodedata
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +35,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minipref.runtime import InputError, check_regular_file, short_repr
-from minipref.tokenizer import Tokenizer
+from minipref.tokenizer import Tokenizer, replace_surrogates
 
 TEXT_COLUMNS = ("prompt", "response_a", "response_b")
 LABEL_COLUMNS = ("winner_model_a", "winner_model_b", "winner_tie")       # the classes 0, 1, 2
 SHARES = (1, 2, 2)                                                       # prompt : A : B
 SPECIALS = 4                                                             # [CLS] and three [SEP]
 NO_ANSWER = "(no answer)"                                                # what the model reads for a null turn
+LIST_START = re.compile(r"""\s*\[\s*(["'“‘\]]|null|None|nan)""")           # of a list of texts, well written or not
+PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+SAVE_AS = "Excel saves it as 'CSV UTF-8 (comma delimited)'"
 LONGEST_CELL = 1 << 22       # characters; the competition's longest has some 50,000, and one of these tokenises in 12 s
 
 Turns = tuple[str | None, ...]
@@ -68,39 +79,139 @@ def parse_turns(cell: str) -> Turns:
                  for item in items)
 
 
-def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = False) -> Iterator[Pair]:
-    """The rows of a CSV in Kaggle's layout, one at a time. Columns other than those needed are left alone.
+def mend(turns: Turns) -> Turns:
+    """The turns with U+FFFD for each lone surrogate: such a text could be neither tokenized nor written."""
+    return tuple(turn and replace_surrogates(turn) for turn in turns)
 
+
+def to_pair(row: Sequence, number: int = 1) -> Pair:
+    """A row as Python code holds it: (prompt, response_a, response_b), each a text, a list of turns, or None.
+
+    In a list of turns, None is a missing one. Texts are read as cells of a CSV, so as JSON lists where the prompt
+    begins as a JSON list of texts does; None, NaN and pandas' NA are empty cells.
+    Errors: `InputError` naming the row, which is the `number`th, and the column of anything else.
+    """
+    values = list(row) if isinstance(row, tuple | list | np.ndarray) else []
+    if len(values) != len(TEXT_COLUMNS):
+        raise InputError(row=number, found=f"{len(values)} values" if values else f"a {type(row).__name__}",
+                         expected=f"a tuple of {', '.join(TEXT_COLUMNS)}; of a DataFrame, "
+                                  f"frame[{list(TEXT_COLUMNS)}].itertuples(index=False)")
+    segments, as_lists = [], isinstance(values[0], str) and LIST_START.match(values[0])
+    for column, value in zip(TEXT_COLUMNS, values):
+        if isinstance(value, str):
+            turns = parse_turns(value) if as_lists else (value,)
+        elif isinstance(value, tuple | list | np.ndarray):
+            turns = tuple(None if _is_missing(turn) else turn for turn in value)
+        else:
+            turns = ("",) if _is_missing(value) else (value,)
+        for turn in turns:
+            if not isinstance(turn, str | None):
+                raise InputError(row=number, column=column, found=f"{short_repr(turn)} of type {type(turn).__name__}",
+                                 expected="a text, a list of texts, or None; pandas.read_csv(..., dtype=str) leaves "
+                                          "numbers as they are written")
+        segments.append(mend(turns))
+    return Pair("", *segments)
+
+
+def _is_missing(value: object) -> bool:
+    """None, NaN of any kind, pandas' NA and NaT; without importing pandas."""
+    return not isinstance(value, str) and str(value) in ("None", "nan", "<NA>", "NaT")
+
+
+def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = False) -> list[Pair]:
+    """The rows of a CSV in Kaggle's layout, packed or not (`_open`). Columns other than those needed are left alone.
+
+    Text cells are JSON lists of turns if most prompts begin as a JSON list of texts does; else all are plain text, an
+    answer `[2, 4]` too. Cells that are not what they seem, or are mended, are counted and printed.
     `labels`: "required", or "if present" (all three label columns, or none of them).
     `unique_ids`: refuse an id that a submission could not hold: a blank one, a repeated one, one with a line's end.
     Errors: `InputError` naming file, row (the header is not counted) and column for whatever does not fit.
     """
+    records = list(_records(Path(path), labels))
+    if unique_ids:
+        _check_ids([record["id"] for record in records], path)
+    prompts = [record["prompt"] for record in records if record["prompt"].strip()]
+    as_lists = 2 * sum(bool(LIST_START.match(prompt)) for prompt in prompts) >= len(prompts)
+    pairs, mended, plain = [], [], []                                    # cells: (row, column, cell)
+    broken = {column: [] for column in TEXT_COLUMNS}
+    for row, record in enumerate(records, 1):
+        segments = []
+        for column in TEXT_COLUMNS:
+            cell = record[column]
+            turns = parse_turns(cell) if as_lists else (cell,)
+            segments.append(mend(turns))
+            if segments[-1] != turns:
+                mended.append((row, column, cell))
+            if as_lists and turns == (cell,) and cell.lstrip()[:1] == "[":
+                broken[column].append((row, column, cell))
+            elif not as_lists and LIST_START.match(cell):
+                plain.append((row, column, cell))
+        label = _one_hot([record[name] for name in LABEL_COLUMNS], path, row) if LABEL_COLUMNS[0] in record else None
+        pairs.append(Pair(record["id"], *segments, label))
+    for column, cells in broken.items():
+        advice = "a spreadsheet cuts a cell at 32,767 characters"
+        if cells and cells[0][2].rstrip().endswith("]"):
+            advice = "write them with json.dumps, not with str"
+        if 2 * len(cells) > len(records):
+            raise InputError(file=path, row=cells[0][0], column=column, found=f"{len(cells):,} cells with a list that "
+                             f"is not JSON, the first {short_repr(cells[0][2])}", expected=f"JSON: {advice}")
+        _note(path, cells, f"with a list that is not JSON, read as text ({advice})")
+    _note(path, plain, "with what may be a list, read as text since most prompts are plain text")
+    _note(path, mended, "with broken characters mended (U+FFFD for half of a UTF-16 pair)")
+    return pairs
+
+
+def _note(path: str | Path, cells: list[tuple[int, str, str]], what: str) -> None:
+    """Print how many cells are unusual, and where the first is."""
+    if cells:
+        print(f"note: {path}: {len(cells):,} cell{'s' * (len(cells) > 1)} {what}; the first: row {cells[0][0]}, column "
+              f"{cells[0][1]}")
+
+
+def _check_ids(ids: list[str], path: str | Path) -> None:
+    """Errors: `InputError` for an id that a submission could not hold."""
     seen: dict[str, int] = {}
-    for row, record in _records(Path(path), labels):
-        label = None
-        if LABEL_COLUMNS[0] in record:
-            label = _one_hot([record[column] for column in LABEL_COLUMNS], path, row)
-        if unique_ids:
-            if not record["id"].strip() or "\r" in record["id"]:
-                found = short_repr(record["id"]) if record["id"].strip() else "a blank id"
-                raise InputError(file=path, row=row, column="id", found=found,
-                                 expected="any non-empty text without a carriage return")
-            if record["id"] in seen:
-                raise InputError(file=path, row=row, column="id",
-                                 found=f"{short_repr(record['id'])}, which row {seen[record['id']]} has already",
-                                 expected="ids that are unique in the file")
-            seen[record["id"]] = row
-        yield Pair(record["id"], *(parse_turns(record[column]) for column in TEXT_COLUMNS), label)
+    for row, id in enumerate(ids, 1):
+        if not id.strip() or "\r" in id:
+            raise InputError(file=path, row=row, column="id", found=short_repr(id) if id.strip() else "a blank id",
+                             expected="any non-empty text without a carriage return")
+        if id in seen:
+            raise InputError(file=path, row=row, column="id", expected="ids that are unique in the file",
+                             found=f"{short_repr(id)}, which row {seen[id]} has already")
+        seen[id] = row
 
 
-def _records(path: Path, labels: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """(row number, {column: cell}) of a CSV file, with only the columns that are needed."""
+def _open(path: Path) -> io.TextIOWrapper:
+    """A CSV's text: UTF-8, or UTF-16 with its mark, packed or not. What a file is, its first bytes say, not its name.
+
+    Errors: `InputError` for a zip of no or several files; whatever unpacking raises.
+    """
+    with open(path, "rb") as file:
+        start = file.read(6)
+    if start.startswith((b"PK\3\4", b"PK\5\6")):
+        archive = zipfile.ZipFile(path)
+        names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
+        if "[Content_Types].xml" in names:
+            raise InputError(file=path, found="an Excel workbook", expected=f"a CSV file: {SAVE_AS}")
+        if len(names) != 1:
+            raise InputError(file=path, found=f"a zip of {len(names)} files, {short_repr(names, 200)}",
+                             expected="a CSV file, or a zip with nothing else in it")
+        binary = archive.open(names[0])
+    else:
+        binary = next((unpack for magic, unpack in PACKED.items() if start.startswith(magic)), open)(path, "rb")
+    utf16 = binary.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return io.TextIOWrapper(binary, encoding="utf-16" if utf16 else "utf-8-sig", newline="")
+
+
+def _records(path: Path, labels: str) -> Iterator[dict[str, str]]:
+    """{column: cell} of each row of a CSV file, with only the columns that are needed."""
     check_regular_file(path, "a CSV file")
     limit = csv.field_size_limit(LONGEST_CELL)      # a module-wide setting; answers longer than its 131,072 exist
     row = 0
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
+        with _open(path) as file:
+            # A line is read in parts of at most 64 million characters, so that one without an end costs no more.
+            reader = csv.reader(iter(lambda: file.readline(16 * LONGEST_CELL), ""), strict=True)
             header = next(reader, None)
             places = _places(header, path, labels)
             for cells in reader:
@@ -110,17 +221,18 @@ def _records(path: Path, labels: str) -> Iterator[tuple[int, dict[str, str]]]:
                 if len(cells) != len(header):
                     raise InputError(file=path, row=row, found=f"{len(cells)} cells",
                                      expected=f"{len(header)}, as in the header; is a quote missing?")
-                yield row, {column: cells[place] for column, place in places.items()}
+                yield {column: cells[place] for column, place in places.items()}
     except UnicodeDecodeError as problem:
-        packed = problem.object[:2] == b"\x1f\x8b"
-        found = "a gzip file" if packed else f"not UTF-8 text ({problem.reason} after row {row})"
-        raise InputError(file=path, found=found, expected="an unpacked CSV file" if packed else
-                         "a CSV file in UTF-8") from None
+        raise InputError(file=path, found=f"not {problem.encoding.upper()} text ({problem.reason} after row {row})",
+                         expected=f"a CSV file in UTF-8: {SAVE_AS}") from None
     except csv.Error as problem:
         expected = "cells in double quotes, quotes inside them doubled"
         if "field limit" in str(problem):
             expected = f"cells of at most {LONGEST_CELL:,} characters; is a quote missing?"
         raise InputError(file=path, row=row + 1, found=f"not CSV ({problem})", expected=expected) from None
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as problem:
+        raise InputError(file=path, found=f"cannot be unpacked ({problem})", expected="a whole file, without a password"
+                         ) from None
     except OSError as problem:
         raise InputError(file=path, found=problem.strerror or str(problem), expected="a readable CSV file") from None
     finally:
@@ -134,6 +246,12 @@ def _places(header: list[str] | None, path: Path, labels: str) -> dict[str, int]
     if not header:
         raise InputError(file=path, found="an empty file" if header is None else "an empty first line",
                          expected="a header with id, prompt, response_a, response_b")
+    if "\0" in "".join(header):
+        raise InputError(file=path, found="a binary file, or UTF-16 without its mark",
+                         expected=f"a CSV file in UTF-8: {SAVE_AS}")
+    for mark, name in (("\t", "tabs"), (";", "semicolons")):
+        if len(header) == 1 and mark in header[0]:
+            raise InputError(file=path, found=f"columns separated by {name}", expected=f"by commas: {SAVE_AS}")
     needed = ["id", *TEXT_COLUMNS]
     if labels == "required" or any(column in header for column in LABEL_COLUMNS):
         needed += LABEL_COLUMNS

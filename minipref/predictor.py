@@ -14,12 +14,12 @@ import torch
 
 from minipref.checkpoint import load_classifier, save_classifier
 from minipref.config import LABELS
-from minipref.data import SHARES, Pair, TokenizedPairs, Turns, batches_by_tokens, collate, encode_pairs, swap_classes
+from minipref.data import SHARES, Pair, TokenizedPairs, batches_by_tokens, collate, encode_pairs, swap_classes, to_pair
 from minipref.fast import accelerate
 from minipref.metrics import swap_averaged
 from minipref.model import PreferenceModel
 from minipref.run import distributed
-from minipref.runtime import ArgumentParser, InputError, autocast, read_json, short_repr, write_json
+from minipref.runtime import ArgumentParser, InputError, autocast, check_folder, read_json, short_repr, write_json
 from minipref.tokenizer import Tokenizer, load_tokenizer
 
 SETTINGS = "minipref.json"        # in a model's folder, beside config.json: what its training chose
@@ -40,16 +40,18 @@ class Judge:
 
     def compare(self, prompt: str | Sequence[str | None], response_a: str | Sequence[str | None],
                 response_b: str | Sequence[str | None]) -> tuple[float, float, float]:
-        """(p_a, p_b, p_tie) of one pair; each argument is a text, or a list of turns with None for a missing one."""
+        """(p_a, p_b, p_tie) of one pair, read as a row of `compare_many` is."""
         return tuple(self.compare_many([(prompt, response_a, response_b)])[0].tolist())
 
     def compare_many(self, rows: Iterable[tuple], batch_tokens: int = 16_384, swap_average: bool = True,
                      progress: Callable[[int], object] | None = None) -> np.ndarray:
         """Probabilities of many pairs (prompt, response_a, response_b). Shapes: N rows -> (N, 3) float64.
 
-        Errors: `InputError` where the model's arithmetic overflows.
+        Each of the three is a list of turns (texts, None for a missing one), or a text; where the prompt is the text of
+        a JSON list, all three texts are read as cells of a CSV, in which None or NaN is an empty one (`to_pair`).
+        Errors: `InputError` for any other row, or where the model's arithmetic overflows.
         """
-        pairs = [row if isinstance(row, Pair) else Pair("", *map(_as_turns, row)) for row in rows]
+        pairs = [row if isinstance(row, Pair) else to_pair(row, n) for n, row in enumerate(rows, 1)]
         if not pairs:
             return np.empty((0, 3))
         blocks = [pairs[begin:begin + ROWS_AT_ONCE] for begin in range(0, len(pairs), ROWS_AT_ONCE)]
@@ -86,8 +88,7 @@ def load_judge(folder: str | Path, device: torch.device | str = "cpu", precision
     fit together.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(file=folder, found="no such folder", expected="a trained model's folder, like runs/NAME/model")
+    check_folder(folder, "a trained model's folder, like runs/NAME/model")
     max_length, temperature = _read_settings(folder / SETTINGS)
     tokenizer = load_tokenizer(folder)
     model = load_classifier(folder, device=device)
@@ -128,10 +129,6 @@ def _read_settings(path: Path) -> tuple[int, float]:
     return max_length, float(temperature)
 
 
-def _as_turns(value: str | Sequence[str | None]) -> Turns:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
 @torch.no_grad()
 def predict_logits(model: PreferenceModel, tokenized: TokenizedPairs, tokenizer: Tokenizer, batch_tokens: int,
                    most_rows: int = 256, precision: str = "fp32", orders: Sequence[bool] = (False, True),
@@ -169,6 +166,7 @@ def add_rows_or_pair(parser: ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="one pair instead of a CSV")
     parser.add_argument("--a", metavar="TEXT")
     parser.add_argument("--b", metavar="TEXT")
+    parser.text_options = ("--prompt", "--a", "--b")
 
 
 def check_rows_or_pair(parser: ArgumentParser, options: argparse.Namespace) -> None:

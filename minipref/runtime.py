@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import html
 import json
 import os
+import re
 import signal
 import stat
 import sys
@@ -16,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 
 MAX_JSON_BYTES = 32 << 20       # a config.json has a thousand, the index of a large checkpoint a million
+FORBIDDEN = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef" + "".join(   # in HTML or XML
+    f"{chr(plane + 0xfffe)}{chr(plane + 0xffff)}" for plane in range(0, sys.maxunicode, 1 << 16)) + "]")
 
 
 # --- errors and commands ----------------------------------------------------------------------------------------------
@@ -88,11 +92,20 @@ def run_program(name: str, body: Callable[[], None], out_of_memory_advice: str =
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, but for a wrong argument it raises `InputError`: one line, as for every other mistake."""
 
+    text_options: tuple[str, ...] = ()      # the next argument is their value: argparse takes '-x' for an option
+
     def parse_args(self, arguments: Sequence[str] | None = None, namespace=None):
+        others, texts = [], {}
         for text in sys.argv[1:] if arguments is None else arguments:
             if any("\ud800" <= character <= "\udfff" for character in text):
                 self.error(f"{short_repr(text)}, which is not UTF-8")
-        return super().parse_args(arguments, namespace)
+            if others and others[-1] in self.text_options:
+                texts[others.pop().removeprefix("--")] = text
+            else:
+                others.append(text)
+        options = super().parse_args(others, namespace)
+        vars(options).update(texts)
+        return options
 
     def error(self, message: str):
         raise InputError(found=message, expected=f"what {self.prog} --help describes")
@@ -113,6 +126,11 @@ def short_repr(value: object, limit: int = 60) -> str:
     """`value` as an error message may quote it: its repr on one line, cut to `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
+
+
+def html_text(text: str) -> str:
+    """`text` as a page or a figure may hold it: escaped, and U+FFFD for each character that HTML or XML forbids."""
+    return html.escape(FORBIDDEN.sub("\ufffd", text))
 
 
 def escape_unencodable() -> None:
@@ -180,6 +198,15 @@ def check_regular_file(path: str | Path, expected: str) -> None:
     if not stat.S_ISREG(mode):
         found = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device, not a file"
         raise InputError(file=path, found=found, expected=expected)
+
+
+def check_folder(path: str | Path, expected: str) -> None:
+    """Refuse what is not a folder. Errors: `InputError`; for a name like the Hub's, it says how to fetch the files."""
+    path = Path(path)
+    if not path.is_dir():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()) and not path.parent.is_dir():
+            expected += f'; a repository of the Hub: make weights ARGS="--repo {path} --folder weights/{path.name}"'
+        raise InputError(file=path, found="not a folder" if path.exists() else "no such folder", expected=expected)
 
 
 def read_json(path: str | Path, expected: str) -> dict:

@@ -42,7 +42,7 @@ from pathlib import Path
 from tokenizers import Regex, normalizers
 from tokenizers.models import Unigram
 
-from minipref.runtime import InputError, atomic_write, check_regular_file, read_json, short_repr
+from minipref.runtime import InputError, atomic_write, check_folder, check_regular_file, read_json, short_repr
 from minipref.sentencepiece_model import (
     BYTE,
     BYTE_PIECES,
@@ -63,6 +63,11 @@ CACHED_WORD_LENGTH = 64    # longer words are not cached: few of them come again
 MAX_FILE_BYTES = {"spm.model": 8 << 20, "tokenizer.json": 32 << 20}   # larger files are refused before they are read
 
 
+def replace_surrogates(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate, half of a UTF-16 pair. A complete pair becomes its character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if SURROGATE.search(text) else text
+
+
 def load_tokenizer(folder: str | Path) -> "Tokenizer":
     """The tokenizer of a folder: from its `spm.model`, or from its `tokenizer.json` if it has no spm.model.
 
@@ -73,6 +78,7 @@ def load_tokenizer(folder: str | Path) -> "Tokenizer":
     not a Unigram model. A damaged spm.model is an error even if there is a tokenizer.json beside it.
     """
     folder = Path(folder)
+    check_folder(folder, "a folder with spm.model or tokenizer.json")
     for name, limit in MAX_FILE_BYTES.items():
         path, expected = folder / name, f"the {name} of a Unigram model"
         if not os.path.lexists(path):
@@ -86,8 +92,7 @@ def load_tokenizer(folder: str | Path) -> "Tokenizer":
             return Tokenizer(name, data, _read_added_tokens(folder, beside=name))
         except (OSError, ValueError, OverflowError, RecursionError) as problem:
             raise InputError(file=path, found=str(problem), expected=expected) from None
-    raise InputError(file=folder, found="no tokenizer here" if folder.is_dir() else "not a folder",
-                     expected="a folder with spm.model or tokenizer.json")
+    raise InputError(file=folder, found="no tokenizer here", expected="a folder with spm.model or tokenizer.json")
 
 
 def _read_added_tokens(folder: Path, beside: str) -> list[dict]:
@@ -132,8 +137,6 @@ class Tokenizer:
     is [MASK], 128000.
     `vocab_size`: the number of ids, special tokens included.
     `fingerprint`: the sha256 of the file and of added tokens from other files, in hex.
-    `replaced_surrogates`: how many texts with a lone surrogate (half of a UTF-16 pair, not a character) were encoded.
-    Each lone surrogate is read as U+FFFD. A complete pair is read as its character and does not count.
     """
 
     def __init__(self, name: str, data: bytes, added_tokens: Sequence[dict] = ()):
@@ -157,7 +160,6 @@ class Tokenizer:
         self.vocab_size = len(pieces)
         listed = json.dumps(added_tokens, sort_keys=True).encode() if added_tokens else b""
         self.fingerprint = hashlib.sha256(data + listed).hexdigest()
-        self.replaced_surrogates = 0
 
         byte_ids = {piece: id for id, piece in enumerate(pieces) if types[id] == BYTE}
         self._byte_ids = [byte_ids[piece] for piece in BYTE_PIECES] if byte_ids else []
@@ -207,11 +209,7 @@ class Tokenizer:
         """The text with its surrogates joined or replaced."""
         if not isinstance(text, str):
             raise TypeError(f"a text must be a str, not {short_repr(text)}")
-        if SURROGATE.search(text):
-            replaced = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            self.replaced_surrogates += replaced.count("\ufffd") > text.count("\ufffd")
-            text = replaced
-        return text
+        return replace_surrogates(text)
 
     def _normalize(self, text: str) -> str:
         """Step 1."""

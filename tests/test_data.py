@@ -1,10 +1,17 @@
 """From CSV to batches: nothing is lost, leaked, cut unfairly or put under the wrong label."""
 
+import bz2
+import gzip
+import io
+import itertools
 import json
+import lzma
+import zipfile
 
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
+import pandas as pd
 import pytest
 
 from minipref.data import (
@@ -22,6 +29,7 @@ from minipref.data import (
     split_by_prompt,
     swap_classes,
     swap_mask,
+    to_pair,
     truncate_head_tail,
     truncation_budgets,
 )
@@ -84,6 +92,95 @@ def test_any_list_of_turns_survives_json(turns):
     assert parse_turns(json.dumps(turns)) == tuple(turns)
 
 
+def read_cells(tmp_path, *rows):
+    """The rows of a file of (prompt, response_a, response_b)."""
+    frame = pd.DataFrame(rows, columns=["prompt", "response_a", "response_b"])
+    frame.to_csv(tmp_path / "t.csv", index_label="id")
+    return [(pair.prompt, pair.response_a, pair.response_b) for pair in read_pairs(tmp_path / "t.csv", "if present")]
+
+
+def test_cells_are_json_lists_where_most_prompts_are_and_a_plain_answer_that_is_a_list_stays_text(tmp_path, capsys):
+    lists, plain = ('["p"]', '["a", null]', "[2, 4]"), ("p", '["a", null]', "[2, 4]")
+    turns, texts = (("p",), ("a", None), ("2", "4")), (("p",), ('["a", null]',), ("[2, 4]",))
+    assert read_cells(tmp_path, lists) == [turns] and read_cells(tmp_path, plain) == [texts]
+    assert read_cells(tmp_path, plain, lists, lists) == [turns] * 3
+    assert read_cells(tmp_path, *[("[1, 2]", "[INST] a", "b")] * 3) == [(("[1, 2]",), ("[INST] a",), ("b",))] * 3
+    assert read_cells(tmp_path, lists, ("", '["a", null]', "[2, 4]")) == [turns, (("",), *turns[1:])]
+    capsys.readouterr()
+    assert read_cells(tmp_path, plain, lists, plain) == [texts, (('["p"]',), *texts[1:]), texts]
+    assert "t.csv: 4 cells with what may be a list, read as text since most prompts are plain text; the first: row 1" \
+        in capsys.readouterr().out
+
+
+REPR, CUT = "['What\\'s up?', None]", json.dumps(["word " * 8000, "second"])[:32_767]
+BROKEN = [(REPR, "json.dumps"), (CUT, "spreadsheet cuts a cell at 32,767 characters"), ("['a' 'b']", "json.dumps"),
+          ('[""a""]', "json.dumps"), ("[“a”]", "json.dumps"), ("[nan]", "json.dumps"), ('["a" ', "a spreadsheet cuts")]
+
+
+@pytest.mark.parametrize("column", range(3))
+@pytest.mark.parametrize(("cell", "advice"), BROKEN, ids=range(len(BROKEN)))
+def test_lists_that_are_not_json_are_counted_and_refused_with_advice_where_most_of_a_column_are_so(
+        tmp_path, capsys, cell, advice, column):
+    good, bad = ['["p"]', '["a"]', "[null]"], ['["p"]', '["a"]', "[null]"]
+    bad[column] = cell
+    name = ("prompt", "response_a", "response_b")[column]
+    assert read_cells(tmp_path, good, good, bad, good)[2][column] == (cell,)
+    said = capsys.readouterr().out
+    assert "t.csv: 1 cell with a list that is not JSON, read as text" in said and advice in said
+    assert f"row 3, column {name}" in said and said.count("\n") == 1
+    with pytest.raises(InputError, match=rf"t\.csv, row 2, column {name}: 3 cells .* not JSON, .*{advice}"):
+        read_cells(tmp_path, good, bad, bad, bad, good)
+
+
+def test_lone_surrogates_are_mended_where_rows_are_read_and_the_cells_counted(tmp_path, capsys):
+    cells = '["\\ud800 \\ud83d\\ude00"]', '["fine \\ufffd", {"x": "\\udfff"}]', '[null, "a\\udc00\\ud800"]'
+    rows = read_cells(tmp_path, ('["p"]', '["a"]', '["b"]'), cells)
+    assert rows[1] == (("\ufffd \U0001f600",), ("fine \ufffd", '{"x": "\ufffd"}'), (None, "a\ufffd\ufffd"))
+    assert "3 cells with broken characters mended (U+FFFD for half of a UTF-16 pair); the first: row 2, column prompt" \
+        in capsys.readouterr().out
+    read_cells(tmp_path, ('["\\ud83d\\ude00 \\ufffd"]', "[null]", '["b"]'))
+    assert capsys.readouterr().out == ""
+
+
+def test_rows_of_python_are_read_as_the_rows_of_a_csv(tmp_path):
+    rows = [('["p", "q"]', '["a", null]', ""), ("p", "[2, 4]", '["a"]'), ('["p"]', "[2]", "plain"),
+            ('["p"]', "['a']", '["\\ud800"]')]
+    for row in rows:                                           # by themselves: a file decides by all of its prompts
+        [segments] = read_cells(tmp_path, row) if "['" not in row[1] else read_cells(tmp_path, rows[0], row)[1:]
+        held = pd.read_csv(tmp_path / "t.csv", index_col="id").iloc[[-1]]
+        for same in (row, list(row), np.array(row), *held.itertuples(index=False), *held.to_numpy()):
+            pair = to_pair(same)
+            assert (pair.prompt, pair.response_a, pair.response_b) == segments
+
+
+def test_a_missing_value_of_python_is_an_empty_cell_and_a_missing_turn_in_a_list():
+    for missing in (None, float("nan"), np.float32("nan"), pd.NA, pd.NaT):
+        assert to_pair((missing, missing, "b")) == Pair("", ("",), ("",), ("b",))
+        assert to_pair((["p", missing], ("a",), np.array([missing, "b"], dtype=object))) == Pair(
+            "", ("p", None), ("a",), (None, "b"))
+    assert to_pair(("p", "nan", ["None", "\udfff"])) == Pair("", ("p",), ("nan",), ("None", "\ufffd"))
+    assert to_pair((["p"], '["a"]', "b")) == Pair("", ("p",), ('["a"]',), ("b",))
+
+
+FRAME = pd.DataFrame({"id": [1], "prompt": ["p"], "response_a": ["a"], "response_b": ["b"]})
+
+
+@pytest.mark.parametrize("rows", [
+    [("id", "p", "a", "b")], [("p", "a")], [()], "pab", ("p", "a", "b"), FRAME.to_dict("records"),
+    FRAME.iterrows(), FRAME.itertuples(), [FRAME.iloc[0, 1:]], [None], [{"p", "a", "b"}]], ids=range(11))
+def test_what_is_no_row_of_three_is_refused_and_the_fields_are_named(rows):
+    with pytest.raises(InputError, match=r"row 1: .* expected a tuple of prompt, response_a, response_b") as caught:
+        [to_pair(row, number) for number, row in enumerate(rows, 1)]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [4, 2.5, True, b"a", {"a": 1}, [["a"]], [1], np.int64(4), np.array([1.5]), FRAME])
+def test_what_is_no_text_is_refused_by_its_column(value):
+    with pytest.raises(InputError, match=r"row 7, column response_a: .* of type .* expected a text") as caught:
+        to_pair(("p", value, "b"), 7)
+    assert "\n" not in str(caught.value)
+
+
 def test_rows_keep_their_ids_as_text_and_their_label(tmp_path):
     path = write(tmp_path / "t.csv", HEADER + GOOD + '0012345678901,x,y,p,"[""a1"",null]","line\nbreak, ""q""",0,0,1\n')
     first, second = read_pairs(path)
@@ -128,13 +225,70 @@ def test_a_bad_file_is_named_with_row_and_column_and_what_was_expected(tmp_path,
     assert said in str(caught.value) and "expected" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_is_no_csv_file_at_all_is_named(tmp_path):
-    (tmp_path / "packed.csv").write_bytes(b"\x1f\x8b\x08\x00abc")
-    (tmp_path / "latin.csv").write_bytes(HEADER.encode() + "1,x,y,café,a,b,1,0,0\n".encode("latin-1"))
-    for path, said in ((tmp_path / "packed.csv", "a gzip file"), (tmp_path / "latin.csv", "not UTF-8"),
-                       (tmp_path, "irectory"), (tmp_path / "none.csv", "no such file")):
+def zipped(members):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+def test_a_file_is_read_for_what_it_is_packed_or_not_whatever_its_name_and_encoding(tmp_path):
+    plain = HEADER + GOOD + GOOD.replace("a", "é😀")
+    wanted = read_pairs(write(tmp_path / "plain.csv", plain))
+    packers = [bytes, gzip.compress, bz2.compress, lzma.compress,
+               lambda data: zipped({"train.csv": data}),
+               lambda data: zipped({"folder/": "", "folder/train": data, "__MACOSX/x": "x"})]
+    for pack, encoding in itertools.product(packers, ("utf-8", "utf-8-sig", "utf-16")):
+        (tmp_path / "t.csv").write_bytes(pack(plain.encode(encoding)))
+        assert read_pairs(tmp_path / "t.csv") == wanted
+
+
+def test_what_is_no_csv_file_at_all_is_one_line_with_advice(tmp_path):
+    plain = (HEADER + GOOD * 50).encode()
+    gz, archive, text = gzip.compress(plain), zipped({"t.csv": plain}), plain.decode()
+    files = {
+        "a whole file, without a password": [
+            gz[:3], gz[:-12], gz[:40] + b"\xff" * 9 + gz[49:], bz2.compress(plain)[:-12], lzma.compress(plain)[:-12],
+            archive[:-12], archive[:60] + b"\xff" * 9 + archive[69:], b"PK\3\4" + bytes(99),
+            archive.replace(b"\0\0\x08\0", b"\x01\0\x08\0")],                               # the bit for a password
+        r"a zip of 2 files, \['a.csv', 'b.csv'\]; expected .* zip with nothing else in it": [
+            zipped({"a.csv": plain, "b.csv": plain})],
+        "a zip of 0 files": [zipped({})],
+        "an Excel workbook; expected a CSV file: Excel saves": [
+            zipped({"[Content_Types].xml": "", "xl/workbook.xml": ""})],
+        "not UTF-8 text .* expected .*Excel saves": [
+            "café,".encode("latin-1"), bytes.fromhex("d0cf11e0a1b11ae1") + plain, gzip.compress(gz),
+            zipped({"t.csv.zip": archive})],
+        "not UTF-16-LE text": [text.encode("utf-16")[:-1]],
+        "a binary file, or UTF-16 without its mark": [
+            text.encode("utf-16-be"), text.encode("utf-32"), b"PAR1\x15\0", bytes(99)],
+        "separated by tabs; expected by commas: Excel saves": [text.replace(",", "\t").encode("utf-16")],
+        "separated by semicolons; expected by commas": [plain.replace(b",", b";")],
+        "an empty file; expected a header": [b"", gzip.compress(b""), zipped({"t": ""})],
+    }
+    for said, content in [(said, content) for said, contents in files.items() for content in contents]:
+        (tmp_path / "t.csv").write_bytes(content)
+        with pytest.raises(InputError, match=said) as caught:
+            read_pairs(tmp_path / "t.csv")
+        assert "t.csv" in str(caught.value) and "\n" not in str(caught.value)
+    for path, said in ((tmp_path, "irectory"), (tmp_path / "none.csv", "no such file")):
         with pytest.raises(InputError, match=said):
-            list(read_pairs(path))
+            read_pairs(path)
+
+
+def test_a_packed_line_without_an_end_costs_no_memory_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("minipref.data.LONGEST_CELL", 1000)
+    lengths, wrapper = [], io.TextIOWrapper
+    class Watched(wrapper):
+        def readline(self, *size):
+            lengths.append(len(line := wrapper.readline(self, *size)))
+            return line
+    monkeypatch.setattr("io.TextIOWrapper", Watched)
+    (tmp_path / "bomb").write_bytes(gzip.compress(b"x" * 1_000_000))
+    with pytest.raises(InputError, match="at most 1,000 characters"):
+        read_pairs(tmp_path / "bomb")
+    assert max(lengths) <= 16_000
 
 
 @pytest.mark.parametrize(("ids", "said"), [(["1", "2", "1"], "row 3, column id: '1', which row 1 has"),
@@ -324,7 +478,6 @@ def test_swapping_classes_exchanges_a_and_b_and_leaves_the_tie():
 # --- real rows
 
 def test_the_competitions_own_rows_are_read_without_loss(reference_dir):
-    import pandas as pd
     path = reference_dir / "data" / "arena" / "train.csv"
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     pairs = list(read_pairs(path))

@@ -183,6 +183,20 @@ def test_a_token_that_is_html_by_itself_stays_text_in_page_and_figure(explanatio
     assert tokens[3].strip() in [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
 
 
+def test_no_character_that_html_or_xml_forbids_is_in_page_or_figure(judge, explanation, tmp_path):
+    forbidden = "\0\x01\x0b\x0c\x1b\x7f\x85\ud800\udfff\ufdd0\ufffe\uffff\U0010ffff"
+    tokens = [f"{token}{forbidden}" for token in explanation.tokens]
+    hostile = explain.Explanation(**{**vars(explanation), "tokens": tokens, "model": f"run{forbidden}/model"})
+    for text in (explain.page(hostile, 0, 0), explain.figure(hostile, 0, 0)):
+        assert not set(forbidden) & set(text) and len(forbidden) * "\ufffd" in text
+    explained = explain.explain(judge[1], Pair("", (forbidden,), ("a",), (f"b{forbidden}",)), 96)
+    assert not set(forbidden) & set("".join(explained.tokens))
+    frame = "id,prompt,response_a,response_b\n1," + ",".join(3 * [r'"[""\ud800 \u0000\u000b""]"']) + "\n"
+    (tmp_path / "rows.csv").write_text(frame)
+    for text in written(tmp_path, str(tmp_path / "rows.csv"), "--model", str(judge[0])):
+        assert not set(forbidden) & set(text)
+
+
 def test_the_page_refers_to_nothing_outside_itself(explanation):
     page = Page(explain.page(explanation, 0, 0))
     assert not [(tag, attributes) for tag, attributes in page.elements

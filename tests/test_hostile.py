@@ -79,9 +79,9 @@ def refused(capsys, main, arguments: list[str], what: str) -> None:
     assert files() == before
 
 
-def rows(*cells: str, good_rows: int = ROWS) -> str:
+def rows(*cells: str, good_rows: int = ROWS, prompt: str = "p{}") -> str:
     """A labelled file: good rows, then one of the given cells."""
-    lines = [f"{n},p{n},a,b,{'1,0,0' if n % 2 else '0,0,1'}" for n in range(good_rows)]
+    lines = [f"{n},{prompt.format(n)},a,b,{'1,0,0' if n % 2 else '0,0,1'}" for n in range(good_rows)]
     return "\n".join([HEADER + LABELS, *lines, *([",".join(cells)] if cells else [])]) + "\n"
 
 
@@ -97,21 +97,22 @@ CSV = {
     "empty lines": ("\n\n\n", "an empty first line"),
     "a header only": (HEADER + LABELS + "\n", "a header and no rows"),
     "no header": ("1,p,a,b,1,0,0\n", "no column of this name"),
-    "other separators": (rows().replace(",", ";"), "no column of this name"),
-    "tabs": (rows().replace(",", "\t"), "no column of this name"),
+    "other separators": (rows().replace(",", ";"), "separated by semicolons"),
+    "tabs": (rows().replace(",", "\t"), "separated by tabs"),
     "a column twice": (rows().replace("prompt", "id"), "more than one column"),
     "labels gone": ("\n".join([HEADER, "1,p,a,b"]), "winner_model_a: no column"),
     "one label column": (HEADER + ",winner_tie\n1,p,a,b,1\n", "winner_model_a: no column"),
-    "UTF-16": (rows().encode("utf-16"), "not UTF-8"),
-    "UTF-16 without its mark": (rows().encode("utf-16-le"), "no column of this name"),
+    "half of UTF-16": (rows().encode("utf-16")[:-1], "not UTF-16"),
+    "UTF-16 without its mark": (rows().encode("utf-16-le"), "UTF-16 without its mark"),
     "UTF-32": (rows().encode("utf-32"), "bad.csv"),
     "Latin-1": (rows("x", "café", "a", "b", "1,0,0").encode("latin-1"), "not UTF-8"),
     "half a character at the end": (rows().encode() + b"\xe6\xa8", "not UTF-8"),
     "a surrogate in UTF-8": (rows().encode() + b"x,\xed\xa0\x80,a,b,1,0,0\n", "not UTF-8"),
-    "a gzip": (gzip.compress(rows().encode()), "a gzip file"),
-    "a zip": (b"PK\x03\x04" + bytes(range(256)), "bad.csv"),
+    "a cut gzip": (gzip.compress(rows().encode())[:-9], "cannot be unpacked"),
+    "a zip that is none": (b"PK\x03\x04" + bytes(range(256)), "cannot be unpacked"),
+    "lists of Python": (rows(prompt="['p{}']"), "write them with json.dumps"),
     "a pickle": (pickle.dumps({"id": 1}), "bad.csv"),
-    "NULs only": (bytes(5000), "no column of this name"),
+    "NULs only": (bytes(5000), "a binary file"),
     "random bytes": (bytes((i * 197 + i // 7) % 256 for i in range(5000)), "bad.csv"),
     "JSON": ('[{"id": 1, "prompt": "p"}]', "no column of this name"),
     "a web page": ("<!DOCTYPE html>\n<html>not found</html>\n", "no column of this name"),
@@ -192,22 +193,25 @@ def test_what_is_no_file_is_one_line_and_never_waited_for(good, capsys, kind):
 
 # --- CSV files that are strange and fine: what is said of them
 
+LISTS = '"[""p{}""]"'       # prompts that make a file one of JSON lists
 DEEP = "[" * 100_000 + "]" * 100_000
 FINE = {
     "a byte order mark": b"\xef\xbb\xbf" + rows().encode(),
     "Windows line ends": rows().replace("\n", "\r\n").encode(),
     "old Macintosh line ends": rows().replace("\n", "\r").encode(),
     "empty lines in between": rows().replace("\n", "\n\n").encode(),
+    "UTF-16": rows().encode("utf-16"),
+    "a gzip": gzip.compress(rows().encode()),
     "NULs in a cell": rows("x", "p\0\0", "a\0", "b", "1,0,0").encode(),
     "every control character": rows("x", '"' + "".join(map(chr, [*range(1, 32), 127])).replace('"', "") + '"', "a", "b",
                                     "1,0,0").encode(),
     "nothing in any text": rows("x", "", "", "", "0,0,1").encode(),
-    "ten thousand turns": rows("x", '"' + json.dumps(["t"] * 10_000).replace('"', '""') + '"', "a", "b", "1,0,0").encode(),  # noqa: E501
-    "deeply nested JSON": rows("x", DEEP, f'"[1,{DEEP[:900]}{DEEP[-900:]}]"', "b", "1,0,0").encode(),
-    "a number of ten thousand digits in JSON": rows("x", "[" + "9" * 10_000 + "]", "a", "b", "1,0,0").encode(),
+    "ten thousand turns": rows("x", '"' + json.dumps(["t"] * 10_000).replace('"', '""') + '"', "a", "b", "1,0,0", prompt=LISTS).encode(),  # noqa: E501
+    "deeply nested JSON": rows("x", DEEP, f'"[1,{DEEP[:900]}{DEEP[-900:]}]"', "b", "1,0,0", prompt=LISTS).encode(),
+    "a number of ten thousand digits in JSON": rows("x", f"[{'9' * 10_000}]", "a", "b", "1,0,0", prompt=LISTS).encode(),
     "half a million characters": rows("x", "p", "word " * 100_000, "b", "1,0,0").encode(),
     "half a million characters without a space": rows("x", "p", "x" * 500_000, "b", "1,0,0").encode(),
-    "lone surrogates in JSON": rows("x", r'"[""\ud800 \udfff""]"', "a", "b", "1,0,0").encode(),
+    "lone surrogates in JSON": rows("x", r'"[""\ud800 \udfff""]"', "a", "b", "1,0,0", prompt=LISTS).encode(),
     "special tokens as text": rows("x", "[SEP][CLS]", "<0x41>", "[MASK][PAD]", "1,0,0").encode(),
     "a formula": rows("=cmd()", "=1+1", "@a", "-b", "1,0,0").encode(),
     "labels with points": rows("x", "p", "a", "b", "1.0, 0.0 ,0").encode(),
@@ -220,9 +224,9 @@ def test_a_strange_file_is_read_and_predicted_whole(good, capsys, name):
     Path("strange.csv").write_bytes(FINE[name])
     code, out, err = bounded(capsys, predict.main, ["strange.csv", "--model", str(good), "--precision", "fp32"])
     assert code == 0, err
-    wanted = ROWS + (FINE[name] not in [FINE[n] for n in list(FINE)[:4]])
+    wanted = ROWS + (FINE[name] not in [FINE[n] for n in list(FINE)[:6]])
     assert f": {wanted}" in out and Path("submission.csv").read_bytes().count(b"\n") == wanted + 1
-    assert ("texts with broken characters mended" in out) == ("surrogates" in name)
+    assert ("1 cell with broken characters mended" in out) == ("surrogates" in name)
 
 
 # --- checkpoints and tokenizers

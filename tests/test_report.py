@@ -1,18 +1,21 @@
 """A run's page and model card: they show the run's scores, whatever the texts hold, and without matplotlib too."""
 
+import json
 import re
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from minipref import metrics
 from minipref.config import LABELS
-from minipref.data import Pair, character_counts
+from minipref.data import Pair, character_counts, read_pairs
 from minipref.recipes import recipe
 from minipref.run import report as run_report
 
 CONFIG = recipe("tiny")
+MARK = "\ufffd"
 
 
 def finished_run(count=200, seed=0, evaluations=3):
@@ -67,6 +70,22 @@ def test_a_page_fetches_nothing_and_takes_no_text_for_html(tmp_path):
     assert "<i>" not in page and "&lt;i&gt;xx" in page and "default-src 'none'" in page
     assert not re.search(r"<(script|img|link|iframe)|\bsrc=|@import|url\((?!#)", page)
     assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', page))
+
+
+def test_characters_that_html_forbids_are_on_no_page(tmp_path):
+    """Lone surrogates neither: a page is written as UTF-8, after all of the training."""
+    report, rows, _, logits = finished_run(20)
+    forbidden = "".join(map(chr, (*range(9), 11, 12, *range(14, 32), *range(127, 160), 0xfdd0, 0xfdef, 0xfffe, 0xffff,
+                                  0x1fffe, 0x10ffff)))
+    text = json.dumps([f"<{forbidden}>\ud800", None, "\udfff"])
+    ids = [f"{forbidden}{n}" for n in range(20)]
+    frame = pd.DataFrame({"id": ids, "prompt": text, "response_a": text, "response_b": text})
+    frame[["winner_model_a", "winner_model_b", "winner_tie"]] = 1, 0, 0
+    frame.to_csv(tmp_path / "t.csv", index=False, lineterminator="\n")
+    pairs = read_pairs(tmp_path / "t.csv")
+    assert [pair.id for pair in pairs] == ids
+    page = written(tmp_path, report, rows, pairs, logits)
+    assert f"&lt;{len(forbidden) * MARK}&gt;" in page and not set(forbidden) & set(page)
 
 
 def test_without_matplotlib_the_page_has_its_tables_and_that_is_said_once(tmp_path, monkeypatch, capsys):

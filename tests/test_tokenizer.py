@@ -306,17 +306,13 @@ def test_special_ids_never_come_out_of_any_text(trained, text):
     assert not special & set(trained.encode(text))
 
 
-@pytest.mark.parametrize("text, read_as, count", [
-    ("a\ud800b", "a\ufffdb", 1), ("\udfff", "\ufffd", 1), ("\udc00\ud800", "\ufffd\ufffd", 1),
-    ("\ud83d\ude00", "\U0001f600", 0), ("\ud83d\ud83d\ude00", "\ufffd\U0001f600", 1),
-    ("\ud83d \ude00", "\ufffd \ufffd", 1), ("plain", "plain", 0), ("\ufffd", "\ufffd", 0),
+@pytest.mark.parametrize("text, read_as", [
+    ("a\ud800b", "a\ufffdb"), ("\udfff", "\ufffd"), ("\udc00\ud800", "\ufffd\ufffd"), ("\ud83d\ude00", "\U0001f600"),
+    ("\ud83d\ud83d\ude00", "\ufffd\U0001f600"), ("\ud83d \ude00", "\ufffd \ufffd"), ("plain", "plain"),
 ])
-def test_lone_surrogates_are_replaced_and_the_texts_with_them_counted(like_v3, models_dir, text, read_as, count):
+def test_lone_surrogates_are_replaced(like_v3, models_dir, text, read_as):
     tokenizer = load_tokenizer(models_dir / "not_normalized")   # the one in which U+FFFD is not a space
     assert tokenizer.encode(text) == tokenizer.encode(read_as)
-    assert tokenizer.replaced_surrogates == count
-    tokenizer.encode_batch([text, "in between", text, ""])
-    assert tokenizer.replaced_surrogates == 3 * count
 
 
 def test_what_is_not_a_text_is_refused_not_skipped(like_v3):
@@ -737,7 +733,7 @@ def test_a_tokenizer_json_that_is_not_json_is_refused(tmp_path, data):
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no tokenizer here; expected a folder with spm\.model or tokenizer\.json"):
         load_tokenizer(tmp_path)
-    with pytest.raises(InputError, match="not a folder"):
+    with pytest.raises(InputError, match="no such folder"):
         load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="not a folder"):

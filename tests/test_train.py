@@ -20,8 +20,10 @@ import predict
 import train
 from minipref.checkpoint import load_classifier
 from minipref.data import read_pairs
+from minipref.explain import __main__ as minipref_explain
+from minipref.pretrain import __main__ as minipref_pretrain
 from minipref.run import state
-from minipref.runtime import Stopped
+from minipref.runtime import InputError, Stopped
 
 ROOT = Path(train.__file__).parent
 FAST = ["--recipe", "tiny", "--epochs", "4", "--lr", "5e-3", "--precision", "fp32", "--batch-size", "8",
@@ -115,6 +117,64 @@ def test_one_pair_is_predicted_the_same_from_the_command_line_and_from_python(fi
     p = minipref.load_judge("run/model").compare(prompt, a, [b])
     assert code == 0 and [float(line.split()[1]) for line in out.splitlines()] == [round(x, 4) for x in p]
     assert p[0] > 0.6 and abs(sum(p) - 1) < 1e-12
+
+
+def test_python_predicts_the_raw_cells_of_a_file_as_predict_does_and_one_pair_as_many(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    columns = ["prompt", "response_a", "response_b"]
+    frame = pd.DataFrame([('["old", "red"]', '["yes", null]', '["no"]'), ('["old"]', "[null]", "['yes']"),
+                          ('["is"]', '["\\ud800 yes"]', None), ('["red"]', "[2, 4]", '["[2, 4]"]')], columns=columns)
+    frame.to_csv("raw.csv", index_label="id")
+    assert call(capsys, ["raw.csv", "--precision", "fp32", "--output", "raw_out.csv"], predict.main)[0] == 0
+    judge = minipref.load_judge("run/model")
+    found = judge.compare_many(pd.read_csv("raw.csv")[columns].itertuples(index=False))
+    assert np.allclose(found, pd.read_csv("raw_out.csv").iloc[:, 1:], atol=1e-7)
+    alone = [judge.compare(*row) for row in frame.itertuples(index=False)]
+    assert np.allclose(found, alone, atol=1e-6) and judge.compare("p", '["a"]', "b") != judge.compare("p", ["a"], "b")
+
+
+@pytest.mark.parametrize("arguments", [
+    "--model A t.csv", "t.csv --model A", "--output o.csv --model A t.csv", "--model A t.csv --output o.csv",
+    "--model A B t.csv", "t.csv --model A B", "--model A --model B t.csv", "--model A t.csv --model B",
+    "--model A --model B --output o.csv t.csv", "--model nowhere t.csv"])
+def test_the_csv_is_found_before_among_and_after_the_models(arguments):
+    for name in "AB":
+        Path(name).mkdir()
+    Path("t.csv").touch()
+    options = predict.parse_arguments(arguments.split())
+    assert options.csv == "t.csv" and options.model == [name for name in ("A", "B", "nowhere") if name in arguments]
+
+
+@pytest.mark.parametrize("parse", [predict.parse_arguments, minipref_explain.parse_arguments])
+@pytest.mark.parametrize("text", ["-x", "--", "--b", "-1", "- one\n- two", "--prompt=", "-h", "", "=", "--a"])
+def test_a_text_may_begin_with_a_dash(parse, text):
+    for pair in ("pab", (text, "a", "b"), ("p", text, text)):
+        apart = parse([part for name, value in zip(("--prompt", "--a", "--b"), pair) for part in (name, value)])
+        assert (apart.prompt, apart.a, apart.b) == tuple(pair)
+        if text != "--":                                       # which argparse drops
+            assert parse([f"{name}={value}" for name, value in zip(("--prompt", "--a", "--b"), pair)]) == apart
+
+
+@pytest.mark.parametrize("name", ["microsoft/deberta-v3-small", "org-1/Some.name_2", "./org/name/"])
+def test_a_name_of_the_hub_where_a_folder_belongs_gets_the_command_that_fetches_it(tmp_path, capsys, name):
+    rows = str(write_rows(tmp_path / "t.csv", 20))
+    Path("text").mkdir()
+    Path("text/t.txt").write_text("some words\n\n" * 2000)
+    for main, arguments in ((train.main, ["--train", rows, "--run", "r", "--encoder", name]),
+                            (predict.main, [rows, "--model", name]), (predict.main, ["--model", name, rows]),
+                            (minipref_explain.main, [rows, "--model", name]),
+                            (minipref_pretrain.main, ["--corpus", "text", "--output", "p", "--encoder", name])):
+        code, _, err = call(capsys, arguments, main)
+        plain = name.strip("./")
+        assert code == 2 and err.count("\n") == 1 and f"{plain}: no such folder" in err
+        assert f'make weights ARGS="--repo {plain} --folder weights/{plain.split("/")[1]}"' in err
+    for load in (minipref.load_judge, minipref.load_encoder, minipref.load_classifier, minipref.load_tokenizer):
+        with pytest.raises(InputError, match="make weights"):
+            load(name)
+        for other in ("nowhere", "text/nowhere", "/org/name", "a/b/c", "text/t.txt"):
+            with pytest.raises(InputError) as caught:
+                load(other)
+            assert "make weights" not in str(caught.value)
 
 
 def test_averaging_both_orders_makes_the_prediction_independent_of_the_order(finished):

@@ -2,12 +2,11 @@
 
 import argparse
 import sys
-from itertools import islice
 from pathlib import Path
 
 from minipref.checkpoint import load_classifier
 from minipref.config import LABELS
-from minipref.data import Pair, read_pairs
+from minipref.data import read_pairs, to_pair
 from minipref.explain.attribution import explain
 from minipref.explain.figure import figure
 from minipref.explain.page import page
@@ -52,11 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write_explanation(options: argparse.Namespace) -> None:
     if options.csv is None:
-        pair = Pair("", (options.prompt,), (options.a,), (options.b,))
+        pair = to_pair((options.prompt, options.a, options.b))
     else:
-        pair = next(islice(read_pairs(options.csv, "if present"), options.row - 1, None), None)
-        if pair is None:
-            raise InputError(file=options.csv, found=f"no row {options.row}", expected="a row of the file")
+        pairs = read_pairs(options.csv, "if present")
+        if options.row > len(pairs):
+            raise InputError(file=options.csv, found=f"no row {options.row}", expected=f"a row of the {len(pairs):,}")
+        pair = pairs[options.row - 1]
     judge, name = load_model(options.model)
     config = judge.model.config
     for what, chosen, count in (("layer", options.layer, config.num_hidden_layers),

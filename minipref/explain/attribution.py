@@ -4,7 +4,6 @@ A token's attribution is gradient times input: how the log odds of the predictio
 were scaled up a little. That is a local sensitivity, not a causal explanation.
 """
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ from minipref.config import LABELS
 from minipref.data import Pair, collate, encode_pairs
 from minipref.model import PreferenceModel, attention_scores, masked_softmax, relative_index
 from minipref.predictor import MAX_LENGTH, Judge
+from minipref.runtime import FORBIDDEN
 from minipref.sentencepiece_model import BYTE_PIECES
 from minipref.tokenizer import SPACE, Tokenizer
 
@@ -131,7 +131,7 @@ def swapped_places(lengths: list[int]) -> list[int]:
 
 
 def readable(tokenizer: Tokenizer, input_ids: list[int]) -> list[str]:
-    """The pieces as plain text: spaces and ASCII bytes as themselves; U+FFFD for what XML cannot hold."""
+    """The pieces as plain text: spaces and ASCII bytes as themselves; U+FFFD for what HTML and XML forbid."""
     pieces = [chr(BYTE_PIECES[piece]) if BYTE_PIECES.get(piece, 128) < 128 else piece.replace(SPACE, " ")
               for piece in tokenizer.tokens(input_ids)]
-    return [re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", piece) for piece in pieces]
+    return [FORBIDDEN.sub("\ufffd", piece) for piece in pieces]

@@ -1,11 +1,11 @@
 """One head's scores and probabilities as an SVG, and as text."""
 
-import html
 from itertools import pairwise
 
 import numpy as np
 
 from minipref.explain.attribution import TERMS, Explanation
+from minipref.runtime import html_text
 
 PANELS = {"c2c": "content to content", "c2p": "content to position", "p2c": "position to content",
           "sum": "the three together", "probs": "probabilities"}
@@ -32,14 +32,14 @@ def figure(explanation: Explanation, layer: int, head: int, panels: tuple[str, .
                   f'<g transform="translate({left} {top})"><rect width="{side}" height="{side}" class="s0"/>',
                   _shaded(shades, cell), "</g>"]
         for n, token in enumerate(explanation.tokens if margin else ()):
-            text, middle = html.escape(label(token)), cell * (n + .5) + 3
+            text, middle = html_text(label(token)), cell * (n + .5) + 3
             parts.append(f'<text transform="translate({left + middle:g} {top - 5}) rotate(-90)">{text}</text>')
             if column == 0:
                 parts.append(f'<text x="{left - 5}" y="{top + middle:g}" text-anchor="end">{text}</text>')
     width, height = margin + min(columns, len(matrices)) * (side + 18), top + side + 8
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
             f'role="img"><title>Layer {layer + 1}, head {head + 1}: {", ".join(matrices)}</title>'
-            f'<desc>{html.escape(alternative(explanation, layer, head))}</desc>\n<style>{STYLE}</style>\n'
+            f'<desc>{html_text(alternative(explanation, layer, head))}</desc>\n<style>{STYLE}</style>\n'
             + "\n".join(parts) + "\n</svg>\n")
 
 

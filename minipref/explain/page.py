@@ -1,7 +1,6 @@
 """An explanation as one HTML file that needs no server and fetches nothing. The template is page.html."""
 
 import base64
-import html
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from minipref.config import LABELS
 from minipref.explain.attribution import Attribution, Explanation
 from minipref.explain.figure import PANELS, alternative, label
+from minipref.runtime import html_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
 GAP = "[...]"                # where tokens were left out
@@ -19,11 +19,11 @@ OUTCOMES = ("A is better", "B is better", "a tie")
 
 def page(explanation: Explanation, layer: int, head: int) -> str:
     """The page, opening on one head (from 0). Every text is escaped: a response may hold HTML."""
-    parts = {"MODEL": html.escape(explanation.model), "PREDICTION": _prediction_html(explanation),
+    parts = {"MODEL": html_text(explanation.model), "PREDICTION": _prediction_html(explanation),
              "LAYERS": _options(explanation.probs.shape[0], layer), "HEADS": _options(explanation.probs.shape[1], head),
-             "QUERIES": "".join(f"<option value={i}>{i + 1}: {html.escape(label(token))}</option>"
+             "QUERIES": "".join(f"<option value={i}>{i + 1}: {html_text(label(token))}</option>"
                                 for i, token in enumerate(explanation.tokens)),
-             "ALTERNATIVE": html.escape(alternative(explanation, layer, head)),
+             "ALTERNATIVE": html_text(alternative(explanation, layer, head)),
              "DATA": json.dumps(_page_data(explanation)).replace("<", "\\u003c")}    # so no text can end its <script>
     template = TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"@([A-Z]+)@", lambda mark: parts[mark[1]], template)    # in one pass: texts may hold marks as well
@@ -87,7 +87,7 @@ def _swap_check_html(attribution: Attribution) -> str:
 def _strongest_html(explanation: Explanation) -> str:
     attributions = explanation.attribution.attributions
     strongest = np.argsort(-abs(attributions).max(0), kind="stable")[:10]
-    rows = "".join(f"<tr><th scope=row>{html.escape(label(explanation.tokens[t]))}</th><td>{t + 1}</td>"
+    rows = "".join(f"<tr><th scope=row>{html_text(label(explanation.tokens[t]))}</th><td>{t + 1}</td>"
                    f"<td>{explanation.segments[t]}</td><td>{attributions[0, t]:+.3f}</td>"
                    f"<td>{attributions[1, t]:+.3f}</td></tr>" for t in strongest)
     return ("<table><caption>The ten largest attributions, in nats of log odds</caption><tr><th scope=col>token</th>"
@@ -109,6 +109,6 @@ def _tokens_html(explanation: Explanation, attributions: np.ndarray | None, name
         turns = both[0, t] * both[1, t] < 0 and abs(both[:, t]).min() > 0.1 * limit
         kind = f'{"for" if share > 0 else "against"}{" turns" if turns else ""}'
         lines[segment].append(f'<span class="{kind}" style="--share:{abs(share):.2f}" title="{share * limit:+.3f}">'
-                              f"{html.escape(token)}</span>")
+                              f"{html_text(token)}</span>")
     rows = "".join(f"<dt>{segment}</dt><dd>{''.join(spans)}</dd>" for segment, spans in lines.items())
     return f'<figure><figcaption>{name}</figcaption><dl class="tokens">{rows}</dl></figure>'

@@ -8,7 +8,6 @@ a sentence in place of the figures.
 """
 
 import dataclasses
-import html
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ from minipref.predictor import Judge, predict_logits
 from minipref.run import distributed, folder
 from minipref.run.setup import Setup
 from minipref.run.state import weights_sha256
-from minipref.runtime import InputError, RunError, write_json, write_text
+from minipref.runtime import InputError, RunError, html_text, write_json, write_text
 
 TEMPLATE = Path(__file__).with_name("report.html")
 INK = "#010203"            # in matplotlib; on the page the colour of the text, light or dark
@@ -120,8 +119,8 @@ def write_page(folder: Path, report: dict, rows: list[dict], pairs: Sequence[Pai
         ]
         tables = [scores_html(report["results"]), confusion_html(result), curves_html(rows),
                   mistakes_html(pairs, labels, probabilities)]
-    head = f"<p>{html.escape(' '.join(report.get('conclusions', ['Trained on every row: there is no score.'])))}</p>"
-    facts = (f"<p class=quiet>Ended: {html.escape(report['ended'])}. {report['steps']:,} steps, the best after "
+    head = f"<p>{html_text(' '.join(report.get('conclusions', ['Trained on every row: there is no score.'])))}</p>"
+    facts = (f"<p class=quiet>Ended: {html_text(report['ended'])}. {report['steps']:,} steps, the best after "
              f"{report['best_step']:,}; {report['train_rows']:,} rows trained on, {report['valid_rows']:,} validated "
              "on.</p>")
     body = "\n".join([head, facts, figures_html(figures), *tables])
@@ -188,8 +187,8 @@ def figures_html(figures: list[tuple[str, str, Callable]]) -> str:
             figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         drawing = svg.getvalue()
         drawing = drawing[drawing.index("<svg"):].replace(INK, "currentColor").replace(
-            "<svg ", f'<svg role="img" aria-label="{html.escape(said)}" ', 1)
-        parts.append(f"<figure><figcaption>{html.escape(title)}</figcaption>{drawing}</figure>")
+            "<svg ", f'<svg role="img" aria-label="{html_text(said)}" ', 1)
+        parts.append(f"<figure><figcaption>{html_text(title)}</figcaption>{drawing}</figure>")
     return f'<div class="figures">{"".join(parts)}</div>'
 
 
@@ -272,10 +271,10 @@ def tenths(by: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 
 def table_html(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose first column names its rows. Cells are escaped here."""
-    head = "".join(f"<th scope=col>{html.escape(cell)}</th>" for cell in header)
-    body = "".join(f"<tr><th scope=row>{html.escape(row[0])}</th>"
-                   + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:]) + "</tr>" for row in rows)
-    return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>"
+    head = "".join(f"<th scope=col>{html_text(cell)}</th>" for cell in header)
+    body = "".join(f"<tr><th scope=row>{html_text(row[0])}</th>"
+                   + "".join(f"<td>{html_text(cell)}</td>" for cell in row[1:]) + "</tr>" for row in rows)
+    return f"<table><caption>{html_text(caption)}</caption><tr>{head}</tr>{body}</table>"
 
 
 def scores_html(results: dict[str, dict]) -> str:
@@ -303,9 +302,9 @@ def mistakes_html(pairs: Sequence[Pair], labels: np.ndarray, probabilities: np.n
     parts = []
     for row in wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]:
         pair = pairs[row]
-        texts = "".join(f"<dt>{name}</dt><dd>{html.escape(shortened(turns))}</dd>" for name, turns in
+        texts = "".join(f"<dt>{name}</dt><dd>{html_text(shortened(turns))}</dd>" for name, turns in
                         (("prompt", pair.prompt), ("A", pair.response_a), ("B", pair.response_b)))
-        parts.append(f"<details><summary>{html.escape(pair.id)}: label {LABELS[labels[row]]}, prediction "
+        parts.append(f"<details><summary>{html_text(pair.id)}: label {LABELS[labels[row]]}, prediction "
                      f"{LABELS[predictions[row]]} with {confidence[row]:.0%}</summary><dl>{texts}</dl></details>")
     return f"<h2>The {len(parts)} most confident mistakes</h2>{''.join(parts)}"
 
