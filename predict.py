@@ -10,6 +10,7 @@ place, so a file of that name is always a whole and valid one.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -59,16 +60,18 @@ def main(arguments: list[str] | None = None) -> int:
 def predict(options: argparse.Namespace) -> None:
     device = distributed.local_device(runtime.choose_device(options.device))
     precision = runtime.choose_precision(options.precision, device)
-    if options.csv is not None:
-        runtime.check_writable(options.output)     # now, not after hours of work
     folders = options.model or newest_models()
+    if options.csv is not None:
+        runtime.check_writable(options.output, [options.csv, *folders])     # now, not after hours of work
     judges = [load_judge(folder, device, precision, fast=not options.no_fast) for folder in folders]
     for folder, judge in zip(folders, judges):
         if judge.model.load_report.note:
             print(f"note: {folder}: {judge.model.load_report.note}")
     if options.csv is not None:
-        print(f"model      {', '.join(map(str, folders))}")
-        predict_file(judges, options)
+        # A submission that goes to stdout has it for itself.
+        with contextlib.redirect_stdout(sys.stderr if runtime.standard_stream(options.output) == 1 else sys.stdout):
+            print(f"model      {', '.join(map(str, folders))}")
+            predict_file(judges, options)
     else:
         for label, p in zip(LABELS, predict_rows(judges, [(options.prompt, options.a, options.b)], options)[0]):
             print(f"{label:<4} {p:.4f}")

@@ -86,10 +86,7 @@ def train(options: argparse.Namespace, stop: StopSignal) -> None:
     precision = runtime.choose_precision(options.precision, device)
     make_deterministic(device)
     tune_malloc()
-    runtime.check_writable(run / "config.json")
-    with folder.lock_run(run), folder.resume_hint(run, "python train.py --resume --run"):
-        if not options.resume and folder.has_checkpoint(run):
-            raise InputError(file=run, found="a run that can be resumed", expected="--resume, or another --run")
+    with folder.lock_run(run, options.resume), folder.resume_hint(run, "python train.py --resume --run"):
         tokenizer = load_tokenizer(options.encoder)
         pairs = [pair for path in options.train for pair in read_pairs(path)][:options.limit]
         held_out = read_pairs(options.valid) if options.valid else []
@@ -97,7 +94,8 @@ def train(options: argparse.Namespace, stop: StopSignal) -> None:
         pairs += held_out
         write_or_check_manifest(run, options, config, device, precision)
         tokenized = encode_pairs(pairs, tokenizer, config.max_length, progress=sys.stderr.isatty())
-        setup = Setup(options, config, device, precision, tokenizer, pairs, tokenized, stop)
+        truth = synthetic.read_truth(options.train)
+        setup = Setup(options, config, device, precision, tokenizer, pairs, tokenized, truth, stop)
         log.log_header(setup, splits, hints(options))
 
         logits = []

@@ -48,8 +48,8 @@ from minipref.model import Encoder, init_weights  # noqa: E402
 from minipref.predictor import load_judge  # noqa: E402
 from minipref.recipes import recipe  # noqa: E402
 from minipref.run.folder import has_checkpoint  # noqa: E402
-from minipref.run.report import read_truth  # noqa: E402
 from minipref.runtime import write_json, write_text  # noqa: E402
+from minipref.synthetic import read_truth  # noqa: E402
 from minipref.tokenizer import load_tokenizer  # noqa: E402
 
 FIGURES, PAGE = ROOT / "benchmarks" / "experiments.json", ROOT / "docs" / "experiments.md"

@@ -8,11 +8,14 @@ import html
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +23,7 @@ from safetensors import SafetensorError
 MAX_JSON_BYTES = 32 << 20       # a config.json has a thousand, the index of a large checkpoint a million
 FORBIDDEN = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef" + "".join(   # in HTML or XML
     f"{chr(plane + 0xfffe)}{chr(plane + 0xffff)}" for plane in range(0, sys.maxunicode, 1 << 16)) + "]")
+TEMPORARY = ".minipref-tmp-"    # how the names of our temporary folders begin, and no others
 
 
 # --- errors and commands ----------------------------------------------------------------------------------------------
@@ -228,13 +232,21 @@ def read_json(path: str | Path, expected: str) -> dict:
     return fields
 
 
-def check_writable(path: str | Path) -> None:
-    """Try now whether `atomic_write(path)` will work later. Errors: `InputError` for a folder or without permission."""
-    path = Path(path)
+def check_writable(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Try now whether `atomic_write(path)` will work later, without a change to what is there.
+
+    Errors: `InputError` for a folder, without permission, and for a file of `inputs` (files or folders), by whatever
+    name: link or spelling.
+    """
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "a folder")
-        with _temporary(path):
+        for source in inputs if os.path.exists(path) else ():
+            for file in Path(source).iterdir() if os.path.isdir(source) else [source]:
+                if os.path.exists(file) and os.path.samefile(path, file):
+                    raise InputError(file=path, found=f"the same file as the input {file}", expected="another file")
+        target, is_stream = _destination(path)
+        if is_stream and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with _temporary(target, is_stream):
             pass
     except OSError as problem:
         raise InputError(file=path, found=f"cannot be written: {problem.strerror or problem}",
@@ -243,49 +255,81 @@ def check_writable(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and takes `path`'s place.
+    """Yield a temporary path; on success it is flushed to disk and takes the place of `path`, or of what that links to.
 
     Whatever happens inside the block or to the process, `path` holds its old content or the new one, whole: a rename
     within one folder is atomic, and the flush comes before it so that a power cut cannot reorder the two. On an
-    exception the temporary file is removed; after a SIGKILL `remove_stale_temporaries` removes it.
+    exception the temporary file is removed; after a SIGKILL `remove_stale_temporaries` removes it. A pipe or a device
+    stays what it is: the finished content is written into it.
     Errors: OSError for whatever keeps the file from being written, safetensors' own error turned into one.
     """
-    path = Path(path)
-    with _temporary(path) as temporary:
+    target, is_stream = _destination(path)
+    with _temporary(target, is_stream) as temporary:
         usual = temporary.stat().st_mode      # what the umask gives a new file; safetensors makes its own private
         try:
             yield temporary
         except SafetensorError as problem:    # how a full disk is reported by `save_file`
             raise OSError(f"{path}: {problem}") from None
+        if is_stream:
+            with open(temporary, "rb") as file, _open_stream(target) as stream:
+                shutil.copyfileobj(file, stream)
+            return
         temporary.chmod(usual)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
+        os.replace(temporary, target)
+        _flush_folder(target.parent)
+
+
+def standard_stream(path: str | Path) -> int | None:
+    """1 where `path` is what stdout writes to, 2 for stderr, by whatever name; else None."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):    # no such file yet, or a closed stream
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
+def _destination(path: str | Path) -> tuple[Path, bool]:
+    """What a write to `path` has to reach, links followed, and whether it is a stream: a pipe or a device."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:                 # a new file, or the missing end of a link
+        return Path(os.path.realpath(path)), False
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or standard_stream(path):
+        return Path(path), True
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "a folder" if stat.S_ISDIR(mode) else "neither a file nor a pipe")
+    return Path(os.path.realpath(path)), False
+
+
+def _open_stream(path: Path) -> BinaryIO:
+    """A stream to write to; stdout goes on where it is, and no terminal becomes the process's own."""
+    if descriptor := standard_stream(path):
+        (sys.stdout if descriptor == 1 else sys.stderr).flush()
+        return open(os.dup(descriptor), "wb")
+    return open(os.open(path, os.O_WRONLY | getattr(os, "O_NOCTTY", 0)), "wb")
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """An empty file beside `path`, of this process alone, and gone at the end if it is still there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+def _temporary(target: Path, is_stream: bool) -> Iterator[Path]:
+    """An empty file in a folder of its own beside `target`, gone at the end: safetensors has temporary files, too."""
+    if not is_stream:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=None if is_stream else target.parent,
+                                     ignore_cleanup_errors=True) as own:
+        temporary = Path(own, target.name)
         temporary.touch()
         yield temporary
-    finally:
-        with contextlib.suppress(OSError):    # it could not be made, or cannot be removed: the first error says why
-            temporary.unlink()
 
 
 def remove_stale_temporaries(folder: str | Path) -> None:
-    """Remove what killed processes left half-written in `folder`: our temporary files, and those of safetensors.
+    """Remove what killed processes left half-written in `folder`, known by the name that only we give.
 
     Only for a folder in which nobody else is writing now.
     """
-    for pattern in (".*.tmp", ".tmp*"):
-        for leftover in Path(folder).glob(pattern):
-            if leftover.is_file():
-                leftover.unlink(missing_ok=True)
+    for leftover in Path(folder).glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)       # leaves a link or a file of that name alone
 
 
 def _flush_folder(folder: Path) -> None:

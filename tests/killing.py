@@ -45,7 +45,7 @@ import predict  # noqa: E402
 import train  # noqa: E402
 from minipref.optim import AdamW  # noqa: E402
 from minipref.run import state  # noqa: E402
-from minipref.runtime import write_text  # noqa: E402
+from minipref.runtime import TEMPORARY, write_text  # noqa: E402
 
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- written by make kill -->", "<!-- to here -->"
@@ -236,7 +236,7 @@ def differences(found: Path, wanted: Path) -> list[str]:
         if file.name == state.CURRENT and not same_state(found / name, file):
             wrong.append(name)
     return wrong + [str(file.relative_to(found)) for file in sorted(found.rglob("*"))
-                    if file.name.endswith(".tmp") or file.name.startswith(".tmp")]
+                    if file.name.startswith((TEMPORARY, ".tmp"))]
 
 
 def same_state(found: Path, wanted: Path) -> bool:

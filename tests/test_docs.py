@@ -27,7 +27,6 @@ import minipref
 from minipref import metrics, synthetic
 from minipref.data import character_counts, read_pairs
 from minipref.model import attention_scores, distance_buckets, relative_index
-from minipref.run.report import read_truth
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 RUN = ["README.md", "docs/attention.md", "docs/training.md", "docs/kaggle.md", "docs/exercises.md"]
@@ -520,6 +519,7 @@ def test_every_command_of_the_experiments_runs(checkout):
     commands = re.findall(r"`python ((?:train\.py|predict\.py|benchmarks/|-m )[^`]*)`", text)
     assert len(commands) > 4 and {"train.py", "predict.py"} < {command.split()[0] for command in commands}
     for seed, name in (1, "autoj"), (3, "llmeval2"), (5, "train"):
+        shutil.rmtree(checkout / "s", ignore_errors=True)
         paths = synthetic.write_dataset(checkout / "s", train_rows=160, test_rows=40, train_seed=seed)
         shutil.copy(paths["train"], checkout / f"{name}.csv")
     shutil.copy(paths["test_labelled"], checkout)
@@ -622,7 +622,7 @@ def test_the_readmes_figures_of_the_synthetic_dataset_are_its_own(tmp_path):
     (train_rows, valid_rows), = train.split_rows(pairs, [], train.hyperparameters(options), options)
     assert f"{len(train_rows):,} training rows, {len(valid_rows):,} validation rows" in text
     results = metrics.baselines(lengths[train_rows], labels[train_rows], lengths[valid_rows], labels[valid_rows])
-    truth = read_truth([str(path)])
+    truth = synthetic.read_truth([path])
     bayes_optimal = np.array([truth[pairs[row].id] for row in valid_rows])
     results["Bayes-optimal"] = metrics.evaluate(bayes_optimal, labels[valid_rows])
     for line in metrics.score_table(results).splitlines()[1:]:

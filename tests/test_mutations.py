@@ -320,6 +320,16 @@ MISTAKES = [
     Mistake("a resumed run forgets the optimizer's moments", "minipref/run/state.py",
             'restore_optimizer(optimizer, tensors, f"optimizer.{i}.")', "pass",
             "test_train::test_a_run_stopped_anywhere_and_resumed_ends_as_if_it_had_not_been[7]"),
+
+    # Files of others.
+    Mistake("a run takes any folder", "minipref/run/folder.py", "        check_own(folder)\n", "",
+            "test_outputs::test_a_folder_that_is_no_runs_is_refused_by_name_and_left_as_it_was"),
+    Mistake("an output is compared with the inputs by its name", "minipref/runtime.py",
+            "os.path.samefile(path, file)", "Path(path) == Path(file)",
+            "test_outputs::test_an_output_that_is_an_input_is_refused_by_whatever_name"),
+    Mistake("any table of probabilities is the truth", "minipref/synthetic/generator.py",
+            " & (abs(a * b - (tie / TIE)**2) < 1e-6)", "",
+            "test_outputs::test_a_truth_that_is_not_the_synthetic_datasets_is_not_read"),
 ]
 
 

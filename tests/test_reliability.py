@@ -26,7 +26,7 @@ import train
 from minipref.data import read_pairs
 from minipref.run import folder as run_folder
 from minipref.run import report, state
-from minipref.runtime import InputError, Stopped, atomic_write
+from minipref.runtime import TEMPORARY, InputError, Stopped, atomic_write
 
 ROOT = Path(train.__file__).resolve().parent
 FAST = ["--recipe", "tiny", "--epochs", "2", "--lr", "3e-3", "--precision", "fp32", "--batch-size", "8",
@@ -311,11 +311,11 @@ def test_other_weights_in_the_models_folder_are_noticed_at_the_end(encoder, caps
 
 def test_what_killed_processes_left_half_written_is_removed(half, whole):
     resumable(half)
-    for name in ("state/.tensors-1.safetensors.77.tmp", "state/.tmpAbC123", "model/.tmpXyZ", ".metrics.csv.77.tmp"):
-        Path("run", name).parent.mkdir(exist_ok=True)
-        Path("run", name).write_bytes(b"half")
+    for place in ("", "state", "model"):
+        Path("run", place, f"{TEMPORARY}AbC123").mkdir(parents=True)
+        Path("run", place, f"{TEMPORARY}AbC123", "model.safetensors").write_bytes(b"half")
     assert train.main(RESUME) == 0
-    assert not [p for p in Path("run").rglob(".*") if p.is_file()]
+    assert not list(Path("run").rglob(".*"))
     same_ending(Path("run"), whole)
 
 
@@ -603,7 +603,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(encoder, whole, tmp_path):
 
 def test_a_second_process_in_the_same_runs_folder_is_refused(half, whole, capsys):
     resumable(half)
-    with run_folder.lock_run("run"):
+    with run_folder.lock_run("run", resume=True):
         assert "run: another process at work in it" in refused(capsys, RESUME)
     assert train.main(RESUME) == 0
     same_ending(Path("run"), whole)

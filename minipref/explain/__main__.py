@@ -8,7 +8,7 @@ from minipref.checkpoint import load_classifier
 from minipref.config import LABELS
 from minipref.data import read_pairs, to_pair
 from minipref.explain.attribution import explain
-from minipref.explain.figure import figure
+from minipref.explain.figure import STYLE, figure
 from minipref.explain.page import page
 from minipref.predictor import (
     SETTINGS,
@@ -20,7 +20,7 @@ from minipref.predictor import (
     refuse_other_task,
 )
 from minipref.run.folder import newest_models
-from minipref.runtime import ArgumentParser, InputError, number, run_program, write_text
+from minipref.runtime import ArgumentParser, InputError, check_writable, number, run_program, write_text
 from minipref.tokenizer import load_tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[2] / "weights" / "minipref-tiny"
@@ -50,6 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write_explanation(options: argparse.Namespace) -> None:
+    output, drawing = Path(options.output), Path(options.output).with_suffix(".svg")
+    for path in (output, drawing):
+        check_writable(path, filter(None, (options.csv, options.model)))
+    if drawing.is_file() and STYLE.encode() not in drawing.read_bytes():         # nobody named that file
+        raise InputError(file=drawing, found="a file that is no figure of minipref.explain",
+                         expected="an --output beside which the figure's name is free")
     if options.csv is None:
         pair = to_pair((options.prompt, options.a, options.b))
     else:
@@ -64,9 +70,8 @@ def write_explanation(options: argparse.Namespace) -> None:
         if not 1 <= chosen <= count:
             raise InputError(found=f"--{what} {chosen}", expected=f"from 1 to {count} with this model")
     explanation = explain(judge, pair, options.tokens, name)
-    output = Path(options.output)
     write_text(output, page(explanation, options.layer - 1, options.head - 1))
-    write_text(output.with_suffix(".svg"), figure(explanation, options.layer - 1, options.head - 1))
+    write_text(drawing, figure(explanation, options.layer - 1, options.head - 1))
     print(f"explained  {name}: {len(explanation.tokens)} tokens, {explanation.num_truncated:,} left out")
     if judge.model.load_report.note:
         print(f"           {judge.model.load_report.note}")

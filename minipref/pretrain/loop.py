@@ -53,10 +53,7 @@ class PretrainState:
 def pretrain(options: argparse.Namespace) -> None:
     """A whole run, in a folder that no other run uses meanwhile."""
     run = Path(options.output)
-    runtime.check_writable(run / "config.json")
-    with folder.lock_run(run), folder.resume_hint(run, f"{PROGRAM} --resume --output"):
-        if not options.resume and folder.has_checkpoint(run):
-            raise InputError(file=run, found="a run that can be resumed", expected="--resume, or another --output")
+    with folder.lock_run(run, options.resume), folder.resume_hint(run, f"{PROGRAM} --resume --output"):
         if options.encoder and Path(options.encoder).resolve() == (run / "model").resolve():
             raise InputError(file=options.encoder, found="the folder that this run would write its own encoder to",
                              expected="another --output")

@@ -24,9 +24,11 @@ import torch
 from minipref.run import distributed
 from minipref.run.state import has_state
 from minipref.runtime import (
+    TEMPORARY,
     InputError,
     RunError,
     Stopped,
+    check_writable,
     read_json,
     remove_stale_temporaries,
     sha256_of,
@@ -41,6 +43,7 @@ except ModuleNotFoundError:        # Windows
     fcntl = None
 
 LATEST = Path("runs/latest")       # a text file that names the newest run's folder, wherever that is
+MANIFEST = {"options", "hyperparameters", "fingerprint"}        # the parts of a run's config.json
 # Parts of a fingerprint that may change on --resume: the result is then the same up to rounding.
 MAY_CHANGE = ("device", "threads", "processes", "torch", "python", "system")
 
@@ -94,13 +97,16 @@ def resume_hint(folder: Path, command: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock_run(folder: str | Path) -> Iterator[None]:
+def lock_run(folder: str | Path, resume: bool = False) -> Iterator[None]:
     """Keep a run's folder for this run; what killed processes left half-written in it is removed.
 
     Of several processes rank 0 locks. The lock is on the folder itself and is the system's: it leaves no file behind
     and ends with the process, however that dies. Some network file systems have no locks; a line says so.
-    Errors: `InputError` where another process has the folder.
+    Errors: `InputError` where another process has the folder, where it is not a run's, and where `resume` is False and
+    there is a run to resume.
     """
+    check_writable(Path(folder) / "config.json")
+    distributed.barrier()                      # until no other rank tries to write
     if not distributed.is_main_process():
         yield
         return
@@ -117,6 +123,9 @@ def lock_run(folder: str | Path) -> Iterator[None]:
     except OSError as problem:
         print(f"note: {folder} cannot be locked ({problem.strerror}): let no other run use it now")
     try:
+        check_own(folder)
+        if not resume and has_checkpoint(folder):
+            raise InputError(file=folder, found="a run that can be resumed", expected="--resume, or another folder")
         for part in (folder, *folder.glob("fold-*")):
             for place in (part, part / "model", part / "state"):
                 remove_stale_temporaries(place)
@@ -126,6 +135,18 @@ def lock_run(folder: str | Path) -> Iterator[None]:
             folder.rmdir()
         if fcntl:
             os.close(descriptor)
+
+
+def check_own(folder: Path) -> None:
+    """Errors: `InputError` for a folder that has anything in it and is no run's, by its config.json."""
+    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY))
+    try:
+        if not others or read_json(folder / "config.json", "").keys() >= MANIFEST:
+            return
+    except InputError:
+        pass
+    raise InputError(file=folder, found=f"a folder with {short_repr(others[0])} in it that is no run's",
+                     expected="a new or an empty folder, or that of a run")
 
 
 # --- what a run was started with --------------------------------------------------------------------------------------
@@ -161,7 +182,7 @@ def read_manifest(folder: Path, program: str) -> dict:
 def resumed_options(folder: Path, program: str, overrides: Mapping, free: set[str]) -> dict:
     """The options of the run to resume; those in `free` may be given anew. Errors: `InputError` for other changes."""
     manifest = read_manifest(folder, program)
-    if not manifest.keys() >= {"options", "hyperparameters", "fingerprint"}:
+    if not manifest.keys() >= MANIFEST:
         raise InputError(file=folder / "config.json", found="a run of another version of minipref",
                          expected="the version that began it, or a new run")
     stored = manifest["options"]

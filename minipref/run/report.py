@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 from minipref import metrics
@@ -64,8 +63,8 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
     if not distributed.is_main_process():
         return logits
     if len(valid_rows):
-        lengths, labels, truth = character_counts(pairs), setup.tokenized.labels, read_truth(options.train)
-        bayes_optimal = [truth.get(pairs[row].id) for row in valid_rows]
+        lengths, labels = character_counts(pairs), setup.tokenized.labels
+        bayes_optimal = [setup.truth.get(pairs[row].id) for row in valid_rows]
         scored = metrics.score_logits(logits, labels[valid_rows], lengths[valid_rows], labels[train_rows],
                                       lengths[train_rows], options.seed,
                                       None if any(p is None for p in bayes_optimal) else np.array(bayes_optimal))
@@ -85,16 +84,6 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
     write_json(run / "report.json", summary)
     write_page(run, summary, state.history, [pairs[row] for row in valid_rows], logits)
     return logits
-
-
-def read_truth(train_files: list[str]) -> dict[str, np.ndarray]:
-    """The probabilities that the synthetic dataset's labels were drawn from, by id; real rows have none."""
-    truth = {}
-    for path in {Path(file).with_name("truth.csv") for file in train_files}:
-        if path.is_file():
-            frame = pd.read_csv(path, dtype={"id": str})
-            truth |= dict(zip(frame["id"], frame[["p_a", "p_b", "p_tie"]].to_numpy()))
-    return truth
 
 
 def write_page(folder: Path, report: dict, rows: list[dict], pairs: Sequence[Pair], logits: np.ndarray) -> None:

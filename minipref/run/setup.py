@@ -27,6 +27,7 @@ class Setup:
     tokenizer: Tokenizer
     pairs: list[Pair]
     tokenized: TokenizedPairs
+    truth: dict[str, np.ndarray]     # by id, the probabilities that a synthetic row's label was drawn from
     stop: StopSignal
 
 

@@ -12,8 +12,16 @@ training run can report how much of the gap to it was closed.
     python -m minipref.synthetic [--folder data/synthetic] [--rows N] [--test-rows N] [--seed N] [--test-seed N]
 """
 
-from minipref.synthetic.generator import KINDS, TRAIN_ROWS, SyntheticRows, generate, train_and_test, write_dataset
+from minipref.synthetic.generator import (
+    KINDS,
+    TRAIN_ROWS,
+    SyntheticRows,
+    generate,
+    read_truth,
+    train_and_test,
+    write_dataset,
+)
 from minipref.synthetic.rule import FLAWS, WEIGHTS, bayes_optimal_log_loss
 
 __all__ = ["FLAWS", "KINDS", "TRAIN_ROWS", "WEIGHTS", "SyntheticRows", "bayes_optimal_log_loss", "generate",
-           "train_and_test", "write_dataset"]
+           "read_truth", "train_and_test", "write_dataset"]

@@ -1,7 +1,7 @@
 """The rows of the synthetic dataset and its files: equal arguments give equal bytes on every machine."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from minipref.runtime import InputError, write_text
-from minipref.synthetic.rule import FLAWS, outcome_probabilities, utility
+from minipref.synthetic.rule import FLAWS, TIE, outcome_probabilities, utility
 from minipref.synthetic.texts import WORDS, choice_task, passage_task, pick, some, topic_task, word_task
 
 TRAIN_ROWS, TEST_ROWS, TRAIN_SEED, TEST_SEED = 45_000, 1500, 1, 2
@@ -23,6 +23,7 @@ MULTI_TURN = 0.07    # the share of prompts that begin with a turn of small talk
 WINNERS = ["winner_model_a", "winner_model_b", "winner_tie"]
 COLUMNS = ["id", "model_a", "model_b", "prompt", "response_a", "response_b", *WINNERS]
 TEXTS = ["prompt", "response_a", "response_b"]
+TRUTH_HEADER = b"id,p_a,p_b,p_tie\n"
 
 
 @dataclass(frozen=True)
@@ -161,14 +162,42 @@ def write_dataset(folder: str | Path, **arguments: int) -> dict[str, Path]:
 
 
 def write_files(folder: str | Path, train: SyntheticRows, test: SyntheticRows) -> dict[str, Path]:
-    """Write the four files of `write_dataset`; returns their paths."""
+    """Write the four files of `write_dataset`; returns their paths. Errors: InputError for a file with other content.
+    """
     truth = pd.DataFrame(np.concatenate([train.probabilities, test.probabilities]), columns=["p_a", "p_b", "p_tie"])
     truth.insert(0, "id", [*train.frame["id"], *test.frame["id"]])
     frames = {"train": train.frame, "test": test.frame[["id", *TEXTS]], "test_labelled": test.frame, "truth": truth}
     paths = {name: Path(folder) / f"{name}.csv" for name in frames}
+    texts = {name: frame.to_csv(index=False, lineterminator="\n", float_format="%.6f")
+             for name, frame in frames.items()}
+    for name, path in paths.items():                      # all of them before the first is written
+        if path.is_file() and path.read_bytes() != texts[name].encode():
+            raise InputError(file=path, found="a file with other rows than these",
+                             expected="another folder, or this file moved away")
     for name, path in paths.items():
         try:
-            write_text(path, frames[name].to_csv(index=False, lineterminator="\n", float_format="%.6f"))
+            write_text(path, texts[name])
         except OSError as error:
             raise InputError(file=path, found=error.strerror or str(error), expected="a writable file") from None
     return paths
+
+
+def read_truth(train_files: Iterable[str | Path]) -> dict[str, np.ndarray]:
+    """The probabilities (3,) that the labels were drawn from, by id, for the files that are a synthetic dataset's.
+
+    They are in a `truth.csv` beside the rows. A file of that name that is not the rule's, to the last row, is not used:
+    it has these columns, a tie in every row, and P(A) P(B) = (P(tie) / TIE)^2, up to the six decimals.
+    """
+    truth = {}
+    for path in filter(Path.is_file, {Path(file).with_name("truth.csv") for file in train_files}):
+        try:
+            with open(path, "rb") as file:
+                if file.readline(100) != TRUTH_HEADER:
+                    continue
+                frame = pd.read_csv(file, names=["id", "a", "b", "tie"], dtype={"id": str}, keep_default_na=False)
+            a, b, tie = p = frame[["a", "b", "tie"]].to_numpy(dtype=np.float64).T
+        except (OSError, ValueError, OverflowError):      # it cannot be read, or is no table of numbers
+            continue
+        if ((tie > 0) & (abs(a + b + tie - 1) < 1e-6) & (abs(a * b - (tie / TIE)**2) < 1e-6)).all():
+            truth |= dict(zip(frame["id"], p.T))
+    return truth
