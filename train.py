@@ -37,7 +37,14 @@ from minipref.run import distributed, folder, log
 from minipref.run.report import final_report
 from minipref.run.setup import Setup, hyperparameters, split_rows, write_or_check_manifest
 from minipref.run.signals import StopSignal
-from minipref.run.state import load_state, make_deterministic, save_state, seed_everything, weights_sha256
+from minipref.run.state import (
+    load_state,
+    make_deterministic,
+    preserve_globals,
+    save_state,
+    seed_everything,
+    weights_sha256,
+)
 from minipref.runtime import ArgumentParser, InputError, RunError, Stopped, autocast, number, run_program
 from minipref.tokenizer import load_tokenizer
 
@@ -79,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
+@preserve_globals()
 def train(options: argparse.Namespace, stop: StopSignal) -> None:
     """Read, split and tokenize the rows; then train and report once, or once per fold."""
     run, config = Path(options.run), hyperparameters(options)

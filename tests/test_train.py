@@ -30,11 +30,9 @@ FAST = ["--recipe", "tiny", "--epochs", "4", "--lr", "5e-3", "--precision", "fp3
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Each test in a folder of its own, without a second of drawing, and with torch's determinism put back after it."""
+    """Each test in a folder of its own, without a second of drawing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minipref.run.report.figures_html", lambda figures: "")
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
