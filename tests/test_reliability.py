@@ -202,6 +202,53 @@ def test_what_a_run_was_started_with_cannot_change_under_it(half, capsys, change
     assert what in refused(capsys, RESUME)
 
 
+def test_a_run_finds_its_files_from_another_directory_and_takes_new_paths_for_the_same_content(encoder, monkeypatch,
+                                                                                               capsys):
+    shutil.copytree(encoder, "encoder")
+    write_rows(Path("v.csv"), 12, seed=3)
+    relative = [*begin("encoder"), "--valid", "v.csv"]
+    assert train.main(relative) == 0
+    Path("run").rename("once")
+
+    def stopped(arguments: list[str]) -> None:
+        with monkeypatch.context() as patch:
+            signal_at(patch, train, STEP, 2)
+            assert train.main(arguments) == 143
+
+    stopped(relative)
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    write_rows(Path("t.csv"), 60, seed=8)                      # of the same name, and not what the run was begun with
+    stopped(["--resume", "--run", "../run"])
+    for name in ("t.csv", "v.csv", "encoder"):
+        Path("..", name).rename(f"new-{name}")
+    moved = ["--resume", "--run", "../run", "--valid", "new-v.csv", "--encoder", "new-encoder"]
+    assert "train has changed" in refused(capsys, [*moved, "--train", "t.csv"])
+    assert "valid has changed" in refused(capsys, [*moved, "--train", "new-t.csv", "--valid", "t.csv"])
+    stopped([*moved, "--train", "new-t.csv"])
+    monkeypatch.chdir("..")
+    assert train.main(RESUME) == 0                             # the new paths were written down
+    same_ending(Path("run"), Path("once"))
+
+
+def test_paths_of_a_moved_project_are_found_where_the_run_is_resumed(tmp_path, monkeypatch):
+    stored = {"corpus": ["text.txt", "/absolute.txt"], "encoder": None, "lr": 1.0}
+    for place in ("began", "elsewhere"):
+        Path(place).mkdir()
+        Path(place, "text.txt").touch()
+    monkeypatch.chdir("began")
+    run_folder.write_manifest(Path(), {"options": stored, "hyperparameters": {}, "fingerprint": {}})
+    options = {"program": "it", "overrides": {}, "free": set(), "paths": {"corpus", "encoder"}}
+    assert run_folder.resumed_options(Path(), **options) == stored
+    monkeypatch.chdir("../elsewhere")
+    there = str(tmp_path / "began" / "text.txt")
+    assert run_folder.resumed_options(Path("../began"), **options) == stored | {"corpus": [there, "/absolute.txt"]}
+    monkeypatch.chdir("..")
+    Path("began").rename("moved")
+    monkeypatch.chdir("moved")
+    assert run_folder.resumed_options(Path(), **options) == stored
+
+
 def test_another_number_of_threads_or_version_of_torch_is_accepted_with_a_note(half, capsys):
     resumable(half)
     change_manifest(lambda c: c["fingerprint"].update(threads=64, torch="1.0"))
@@ -542,7 +589,7 @@ def umask() -> int:
 
 def test_what_a_command_may_change_for_its_process_is_put_back():
     before = process_globals()
-    with contextlib.suppress(KeyboardInterrupt), state.preserve_globals():
+    with contextlib.suppress(KeyboardInterrupt), state.keep_globals():
         state.make_deterministic(torch.device("cpu"))
         state.seed_everything(before["torch"][1])
         torch.set_num_threads(before["torch"][1] + 1)

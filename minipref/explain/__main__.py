@@ -13,7 +13,7 @@ from minipref.explain.figure import figure
 from minipref.explain.page import page
 from minipref.predictor import SETTINGS, Judge, add_rows_or_pair, check_rows_or_pair, check_vocabulary, load_judge
 from minipref.run.folder import newest_models
-from minipref.run.state import preserve_globals
+from minipref.run.state import keep_globals
 from minipref.runtime import ArgumentParser, InputError, number, run_program, write_text
 from minipref.tokenizer import load_tokenizer
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     return run_program("explain", lambda: write_explanation(parse_arguments(arguments)))
 
 
-@preserve_globals()
+@keep_globals()
 def write_explanation(options: argparse.Namespace) -> None:
     if options.csv is None:
         pair = Pair("", (options.prompt,), (options.a,), (options.b,))

@@ -203,7 +203,7 @@ def make_deterministic(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def preserve_globals() -> Iterator[None]:
+def keep_globals() -> Iterator[None]:
     """Put back at the end what a command changes for the whole process, so that a notebook goes on with what it had:
     the random generators, the deterministic mode and the number of threads."""
     generators, mode, threads = rng_state(), torch.get_deterministic_debug_mode(), torch.get_num_threads()
