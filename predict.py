@@ -25,6 +25,7 @@ from minipref.data import LABEL_COLUMNS, read_pairs
 from minipref.predictor import Judge, add_rows_or_pair, check_rows_or_pair, load_judge
 from minipref.run import distributed
 from minipref.run.folder import newest_models
+from minipref.run.state import keep_globals
 from minipref.runtime import ArgumentParser, InputError, atomic_write, number, run_program
 
 
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     return run_program("predict.py", body, "; a smaller --batch-tokens takes less", distributed.rank_suffix())
 
 
+@keep_globals()
 def predict(options: argparse.Namespace) -> None:
     device = distributed.local_device(runtime.choose_device(options.device))
     precision = runtime.choose_precision(options.precision, device)

@@ -12,6 +12,7 @@ any two steps and resume bit for bit. What saves, locks, logs and synchronises i
 
 import argparse
 import dataclasses
+import filecmp
 import math
 import sys
 import time
@@ -32,12 +33,12 @@ from minipref.data import Pair, character_counts, collate, encode_pairs, epoch_b
 from minipref.fast import accelerate, checkpoint_activations, tune_malloc
 from minipref.optim import AdamW, clip_gradients, cosine_with_warmup, decay_groups
 from minipref.predictor import Judge, check_vocabulary, predict_logits
-from minipref.recipes import RECIPES, TrainConfig
+from minipref.recipes import RECIPES, TrainConfig, default_recipe
 from minipref.run import distributed, folder, log
 from minipref.run.report import final_report
-from minipref.run.setup import Setup, hyperparameters, split_rows, write_or_check_manifest
+from minipref.run.setup import PATHS, Setup, hyperparameters, split_rows, warmup, write_or_check_manifest
 from minipref.run.signals import StopSignal
-from minipref.run.state import load_state, make_deterministic, save_state, seed_everything, weights_sha256
+from minipref.run.state import keep_globals, load_state, make_deterministic, save_state, seed_everything, weights_sha256
 from minipref.runtime import ArgumentParser, InputError, RunError, Stopped, autocast, number, run_program
 from minipref.tokenizer import load_tokenizer
 
@@ -79,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
+@keep_globals()
 def train(options: argparse.Namespace, stop: StopSignal) -> None:
     """Read, split and tokenize the rows; then train and report once, or once per fold."""
     run, config = Path(options.run), hyperparameters(options)
@@ -96,7 +98,7 @@ def train(options: argparse.Namespace, stop: StopSignal) -> None:
         tokenized = encode_pairs(pairs, tokenizer, config.max_length, progress=sys.stderr.isatty())
         truth = synthetic.read_truth(options.train)
         setup = Setup(options, config, device, precision, tokenizer, pairs, tokenized, truth, stop)
-        log.log_header(setup, splits, hints(options))
+        log.log_header(setup, splits, *hints(options))
 
         logits = []
         for fold, (train_rows, valid_rows) in enumerate(splits, 1):
@@ -138,11 +140,11 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
 
     steps_per_epoch = config.steps_per_epoch(len(train_rows))
     total_steps = config.epochs * steps_per_epoch
-    warmup_steps = config.warmup_steps(total_steps)
+    warmup_steps, warmup_note = warmup(options, config, total_steps)
     eval_steps = {epoch * steps_per_epoch + round(part * steps_per_epoch / config.evals_per_epoch)
                   for epoch in range(config.epochs) for part in range(1, config.evals_per_epoch + 1)}
     print(f"steps      {total_steps:,} of {config.batch_size * config.accumulate} rows, {warmup_steps:,} of them warmup"
-          f"{f'; {len(eval_steps)} evaluations at most' if len(valid_rows) else ''}")
+          f"{warmup_note}{f'; {len(eval_steps)} evaluations at most' if len(valid_rows) else ''}")
 
     def save() -> None:
         state.seconds += clock.lap()[0]
@@ -340,7 +342,7 @@ def resolve_options(overrides: dict) -> argparse.Namespace:
         if "run" not in overrides:
             raise InputError(found="--resume without --run", expected="the folder of the run to resume")
         return argparse.Namespace(**folder.resumed_options(Path(overrides["run"]), "train.py", overrides,
-                                                           {"resume", "run", "save_every"}))
+                                                           {"resume", "run", "save_every"}, PATHS))
     options = argparse.Namespace(**DEFAULTS | overrides)
     for first, second in (("folds", "all_rows"), ("folds", "valid"), ("all_rows", "valid")):
         if getattr(options, first) and getattr(options, second):
@@ -357,14 +359,15 @@ def resolve_options(overrides: dict) -> argparse.Namespace:
         distributed.barrier()
         options.train = [str(REAL_ROWS if REAL_ROWS.is_file() else SYNTHETIC_ROWS)]
     if "recipe" not in options:
-        options.recipe = "tiny" if Path(options.encoder).name == BUNDLED_WEIGHTS.name else "baseline"
+        options.recipe = default_recipe(options.encoder)
     return options
 
 
 def hints(options: argparse.Namespace) -> tuple[str, str]:
     """How to get the real encoder and rows, where a stand-in is used."""
-    return ("   (the small one that ships with minipref; the real one: make weights)"
-            if Path(options.encoder).name == BUNDLED_WEIGHTS.name else "",
+    files = [Path(place) / "model.safetensors" for place in (options.encoder, HERE / BUNDLED_WEIGHTS)]
+    is_bundled = all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False)
+    return ("   (the small one that ships with minipref; the real one: make weights)" if is_bundled else "",
             "   (the synthetic dataset; real rows: make data)" if options.train == [str(SYNTHETIC_ROWS)] else "")
 
 

@@ -145,8 +145,9 @@ def baselines(train_lengths: np.ndarray, train_labels: np.ndarray, valid_lengths
 
 
 def is_constant(probabilities: np.ndarray) -> bool:
-    """Whether the predictions hardly vary between rows: the common failure of learning only the class prior."""
-    return bool(np.asarray(probabilities).std(axis=0).max() < 0.01)
+    """Whether the predictions hardly vary between rows: the common failure of learning only the class prior. One row
+    cannot tell."""
+    return len(probabilities) > 1 and bool(np.std(probabilities, axis=0).max() < 0.01)
 
 
 # --- temperature ------------------------------------------------------------------------------------------------------

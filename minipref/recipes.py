@@ -5,6 +5,9 @@
 
 import math
 from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+
+from minipref.config import EncoderConfig
 
 
 def _between(lowest: float, highest: float, help: str, default=MISSING):
@@ -39,9 +42,8 @@ class TrainConfig:
         return math.ceil(math.ceil(rows / self.batch_size) / self.accumulate)
 
     def warmup_steps(self, total_steps: int) -> int:
-        """Steps of warmup; never more than a tenth of the run, or the peak would not be reached in time."""
-        steps = round(self.warmup * total_steps) if self.warmup < 1 else round(self.warmup)
-        return min(steps, max(1, total_steps // 10))
+        """Steps of warmup, as `warmup` says them."""
+        return round(self.warmup * total_steps) if self.warmup < 1 else round(self.warmup)
 
 
 MNLI = "Microsoft's mnli.sh for v3-small"
@@ -100,3 +102,14 @@ RECIPES: dict[str, dict[str, tuple[int | float, str]]] = {   # preset -> hyperpa
 def recipe(name: str) -> TrainConfig:
     """A preset's hyperparameters, without their sources."""
     return TrainConfig(**{parameter: value for parameter, (value, _) in RECIPES[name].items()})
+
+
+SMALLEST_PUBLISHED = 384           # v3-xsmall's hidden size
+RECIPE_RULES = {"tiny": f"the default below a hidden size of {SMALLEST_PUBLISHED}",
+                "baseline": f"the default from a hidden size of {SMALLEST_PUBLISHED} on"}
+
+
+def default_recipe(encoder: str | Path) -> str:
+    """The preset for an encoder's folder, by the encoder's size. Errors: `InputError` without a config.json."""
+    hidden_size = EncoderConfig.from_json(Path(encoder) / "config.json").hidden_size
+    return "tiny" if hidden_size < SMALLEST_PUBLISHED else "baseline"

@@ -73,23 +73,27 @@ def run_program(name: str, body: Callable[[], None], out_of_memory_advice: str =
     A note that the body added to an exception (`add_note`) becomes part of its line. `process` follows the name where
     the error is that of this process alone.
     """
-    escape_unencodable()
-    try:
-        body()
-    except Stopped as problem:
-        print("; ".join([str(problem), *getattr(problem, "__notes__", [])]))
-        return exit_code(problem)
-    except (InputError, RunError, OSError, RuntimeError, KeyboardInterrupt) as problem:
-        message, where = str(problem), process if isinstance(problem, OSError | RuntimeError) else ""
-        if isinstance(problem, KeyboardInterrupt):
-            message = "interrupted"
-        elif isinstance(problem, RuntimeError):
-            if not is_out_of_memory(problem):
-                raise
-            message = f"out of memory: {message.splitlines()[0].rstrip('. ')}{out_of_memory_advice}"
-        line = " ".join("; ".join([message, *getattr(problem, "__notes__", [])]).split())
-        print(f"{name}{where}: {line}", file=sys.stderr)
-        return exit_code(problem)
+    with escape_unencodable():
+        try:
+            body()
+        except Stopped as problem:
+            print("; ".join([str(problem), *getattr(problem, "__notes__", [])]))
+            return exit_code(problem)
+        except (InputError, RunError, OSError, RuntimeError, KeyboardInterrupt) as problem:
+            message, where = str(problem), process if isinstance(problem, OSError | RuntimeError) else ""
+            if isinstance(problem, KeyboardInterrupt):
+                message = "interrupted"
+            elif isinstance(problem, RuntimeError):
+                first_line = message.splitlines()[0].rstrip(". ") if message else ""
+                if is_out_of_memory(problem):
+                    message = f"out of memory: {first_line}{out_of_memory_advice}"
+                elif is_compile_failure(problem):
+                    message = f"{first_line}; --compile needs a C++ compiler, and on a GPU Triton"
+                else:
+                    raise
+            line = " ".join("; ".join([message, *getattr(problem, "__notes__", [])]).split())
+            print(f"{name}{where}: {line}", file=sys.stderr)
+            return exit_code(problem)
     return 0
 
 
@@ -137,11 +141,30 @@ def html_text(text: str) -> str:
     return html.escape(FORBIDDEN.sub("\ufffd", text))
 
 
-def escape_unencodable() -> None:
+@contextlib.contextmanager
+def escape_unencodable() -> Iterator[None]:
     """Let print() take any text: a character that the terminal's encoding lacks is printed as its number."""
+    before = [(stream, stream.errors) for stream in (sys.stdout, sys.stderr)
+              if hasattr(stream, "reconfigure")]       # pytest and notebooks put streams of their own there
+    for stream, _ in before:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in before:
+            with contextlib.suppress(OSError, ValueError):     # its reader is gone, or it was closed
+                stream.reconfigure(errors=errors)
+
+
+def mute_closed_streams() -> None:
+    """Send what would be printed on a terminal that was closed nowhere: each print there is an OSError."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):         # pytest and notebooks put streams of their own there
-            stream.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(AttributeError, ValueError):  # a stream without a file
+            descriptor = stream.fileno()
+            try:
+                os.write(descriptor, b"")
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 # --- devices and precision --------------------------------------------------------------------------------------------
@@ -184,6 +207,12 @@ def is_out_of_memory(problem: RuntimeError) -> bool:
     """Whether a GPU or the system has no more memory to give."""
     messages = "can't allocate memory", "not enough memory"              # of the CPU's allocator, which has no class
     return isinstance(problem, torch.OutOfMemoryError) or any(message in str(problem) for message in messages)
+
+
+def is_compile_failure(problem: RuntimeError) -> bool:
+    """Whether torch.compile cannot do its work here. Its errors go by their modules, whose import takes seconds."""
+    modules = "torch._dynamo.", "torch._inductor."
+    return type(problem).__module__.startswith(modules) or "torch.compile" in str(problem)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

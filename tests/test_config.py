@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+from argparse import Namespace
 
 import pytest
 from helpers import SMALL, reference_config, resized
 
+from minipref import runtime
 from minipref.config import V3_FACTS, EncoderConfig
-from minipref.recipes import RECIPES, TrainConfig, recipe
+from minipref.recipes import RECIPES, TrainConfig, default_recipe, recipe
+from minipref.run import setup
 from minipref.runtime import InputError
 
 # Written as Microsoft's files are: p2c|c2p in one string, -1 for 'as many as positions', and no field that only
@@ -186,8 +189,29 @@ def test_every_recipe_is_complete_and_every_value_names_its_source(name):
 
 
 @pytest.mark.parametrize("warmup, total, wanted", [
-    (0.0, 100, 0), (0.08, 1000, 80), (0.5, 1000, 100), (1, 1000, 1), (50, 1000, 50), (1500, 18408, 1500),
-    (1500, 1000, 100), (0.1, 5, 0), (3, 5, 1),
+    (0.0, 100, 0), (0.08, 1000, 80), (0.5, 1000, 500), (1, 1000, 1), (50, 1000, 50), (1500, 18408, 1500),
+    (1500, 1000, 1500), (0.1, 5, 0), (3, 5, 3),
 ])
-def test_warmup_is_steps_or_a_fraction_and_at_most_a_tenth_of_the_run(warmup, total, wanted):
+def test_warmup_is_steps_or_a_fraction_of_them(warmup, total, wanted):
     assert dataclasses.replace(recipe("tiny"), warmup=warmup).warmup_steps(total) == wanted
+    assert setup.warmup(Namespace(warmup=warmup), dataclasses.replace(recipe("tiny"), warmup=warmup), total) == (
+        wanted, " (so the learning rate does not reach its peak)" if wanted > total else "")
+
+
+@pytest.mark.parametrize("name, total, wanted, note", [
+    ("microsoft", 18408, 1500, ""), ("microsoft", 15000, 1500, ""),
+    ("microsoft", 1000, 100, " (a tenth at most; the recipe has 1,500)"),
+    ("microsoft", 5, 1, " (a tenth at most; the recipe has 1,500)"),
+    ("baseline", 19, 1, " (a tenth at most; the recipe has 2)"), ("baseline", 1000, 80, ""), ("tiny", 56, 3, ""),
+])
+def test_a_recipes_warmup_is_at_most_a_tenth_of_the_run_and_says_so(name, total, wanted, note):
+    assert setup.warmup(Namespace(), recipe(name), total) == (wanted, note)
+
+
+@pytest.mark.parametrize("hidden_size, wanted", [(32, "tiny"), (192, "tiny"), (383, "tiny"), (384, "baseline"),
+                                                 (768, "baseline"), (1024, "baseline")])
+def test_the_default_recipe_follows_the_encoders_size_whatever_its_folder_is_called(tmp_path, hidden_size, wanted):
+    for name in ("minipref-tiny", "deberta-v3-small"):
+        config = EncoderConfig(hidden_size=hidden_size, num_attention_heads=1)
+        runtime.write_json(tmp_path / name / "config.json", config.to_json())
+        assert default_recipe(tmp_path / name) == wanted

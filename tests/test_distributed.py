@@ -49,7 +49,6 @@ def elsewhere(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 def assert_all_ended_well(ranks):

@@ -45,8 +45,6 @@ def good(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def bounded(capsys, main, arguments: list[str]) -> tuple[int, str, str]:

@@ -165,6 +165,7 @@ def test_constant_predictions_are_those_that_hardly_vary_between_rows():
     p, _ = predictions()
     assert not is_constant(p)
     assert is_constant(np.tile([.35, .34, .31], (500, 1)) + 1e-4 * p)
+    assert is_constant([[.35, .34, .31]] * 2) and not is_constant([[.35, .34, .31]]), "one row cannot tell"
 
 
 # The temperature.

@@ -6,13 +6,18 @@ Hostile input has files of its own: test_hostile.py is the table, test_fuzz.py t
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import pty
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +29,11 @@ from small import write_rows
 import predict
 import train
 from minipref.data import read_pairs
+from minipref.explain import __main__ as explain_program
+from minipref.pretrain import __main__ as pretrain_program
+from minipref.pretrain import loop as pretrain_loop
 from minipref.run import folder as run_folder
-from minipref.run import report, state
+from minipref.run import report, signals, state
 from minipref.runtime import TEMPORARY, InputError, Stopped, atomic_write
 
 ROOT = Path(train.__file__).resolve().parent
@@ -36,11 +44,9 @@ OUTCOME = ("metrics.csv", "valid_predictions.csv", "model/model.safetensors", "m
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Each test in a folder of its own with rows to train on, and torch's determinism put back afterwards."""
+    """Each test in a folder of its own with rows to train on."""
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "t.csv", 60)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +149,12 @@ def test_a_run_that_is_over_may_be_resumed_and_is_as_it_was(whole, capsys):
     same_ending(Path("run"), whole)
 
 
-def test_two_runs_alike_are_alike_to_the_last_bit_and_deterministic_mode_is_on(encoder, whole):
+def test_two_runs_alike_are_alike_to_the_last_bit_and_deterministic_mode_is_on(encoder, whole, monkeypatch):
+    modes, check_step = set(), train.check_step
+    monkeypatch.setattr(train, "check_step", lambda *args: (modes.add(torch.get_deterministic_debug_mode()),
+                                                            check_step(*args)))
     assert train.main(begin(encoder)) == 0
-    assert torch.are_deterministic_algorithms_enabled()
+    assert modes == {2}
     same_ending(Path("run"), whole)
 
 
@@ -191,6 +200,53 @@ def test_what_a_run_was_started_with_cannot_change_under_it(half, capsys, change
     resumable(half)
     change_manifest(change)
     assert what in refused(capsys, RESUME)
+
+
+def test_a_run_finds_its_files_from_another_directory_and_takes_new_paths_for_the_same_content(encoder, monkeypatch,
+                                                                                               capsys):
+    shutil.copytree(encoder, "encoder")
+    write_rows(Path("v.csv"), 12, seed=3)
+    relative = [*begin("encoder"), "--valid", "v.csv"]
+    assert train.main(relative) == 0
+    Path("run").rename("once")
+
+    def stopped(arguments: list[str]) -> None:
+        with monkeypatch.context() as patch:
+            signal_at(patch, train, STEP, 2)
+            assert train.main(arguments) == 143
+
+    stopped(relative)
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    write_rows(Path("t.csv"), 60, seed=8)                      # of the same name, and not what the run was begun with
+    stopped(["--resume", "--run", "../run"])
+    for name in ("t.csv", "v.csv", "encoder"):
+        Path("..", name).rename(f"new-{name}")
+    moved = ["--resume", "--run", "../run", "--valid", "new-v.csv", "--encoder", "new-encoder"]
+    assert "train has changed" in refused(capsys, [*moved, "--train", "t.csv"])
+    assert "valid has changed" in refused(capsys, [*moved, "--train", "new-t.csv", "--valid", "t.csv"])
+    stopped([*moved, "--train", "new-t.csv"])
+    monkeypatch.chdir("..")
+    assert train.main(RESUME) == 0                             # the new paths were written down
+    same_ending(Path("run"), Path("once"))
+
+
+def test_paths_of_a_moved_project_are_found_where_the_run_is_resumed(tmp_path, monkeypatch):
+    stored = {"corpus": ["text.txt", "/absolute.txt"], "encoder": None, "lr": 1.0}
+    for place in ("began", "elsewhere"):
+        Path(place).mkdir()
+        Path(place, "text.txt").touch()
+    monkeypatch.chdir("began")
+    run_folder.write_manifest(Path(), {"options": stored, "hyperparameters": {}, "fingerprint": {}})
+    options = {"program": "it", "overrides": {}, "free": set(), "paths": {"corpus", "encoder"}}
+    assert run_folder.resumed_options(Path(), **options) == stored
+    monkeypatch.chdir("../elsewhere")
+    there = str(tmp_path / "began" / "text.txt")
+    assert run_folder.resumed_options(Path("../began"), **options) == stored | {"corpus": [there, "/absolute.txt"]}
+    monkeypatch.chdir("..")
+    Path("began").rename("moved")
+    monkeypatch.chdir("moved")
+    assert run_folder.resumed_options(Path(), **options) == stored
 
 
 def test_another_number_of_threads_or_version_of_torch_is_accepted_with_a_note(half, capsys):
@@ -450,13 +506,162 @@ def test_a_signal_that_comes_while_processes_compare_theirs_is_not_lost(monkeypa
     assert stop.number == signal.SIGTERM
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 128 + signal.SIGUSR1),
+    (signal.SIGUSR2, 128 + signal.SIGUSR2), (signal.SIGXCPU, 128 + signal.SIGXCPU)])
 def test_each_signal_has_its_exit_code_and_the_command_to_resume(encoder, monkeypatch, capsys, number, code):
     with monkeypatch.context() as patch:
         signal_at(patch, train, STEP, 2, number)
         found, out, err = call(capsys, begin(encoder))
     assert found == code and not err and "to resume: python train.py --resume --run 'run'" in out
     assert state.read_state("run/state")[1]["step"] == 2      # the step that was begun is finished
+
+
+@pytest.mark.parametrize("number", set(signals.SIGNALS) - {signal.SIGINT})
+def test_a_signal_that_is_ignored_stays_ignored(number):
+    """As SIGHUP under nohup. SIGINT is not among them: a script ignores it for what it puts into the background."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with train.StopSignal() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.number == 0
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_closed_terminal_costs_nothing_though_each_print_fails(encoder, monkeypatch):
+    """The terminal is gone when SIGHUP arrives, which comes from the system and again from the shell."""
+    ours, theirs = pty.openpty()
+    with open(theirs, "w") as terminal, monkeypatch.context() as patch:
+        def hang_up(*args):
+            if not closed:
+                closed.append(os.close(ours))
+                with pytest.raises(OSError):
+                    os.write(theirs, b"a line")
+                for number in (signal.SIGHUP, signal.SIGHUP):
+                    os.kill(os.getpid(), number)
+                print("a line of the log", flush=True)
+            return real(*args)
+
+        closed, real = [], train.cosine_with_warmup
+        patch.setattr(train, STEP, hang_up)
+        patch.setattr(sys, "stdout", terminal)
+        patch.setattr(sys, "stderr", terminal)
+        assert train.main(begin(encoder)) == 129
+    assert state.read_state("run/state")[1]["step"] == 1
+
+
+def test_a_run_outside_the_main_thread_says_that_no_signal_is_handled(encoder, capsys):
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(train.main(begin(encoder, "--all-rows", "--epochs", "1"))))
+    thread.start()
+    thread.join()
+    out = capsys.readouterr().out
+    assert ended == [0] and out.count("note: outside the main thread no signal is handled") == 1
+
+
+def process_globals() -> dict:
+    """What a program shares with all else in its process, as far as Python can tell."""
+    backends = torch.backends
+    return {
+        "deterministic": (torch.get_deterministic_debug_mode(), torch.are_deterministic_algorithms_enabled(),
+                          torch.utils.deterministic.fill_uninitialized_memory),
+        "cudnn": (backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic),
+        "matmul": (torch.get_float32_matmul_precision(), backends.cuda.matmul.allow_tf32,
+                   backends.cudnn.allow_tf32, backends.mkldnn.enabled),
+        "torch": (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(),
+                  torch.is_autocast_enabled("cpu"), torch.get_default_device()),
+        "generators": (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),
+        "numpy": (np.geterr(), np.get_printoptions()),
+        "environment": dict(os.environ) | {"PYTEST_CURRENT_TEST": ""},
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "warnings": list(warnings.filters), "folder": os.getcwd(), "umask": umask(),
+        "logging": (logging.getLogger().level, list(logging.getLogger().handlers), logging.root.manager.disable),
+        "streams": (sys.stdout, sys.stderr, sys.stdout.errors, sys.stderr.errors, sys.excepthook),
+    }
+
+
+def umask() -> int:
+    os.umask(before := os.umask(0))
+    return before
+
+
+def test_what_a_command_may_change_for_its_process_is_put_back():
+    before = process_globals()
+    with contextlib.suppress(KeyboardInterrupt), state.keep_globals():
+        state.make_deterministic(torch.device("cpu"))
+        state.seed_everything(before["torch"][1])
+        torch.set_num_threads(before["torch"][1] + 1)
+        assert all(process_globals()[name] != before[name] for name in ("deterministic", "generators", "torch"))
+        raise KeyboardInterrupt
+    assert process_globals() == before
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt()], ids=["all well", "an error"])
+def test_what_is_global_is_as_it_was_after_every_command_and_every_error(encoder, whole, monkeypatch, error):
+    def broken_off(*_, **__):
+        raise error
+
+    model = str(whole / "model")
+    words = Path("text.txt")
+    words.write_text("\n".join(f"the old cook reads {n} letters" for n in range(60)))
+    programs = [
+        (train.main, begin(encoder), (train, "save_best")),
+        (predict.main, ["t.csv", "--model", model], (predict, "predict_rows")),
+        (explain_program.main, ["t.csv", "--model", model], (explain_program, "explain")),
+        (pretrain_program.main, ["--corpus", str(words), "--output", "pretrained", "--tokenizer", str(encoder),
+                                 "--width", "32", "--heads", "2", "--layers", "2", "--feed-forward", "64", "--length",
+                                 "24", "--long-length", "24", "--batch-tokens", "96", "--steps", "2", "--warmup", "1",
+                                 "--evaluations", "1", "--heldout-share", "0.2", "--threads", "3"],
+         (pretrain_loop, "evaluate")),
+    ]
+    with open("out.txt", "w", encoding="ascii") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        for main, arguments, place in programs:
+            torch.manual_seed(1)
+            before = process_globals()
+            with monkeypatch.context() as patch:
+                if error:
+                    patch.setattr(*place, broken_off)
+                assert main(arguments) == (130 if error else 0), arguments
+            after = process_globals()
+            assert [name for name in before if before[name] != after[name]] == [], arguments
+        monkeypatch.undo()
+
+
+class NoCompiler(RuntimeError):
+    """As torch raises it, in everything but the seconds that the import of its class takes."""
+
+    __module__ = "torch._inductor.exc"
+
+
+COMPILER_ERRORS = [
+    NoCompiler("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')\n\n"
+               "Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace"),
+    NoCompiler("CppCompileError: C++ compile error\n\nCommand:\ng++ main.cpp\n\nOutput:\nfatal error: Python.h"),
+    RuntimeError("torch.compile is not supported on Python 3.99+"),
+]
+
+
+@pytest.mark.parametrize("where", ["when it is asked for", "in the first forward pass"])
+@pytest.mark.parametrize("problem", COMPILER_ERRORS, ids=["none", "broken", "too new a Python"])
+def test_without_a_compiler_compile_is_one_line(encoder, monkeypatch, capsys, problem, where):
+    def fail(*_, **__):
+        raise problem
+
+    monkeypatch.setattr(torch, "compile", fail if where.startswith("when") else lambda *_, **__: fail)
+    code, _, err = call(capsys, begin(encoder, "--compile"))
+    assert code == 1 and err.count("\n") == 1 and "--compile needs a C++ compiler" in err
+    assert str(problem).splitlines()[0] in err and "TORCHDYNAMO" not in err and "Command" not in err
+
+
+@pytest.mark.slow
+def test_without_a_compiler_compile_is_one_line_of_torchs_own_error(encoder):
+    environment = os.environ | {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    done = subprocess.run([sys.executable, ROOT / "train.py", *begin(encoder, "--compile")], env=environment, text=True,
+                          capture_output=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No working C++ compiler" in done.stderr
 
 
 def test_save_every_bounds_what_sudden_death_costs(encoder, monkeypatch):

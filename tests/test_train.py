@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,11 +33,9 @@ FAST = ["--recipe", "tiny", "--epochs", "4", "--lr", "5e-3", "--precision", "fp3
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Each test in a folder of its own, without a second of drawing, and with torch's determinism put back after it."""
+    """Each test in a folder of its own, without a second of drawing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minipref.run.report.figures_html", lambda figures: "")
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
@@ -422,6 +421,49 @@ def test_the_recipe_that_was_called_seed_is_baseline(encoder, tmp_path, capsys):
     code, out, _ = call(capsys, [*arguments, "--epochs", "1"])
     assert code == 0 and "note: the recipe 'seed' is now called 'baseline'" in out and "recipe     baseline" in out
     assert json.loads(Path("r/config.json").read_text())["options"]["recipe"] == "baseline"
+
+
+@pytest.mark.parametrize(("warmup", "said"), [
+    (["--warmup", "0.5"], "4 of them warmup;"),
+    (["--recipe", "microsoft"], "1 of them warmup (a tenth at most; the recipe has 1,500);")])
+def test_warmup_that_is_given_is_obeyed_and_a_recipes_that_is_cut_says_so(encoder, tmp_path, capsys, warmup, said):
+    rows = write_rows(tmp_path / "t.csv", 18)
+    code, out, _ = call(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST, "--batch-size",
+                                 "4", "--epochs", "2", *warmup])
+    log = pd.read_csv("r/metrics.csv")
+    assert code == 0 and f"steps      8 of 4 rows, {said}" in out
+    steps = int(said.split()[0])
+    assert log["lr"].tolist() == [train.cosine_with_warmup(step, 9, steps, 5e-3) for step in log["step"]]
+
+
+def test_recipe_and_hint_follow_the_encoders_content_whatever_its_folder_is_called(encoder, tmp_path, monkeypatch,
+                                                                                   capsys):
+    bundled = ROOT / "weights" / "minipref-tiny"
+    Path("link").symlink_to(bundled)
+    shutil.copytree(bundled, "copy")
+    shutil.copytree(encoder, "minipref-tiny")
+    for folder, is_bundled in ((bundled, True), ("link", True), ("copy", True), ("minipref-tiny", False)):
+        options = train.resolve_options({"encoder": str(folder), "train": ["t.csv"], "run": "r"})
+        assert options.recipe == "tiny" and bool(train.hints(options)[0]) == is_bundled, folder
+    config = json.loads(Path("copy/config.json").read_text())
+    Path("copy/config.json").write_text(json.dumps(config | {"hidden_size": 768, "pooler_hidden_size": 768}))
+    assert train.resolve_options({"encoder": "copy", "train": ["t.csv"], "run": "r"}).recipe == "baseline"
+
+
+@pytest.mark.parametrize(("recipe", "why"), [
+    ([], "tiny   (the default below a hidden size of 384)"), (["--recipe", "baseline"], "baseline   (given on the")])
+def test_the_log_says_why_a_recipe_was_chosen(encoder, tmp_path, capsys, recipe, why):
+    rows = write_rows(tmp_path / "t.csv", 12)
+    code, out, _ = call(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "r", "--epochs", "1",
+                                 "--all-rows", *recipe])
+    assert code == 0 and f"recipe     {why}" in out
+
+
+def test_a_single_validation_row_is_not_called_collapsed(encoder, tmp_path, capsys):
+    rows, valid = write_rows(tmp_path / "t.csv", 12), write_rows(tmp_path / "v.csv", 1)
+    code, out, _ = call(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST, "--epochs", "1",
+                                 "--valid", str(valid)])
+    assert code == 0 and "1 validation rows" in out and "CONSTANT" not in out
 
 
 # --- what is refused

@@ -20,6 +20,7 @@ from minipref.predictor import (
     refuse_other_task,
 )
 from minipref.run.folder import newest_models
+from minipref.run.state import keep_globals
 from minipref.runtime import ArgumentParser, InputError, check_writable, number, run_program, write_text
 from minipref.tokenizer import load_tokenizer
 
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     return run_program("explain", lambda: write_explanation(parse_arguments(arguments)))
 
 
+@keep_globals()
 def write_explanation(options: argparse.Namespace) -> None:
     output, drawing = Path(options.output), Path(options.output).with_suffix(".svg")
     for path in (output, drawing):

@@ -73,7 +73,7 @@ def resolve_options(overrides: dict) -> argparse.Namespace:
     if overrides.get("resume"):
         overrides = {"output": DEFAULTS["output"]} | overrides
         return argparse.Namespace(**folder.resumed_options(
-            Path(overrides["output"]), PROGRAM, overrides, {"resume", "output", "corpus", "threads", "device"}))
+            Path(overrides["output"]), PROGRAM, overrides, {"resume", "output", "threads", "device"}, {"corpus"}))
     if "corpus" not in overrides:
         raise InputError(found="no --corpus", expected="folders or files of text")
     for name in ("tokenizer", *FRESH):

@@ -26,7 +26,7 @@ from minipref.pretrain.evaluation import evaluate, summary
 from minipref.pretrain.objective import RTD_WEIGHT, Pretraining, masked_token_loss, replaced_token_loss
 from minipref.run import folder, log
 from minipref.run.signals import StopSignal
-from minipref.run.state import load_state, save_state, seed_everything, weights_sha256
+from minipref.run.state import keep_globals, load_state, save_state, seed_everything, weights_sha256
 from minipref.runtime import InputError, RunError, Stopped, autocast
 from minipref.tokenizer import Tokenizer
 
@@ -50,6 +50,7 @@ class PretrainState:
     timing: list[dict] = field(default_factory=list)     # timing.csv
 
 
+@keep_globals()
 def pretrain(options: argparse.Namespace) -> None:
     """A whole run, in a folder that no other run uses meanwhile."""
     run = Path(options.output)
@@ -94,7 +95,7 @@ def fit(run: Path, options: argparse.Namespace, resuming: bool) -> None:
     fingerprint = {"corpus": corpus.sha256, "precision": precision, "minipref": __version__}
     fingerprint |= folder.machine_fingerprint(device)
     if resuming:
-        folder.check_manifest(run, PROGRAM, {}, fingerprint)               # the options are the stored ones
+        folder.check_manifest(run, PROGRAM, {}, fingerprint, {"corpus": options.corpus})    # other options are stored
         state = load_state(run / "state", PretrainState, model, optimizers)
         folder.write_logs(run, state)
         print(f"resumed at step {state.step:,} of {options.steps:,}", flush=True)

@@ -164,7 +164,9 @@ def encoder_fingerprint(folder: str | Path) -> dict[str, str]:
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write a run's config.json with a checksum: nobody may change it while the run can be resumed."""
+    """Write a run's config.json, with the directory of its relative paths and a checksum: nobody may change it while
+    the run can be resumed."""
+    manifest = {"directory": os.getcwd()} | manifest
     if distributed.is_main_process():
         write_json(folder / "config.json", manifest | {"sha256": json_sha256(manifest)})
 
@@ -179,13 +181,16 @@ def read_manifest(folder: Path, program: str) -> dict:
     return manifest
 
 
-def resumed_options(folder: Path, program: str, overrides: Mapping, free: set[str]) -> dict:
-    """The options of the run to resume; those in `free` may be given anew. Errors: `InputError` for other changes."""
+def resumed_options(folder: Path, program: str, overrides: Mapping, free: set[str], paths: set[str]) -> dict:
+    """The options of the run to resume. Those in `free` and `paths` may be given anew; a path that is not, and is
+    relative, means the same as when the run began. Errors: `InputError` for other changes."""
     manifest = read_manifest(folder, program)
     if not manifest.keys() >= MANIFEST:
         raise InputError(file=folder / "config.json", found="a run of another version of minipref",
                          expected="the version that began it, or a new run")
     stored = manifest["options"]
+    stored |= {name: _seen_from_here(stored[name], manifest.get("directory", "")) for name in paths & stored.keys()}
+    free = free | paths
     for name in sorted(overrides.keys() - free):
         if overrides[name] != stored.get(name):
             raise InputError(file=folder / "config.json", found=f"--{name.replace('_', '-')} {overrides[name]}, where "
@@ -193,10 +198,19 @@ def resumed_options(folder: Path, program: str, overrides: Mapping, free: set[st
     return stored | {name: overrides[name] for name in free if name in overrides}
 
 
-def check_manifest(folder: Path, program: str, hyperparameters: dict, fingerprint: dict) -> None:
+def _seen_from_here(paths: str | list[str] | None, directory: str):
+    """Paths that were written down in `directory`: a relative one is looked for there first, then here."""
+    if isinstance(paths, list):
+        return [_seen_from_here(path, directory) for path in paths]
+    there = Path(directory, paths or "")
+    return str(there) if paths and Path(directory) != Path.cwd() and there.exists() else paths
+
+
+def check_manifest(folder: Path, program: str, hyperparameters: dict, fingerprint: dict, paths: dict) -> None:
     """Compare a run to resume with what it was started with; files are known by content, not by name.
 
-    A change in `MAY_CHANGE` is a note. Errors: `InputError` naming any other.
+    A change in `MAY_CHANGE` is a note. `paths` are the options that name files: those given anew are written down for
+    the next time. Errors: `InputError` naming any other change.
     """
     manifest = read_manifest(folder, program)
     before = manifest["hyperparameters"] | manifest["fingerprint"]
@@ -211,6 +225,8 @@ def check_manifest(folder: Path, program: str, hyperparameters: dict, fingerprin
                              found=f"{name} has changed since the run began{'' if is_hash else f': {change}'}",
                              expected="the same, or a new run")
         print(f"note: {name} has changed ({change}): the run resumes, but not bit for bit")
+    if paths != {name: _seen_from_here(manifest["options"][name], manifest.get("directory", "")) for name in paths}:
+        write_manifest(folder, manifest | {"options": manifest["options"] | paths, "directory": os.getcwd()})
 
 
 def json_sha256(value: object) -> str:

@@ -12,17 +12,20 @@ from torch import nn
 from tqdm import tqdm
 
 from minipref.data import Pair, prompt_key
-from minipref.recipes import RECIPES
+from minipref.recipes import RECIPE_RULES, RECIPES, default_recipe
 from minipref.run import distributed
 from minipref.run.setup import Setup
 from minipref.runtime import InputError
 
+GIVEN = "given on the command line"
 
-def log_header(setup: Setup, splits: list[tuple[np.ndarray, np.ndarray]], hints: tuple[str, str]) -> None:
-    """Encoder, rows, split, machine and hyperparameters; `hints` say how to get the real encoder and rows."""
+
+def log_header(setup: Setup, splits: list[tuple[np.ndarray, np.ndarray]], encoder_hint: str,
+               rows_hint: str) -> None:
+    """Encoder, rows, split, machine and hyperparameters; the hints say how to get the real encoder and rows."""
     options, config, pairs = setup.options, setup.config, setup.pairs
-    print(f"encoder    {options.encoder}{hints[0]}")
-    print(f"rows       {', '.join(options.train)}{hints[1]}")
+    print(f"encoder    {options.encoder}{encoder_hint}")
+    print(f"rows       {', '.join(options.train)}{rows_hint}")
     labels = np.bincount([p.label for p in pairs], minlength=3)
     missing = sum(turn is None for p in pairs for turns in (p.response_a, p.response_b) for turn in turns)
     print(f"           {len(pairs):,} rows: {labels[0]:,} A, {labels[1]:,} B, {labels[2]:,} ties; {missing:,} missing "
@@ -32,9 +35,10 @@ def log_header(setup: Setup, splits: list[tuple[np.ndarray, np.ndarray]], hints:
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     print(f"machine    {setup.device.type}, {setup.precision}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}{processes}")
-    print(f"recipe     {options.recipe}")
+    default = default_recipe(options.encoder)
+    print(f"recipe     {options.recipe}   ({RECIPE_RULES[default] if options.recipe == default else GIVEN})")
     for name, (_, source) in RECIPES[options.recipe].items():
-        source = "given on the command line" if hasattr(options, name) else source
+        source = GIVEN if hasattr(options, name) else source
         print(f"           {name:<16} {getattr(config, name):<8g} {source}")
     print(f"           {'seed':<16} {options.seed:<8}")
 

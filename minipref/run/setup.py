@@ -15,6 +15,8 @@ from minipref.run.signals import StopSignal
 from minipref.runtime import InputError, sha256_of
 from minipref.tokenizer import Tokenizer
 
+PATHS = {"train", "valid", "encoder"}          # options of train.py: the files may lie elsewhere on --resume
+
 
 @dataclass
 class Setup:
@@ -36,6 +38,15 @@ def hyperparameters(options: argparse.Namespace) -> TrainConfig:
     values = {name: value for name, (value, _) in RECIPES[options.recipe].items()}
     given = {f.name: getattr(options, f.name) for f in fields(TrainConfig) if hasattr(options, f.name)}
     return TrainConfig(**values | given, swap=not options.no_swap)
+
+
+def warmup(options: argparse.Namespace, config: TrainConfig, total_steps: int) -> tuple[int, str]:
+    """Steps of warmup and a note on them: a recipe's are at most a tenth of the run, or a short run would never reach
+    the peak; --warmup is obeyed."""
+    steps, most = config.warmup_steps(total_steps), max(1, total_steps // 10)
+    if "warmup" in options:
+        return steps, " (so the learning rate does not reach its peak)" if steps > total_steps else ""
+    return (most, f" (a tenth at most; the recipe has {steps:,})") if steps > most else (steps, "")
 
 
 def split_rows(pairs: list[Pair], held_out: list[Pair], config: TrainConfig, options: argparse.Namespace
@@ -63,7 +74,8 @@ def write_or_check_manifest(run: Path, options: argparse.Namespace, config: Trai
                    "encoder": folder.encoder_fingerprint(options.encoder), "precision": precision,
                    "minipref": __version__} | folder.machine_fingerprint(device)
     if options.resume:
-        folder.check_manifest(run, "train.py", asdict(config), fingerprint)
+        folder.check_manifest(run, "train.py", asdict(config), fingerprint,
+                              {name: vars(options)[name] for name in PATHS})
     else:
         stored = {name: value for name, value in vars(options).items() if name not in ("run", "resume")}
         folder.write_manifest(run, {"options": stored, "hyperparameters": asdict(config), "fingerprint": fingerprint})

@@ -6,10 +6,11 @@ leaves the old pointer or the new one, and both lead to a complete state. No pic
 everything else into JSON.
 """
 
+import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -199,6 +200,21 @@ def make_deterministic(device: torch.device) -> None:
     if device.type == "cpu":
         torch.set_deterministic_debug_mode("error")     # as use_deterministic_algorithms(True), which imports for 2 s
         torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@contextlib.contextmanager
+def keep_globals() -> Iterator[None]:
+    """Put back at the end what a command changes for the whole process, so that a notebook goes on with what it had:
+    the random generators, the deterministic mode and the number of threads."""
+    generators, mode, threads = rng_state(), torch.get_deterministic_debug_mode(), torch.get_num_threads()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        restore_rng(*generators)
+        torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.set_num_threads(threads)
 
 
 def seed_everything(seed: int) -> None:
