@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
 from minipref.config import EncoderConfig
+from minipref.runtime import check_folder
 
 
 def _between(lowest: float, highest: float, help: str, default=MISSING):
@@ -111,5 +112,6 @@ RECIPE_RULES = {"tiny": f"the default below a hidden size of {SMALLEST_PUBLISHED
 
 def default_recipe(encoder: str | Path) -> str:
     """The preset for an encoder's folder, by the encoder's size. Errors: `InputError` without a config.json."""
+    check_folder(encoder, "a Hugging Face folder with config.json and model.safetensors")
     hidden_size = EncoderConfig.from_json(Path(encoder) / "config.json").hidden_size
     return "tiny" if hidden_size < SMALLEST_PUBLISHED else "baseline"
