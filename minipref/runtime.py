@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -77,7 +77,8 @@ def run_program(name: str, body: Callable[[], None], out_of_memory_advice: str =
         try:
             body()
         except Stopped as problem:
-            print("; ".join([str(problem), *getattr(problem, "__notes__", [])]))
+            with contextlib.suppress(OSError):                 # whoever read it may have got the same signal
+                print("; ".join([str(problem), *getattr(problem, "__notes__", [])]))
             return exit_code(problem)
         except (InputError, RunError, OSError, RuntimeError, KeyboardInterrupt) as problem:
             message, where = str(problem), process if isinstance(problem, OSError | RuntimeError) else ""
@@ -92,7 +93,8 @@ def run_program(name: str, body: Callable[[], None], out_of_memory_advice: str =
                 else:
                     raise
             line = " ".join("; ".join([message, *getattr(problem, "__notes__", [])]).split())
-            print(f"{name}{where}: {line}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(f"{name}{where}: {line}", file=sys.stderr)
             return exit_code(problem)
     return 0
 
@@ -152,19 +154,24 @@ def escape_unencodable() -> Iterator[None]:
         yield
     finally:
         for stream, errors in before:
-            with contextlib.suppress(OSError, ValueError):     # its reader is gone, or it was closed
-                stream.reconfigure(errors=errors)
-
-
-def mute_closed_streams() -> None:
-    """Send what would be printed on a terminal that was closed nowhere: each print there is an OSError."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # a stream without a file
-            descriptor = stream.fileno()
             try:
-                os.write(descriptor, b"")
+                stream.reconfigure(errors=errors)              # it flushes
             except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+                _mute(stream)
+
+
+def mute_closed_terminal() -> None:
+    """Let print() go nowhere where the terminal was closed: each would be an OSError. For signal handlers, too."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # a stream without a file, as a notebook's
+            try:
+                os.write(stream.fileno(), b"")
+            except OSError:
+                _mute(stream)
+
+
+def _mute(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # --- devices and precision --------------------------------------------------------------------------------------------

@@ -312,7 +312,7 @@ MISTAKES = [
             "before != signal.SIG_IGN or", "True or",
             "test_reliability::test_a_signal_that_is_ignored_stays_ignored"),
     Mistake("a log line on a closed terminal ends the run", "minipref/run/signals.py",
-            "mute_closed_streams()  ", "pass  ",
+            "mute_closed_terminal()  ", "pass  ",
             "test_reliability::test_a_closed_terminal_costs_nothing_though_each_print_fails"),
     Mistake("deterministic mode is left on", "minipref/run/state.py",
             "torch.set_deterministic_debug_mode(mode)", "pass",

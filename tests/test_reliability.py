@@ -34,7 +34,7 @@ from minipref.pretrain import __main__ as pretrain_program
 from minipref.pretrain import loop as pretrain_loop
 from minipref.run import folder as run_folder
 from minipref.run import report, signals, state
-from minipref.runtime import TEMPORARY, InputError, Stopped, atomic_write
+from minipref.runtime import TEMPORARY, InputError, Stopped, atomic_write, run_program
 
 ROOT = Path(train.__file__).resolve().parent
 FAST = ["--recipe", "tiny", "--epochs", "2", "--lr", "3e-3", "--precision", "fp32", "--batch-size", "8",
@@ -550,6 +550,19 @@ def test_a_closed_terminal_costs_nothing_though_each_print_fails(encoder, monkey
         patch.setattr(sys, "stderr", terminal)
         assert train.main(begin(encoder)) == 129
     assert state.read_state("run/state")[1]["step"] == 1
+
+
+def test_a_log_whose_reader_got_the_signal_too_is_no_error(encoder, monkeypatch):
+    """As in `train.py | tee log`. Python flushes the stream once more at the end, so that must not fail either."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        for problem, code in ((Stopped(signal.SIGTERM), 143), (InputError(found="this"), 2)):
+            def body(problem=problem):
+                raise problem
+            assert run_program("train.py", body) == code
+        pipe.flush()
 
 
 def test_a_run_outside_the_main_thread_says_that_no_signal_is_handled(encoder, capsys):

@@ -6,7 +6,7 @@ import threading
 import time
 
 from minipref.run import distributed
-from minipref.runtime import Stopped, mute_closed_streams
+from minipref.runtime import Stopped, mute_closed_terminal
 
 # From the user, the system, a closed terminal, and from batch systems shortly before a time limit. Windows has two.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
@@ -44,7 +44,7 @@ class StopSignal:
         if is_second and (distributed.world_size() == 1 or time.monotonic() - self.since > 5):
             os._exit(128 + number)
         self.number, self.since = number, time.monotonic()
-        mute_closed_streams()                  # after SIGHUP: or the next line of the log ends the run before its save
+        mute_closed_terminal()                 # after SIGHUP: or the next line of the log ends the run before its save
 
     def check(self, *_) -> None:
         """Errors: `Stopped`, in every process of a run, once a signal has reached one of them."""
