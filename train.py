@@ -39,6 +39,7 @@ from minipref.run.setup import Setup, hyperparameters, split_rows, write_or_chec
 from minipref.run.signals import StopSignal
 from minipref.run.state import load_state, make_deterministic, save_state, seed_everything, weights_sha256
 from minipref.runtime import ArgumentParser, InputError, RunError, Stopped, autocast, number, run_program
+from minipref.surface import surface_features
 from minipref.tokenizer import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -97,7 +98,7 @@ def train(options: argparse.Namespace, stop: StopSignal) -> None:
         pairs += held_out
         write_or_check_manifest(run, options, config, device, precision)
         tokenized = encode_pairs(pairs, tokenizer, config.max_length, progress=sys.stderr.isatty())
-        setup = Setup(options, config, device, precision, tokenizer, pairs, tokenized, stop)
+        setup = Setup(options, config, device, precision, tokenizer, pairs, tokenized, surface_features(pairs), stop)
         log.log_header(setup, splits, hints(options))
 
         logits = []
@@ -106,9 +107,10 @@ def train(options: argparse.Namespace, stop: StopSignal) -> None:
                 print(f"\nfold {fold} of {len(splits)}")
             logits.append(fit(run / f"fold-{fold}" if len(splits) > 1 else run, train_rows, valid_rows, setup))
         if len(splits) > 1 and distributed.is_main_process():
-            scored = metrics.score_folds(logits, splits, tokenized.labels, character_counts(pairs), options.seed)
+            scored = metrics.score_folds(logits, splits, tokenized.labels, character_counts(pairs), options.seed,
+                                         setup.features, not options.no_blend)
             print(f"\nout of fold, {len(splits)} models, {len(pairs):,} rows\n"
-                  f"{metrics.results_text(scored, 'out of fold')}")
+                  f"{metrics.results_text(scored)}")
             runtime.write_json(run / "report.json", {"folds": len(splits), "rows": len(pairs)} | scored)
         print(f"\nto predict: python predict.py test.csv   (uses {run}, the newest run)")
 
@@ -317,6 +319,7 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     add("--checkpoint-activations", action="store_true", help="less memory for a second forward pass")
     add("--compile", action="store_true", help="torch.compile the plain model")
     add("--no-fast", action="store_true", help="train the plain model of minipref/model.py: same numbers, slower")
+    add("--no-blend", action="store_true", help="do not blend the model with a regression on surface features")
     add("--save-every", type=number(float, 0), metavar="MINUTES", help="between saved states (default 10)")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N rows, for a quick trial")
     return vars(parser.parse_args(arguments))
@@ -333,7 +336,7 @@ def recipe_name(text: str) -> str:
 
 DEFAULTS = {"valid": None, "resume": False, "folds": None, "all_rows": False, "precision": "auto", "device": "auto",
             "seed": 42, "no_swap": False, "freeze_embeddings": False, "checkpoint_activations": False,
-            "compile": False, "no_fast": False, "save_every": 10.0, "limit": None}
+            "compile": False, "no_fast": False, "no_blend": False, "save_every": 10.0, "limit": None}
 
 
 def resolve_options(overrides: dict) -> argparse.Namespace:

@@ -16,7 +16,7 @@ CONFIG = recipe("tiny")
 
 
 def finished_run(count=200, seed=0, evaluations=3):
-    """A made-up run's report, metrics rows, pairs and logits."""
+    """A made-up run's report, metrics rows, pairs and probabilities."""
     draw = np.random.default_rng(seed)
     labels = draw.integers(0, 3, count)
     logits = draw.normal(size=(count, 2, 3))
@@ -25,16 +25,16 @@ def finished_run(count=200, seed=0, evaluations=3):
     pairs = [Pair(f"row-{n}", (texts[3 * n],), (texts[3 * n + 1], None), (texts[3 * n + 2],), int(label))
              for n, label in enumerate(labels)]
     lengths = character_counts(pairs)
-    report = {"ended": "all 3 epochs done", "steps": 300, "best_step": 200, "train_rows": 1600, "valid_rows": count,
-              "temperature": 1.2} | metrics.score_logits(logits, labels, lengths, labels, lengths, 0)
+    report = {"ended": "all 3 epochs done", "steps": 300, "best_step": 200, "train_rows": 1600, "valid_rows": count}
+    report |= metrics.score_logits(logits, labels, lengths, labels, lengths, 0)
     rows = [{"step": 100 * n, "epoch": float(n), "train_loss": 1.1 - n / 10, "log_loss": 1.0 - n / 20,
              "lr": 1e-4 / n, "accuracy": 0.4, "f1": 0.3, "best": int(n < 3)}
             for n in range(1, evaluations + 1)]
-    return report, rows, pairs, logits
+    return report, rows, pairs, metrics.swap_averaged(logits, 1.2)
 
 
-def written(tmp_path, report, rows, pairs, logits) -> str:
-    run_report.write_page(tmp_path, report, rows, pairs, logits)
+def written(tmp_path, report, rows, pairs, probabilities) -> str:
+    run_report.write_page(tmp_path, report, rows, pairs, probabilities)
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -83,9 +83,9 @@ def test_without_matplotlib_the_page_has_its_tables_and_that_is_said_once(tmp_pa
 
 @pytest.mark.parametrize("make", [lambda: finished_run(count=1, evaluations=1), lambda: finished_run(count=2)])
 def test_a_handful_of_rows_still_makes_a_page(tmp_path, make):
-    report, rows, pairs, logits = make()
+    report, rows, pairs, probabilities = make()
     empty = [Pair(pair.id, ("",), ("",), ("",), pair.label) for pair in pairs]
-    assert "<h2>The" in written(tmp_path, report, rows, empty, logits)
+    assert "<h2>The" in written(tmp_path, report, rows, empty, probabilities)
 
 
 def test_a_run_on_all_rows_has_a_page_without_scores(tmp_path):
@@ -131,8 +131,8 @@ def test_tenths_hold_every_row_once_in_order():
 
 
 def test_length_bias_compares_the_annotators_with_the_model():
-    axes, (_, _, pairs, logits) = Axes(), finished_run()
-    labels, p = np.array([pair.label for pair in pairs]), metrics.swap_averaged(logits, 1.0)
+    axes, (_, _, pairs, p) = Axes(), finished_run()
+    labels = np.array([pair.label for pair in pairs])
     run_report.draw_length_bias(axes, p, labels, character_counts(pairs))
     (annotators, _), (model, _) = ((arguments[1], options) for arguments, options in axes.of("errorbar"))
     assert np.isclose(annotators.mean(), (labels == 0).mean()) and np.isclose(model.mean(), p[:, 0].mean())

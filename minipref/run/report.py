@@ -30,6 +30,7 @@ from minipref.run import distributed, folder
 from minipref.run.setup import Setup
 from minipref.run.state import weights_sha256
 from minipref.runtime import InputError, RunError, write_json, write_text
+from minipref.surface import fit_surface
 
 TEMPLATE = Path(__file__).with_name("report.html")
 INK = "#010203"            # in matplotlib; on the page the colour of the text, light or dark
@@ -48,7 +49,7 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
     summary = {"ended": ended, "steps": state.step, "best_step": state.best_step,
                "minutes": round(state.seconds / 60, 2), "skipped_steps": state.skipped,
                "train_rows": len(train_rows), "valid_rows": len(valid_rows)}
-    logits, temperature = np.empty((0, 2, 3)), 1.0
+    logits, probabilities, temperature, surface = np.empty((0, 2, 3)), np.empty((0, 3)), 1.0, None
     if len(valid_rows):
         classifier = load_classifier(run / "model", device=setup.device)
         if weights_sha256(classifier) != state.best_weights:
@@ -67,24 +68,30 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
     if len(valid_rows):
         lengths, labels, truth = character_counts(pairs), setup.tokenized.labels, read_truth(options.train)
         bayes_optimal = [truth.get(pairs[row].id) for row in valid_rows]
+        surface, blend = fit_surface(setup.features[train_rows], labels[train_rows]), not options.no_blend
+        surface_logits = surface.logits(setup.features[valid_rows])
         scored = metrics.score_logits(logits, labels[valid_rows], lengths[valid_rows], labels[train_rows],
                                       lengths[train_rows], options.seed,
-                                      None if any(p is None for p in bayes_optimal) else np.array(bayes_optimal))
-        temperature = metrics.fit_temperature(logits, labels[valid_rows])
-        summary |= scored | {"temperature": temperature}
-        print(f"\n{len(valid_rows):,} validation rows (lower log loss is better; calibrated: temperature cross-fitted)")
+                                      None if any(p is None for p in bayes_optimal) else np.array(bayes_optimal),
+                                      surface_logits, blend)
+        temperature, weight = metrics.fit_blend(logits, surface_logits, labels[valid_rows]) if blend else (
+            metrics.fit_temperature(logits, labels[valid_rows]), 0.0)
+        surface = surface.times(weight) if weight else None
+        probabilities = metrics.swap_averaged(logits, temperature, weight * surface_logits)
+        summary |= scored | {"temperature": temperature, "surface_weight": weight}
+        print(f"\n{len(valid_rows):,} validation rows (lower log loss is better; calibrated and blend: cross-fitted)")
         print(metrics.results_text(scored))
         folder.write_csv(run / "valid_predictions.csv", [
             {"id": pairs[row].id, "label": LABELS[labels[row]],
              **{f"p_{name.lower()}": f"{value:.6f}" for name, value in zip(LABELS, p)}}
-            for row, p in zip(valid_rows, metrics.swap_averaged(logits, temperature))])
-    Judge(classifier, setup.tokenizer, config.max_length, temperature).save(run / "model")
+            for row, p in zip(valid_rows, probabilities)])
+    Judge(classifier, setup.tokenizer, config.max_length, temperature, surface=surface).save(run / "model")
     write_text(run / "model" / "README.md", model_card(
         summary, Path(options.encoder).name, [Path(file).name for file in options.train], options.recipe,
         dataclasses.asdict(config), options.seed))
     folder.write_latest(run)
     write_json(run / "report.json", summary)
-    write_page(run, summary, state.history, [pairs[row] for row in valid_rows], logits)
+    write_page(run, summary, state.history, [pairs[row] for row in valid_rows], probabilities)
     return logits
 
 
@@ -98,17 +105,16 @@ def read_truth(train_files: list[str]) -> dict[str, np.ndarray]:
     return truth
 
 
-def write_page(folder: Path, report: dict, rows: list[dict], pairs: Sequence[Pair], logits: np.ndarray) -> None:
+def write_page(folder: Path, report: dict, rows: list[dict], pairs: Sequence[Pair], probabilities: np.ndarray) -> None:
     """Write `folder`/report.html.
 
     `report` is report.json's content, `rows` those of metrics.csv. Shapes: N validation pairs with their labels, their
-    logits (N, 2, 3); N = 0 for a run on all rows, whose page has no scores.
+    probabilities (N, 3); N = 0 for a run on all rows, whose page has no scores.
     """
     figures, tables = [], []
     if len(pairs):
-        result = report["results"]["model, calibrated"]
+        result = report["results"][report["final"]]
         labels = np.array([pair.label for pair in pairs])
-        probabilities = metrics.swap_averaged(logits, report["temperature"])
         lengths = character_counts(pairs)
         figures = [
             ("Loss", "training and validation loss by epoch", lambda axes: draw_curves(axes, rows, LOSSES)),
@@ -134,7 +140,7 @@ def model_card(report: dict, encoder: str, files: list[str], recipe: str, hyperp
     """README.md of a model's folder: what it is, what it was trained on and how, its scores, its limits."""
     if "results" in report:
         final, prior, by_length = (report["results"][name] for name in (
-            "model, calibrated", "class prior", "length only"))
+            report["final"], "class prior", "length only"))
         scored = (f"On {report['valid_rows']:,} validation rows: log loss {final['log_loss']:.4f}, accuracy "
                   f"{final['accuracy']:.3f}, macro F1 {final['f1']:.3f}, calibration error (ECE) {final['ece']:.3f}. "
                   f"On the same rows the class-prior baseline has {prior['log_loss']:.4f}, the length-only baseline "
@@ -285,7 +291,7 @@ def scores_html(results: dict[str, dict]) -> str:
 
 
 def confusion_html(result: dict) -> str:
-    return table_html("Labels (rows) and predictions of the calibrated model (columns)", ("", *LABELS),
+    return table_html("Labels (rows) and predictions (columns)", ("", *LABELS),
                       [(label, *(f"{count:,}" for count in row)) for label, row in zip(LABELS, result["confusion"])])
 
 

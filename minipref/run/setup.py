@@ -27,6 +27,7 @@ class Setup:
     tokenizer: Tokenizer
     pairs: list[Pair]
     tokenized: TokenizedPairs
+    features: np.ndarray         # of the surface, (N, K)
     stop: StopSignal
 
 
