@@ -1,5 +1,6 @@
 """What a run prints: its input, each hyperparameter with its source, memory and disk, and how long it will take."""
 
+import dataclasses
 import shutil
 import sys
 import time
@@ -33,9 +34,11 @@ def log_header(setup: Setup, splits: list[tuple[np.ndarray, np.ndarray]], hints:
     print(f"machine    {setup.device.type}, {setup.precision}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}{processes}")
     print(f"recipe     {options.recipe}")
-    for name, (_, source) in RECIPES[options.recipe].items():
-        source = "given on the command line" if hasattr(options, name) else source
-        print(f"           {name:<16} {getattr(config, name):<8g} {source}")
+    sources = {name: source for name, (_, source) in RECIPES[options.recipe].items()} | {
+        field.name: "given on the command line" for field in dataclasses.fields(config) if hasattr(options, field.name)}
+    for name, source in sources.items():
+        value = getattr(config, name)
+        print(f"           {name:<16} {value if isinstance(value, str) else format(value, 'g'):<8} {source}")
     print(f"           {'seed':<16} {options.seed:<8}")
 
 
