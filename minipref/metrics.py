@@ -210,8 +210,9 @@ def score_logits(logits: np.ndarray, labels: np.ndarray, lengths: np.ndarray, tr
 
     Shapes: logits (N, 2, 3) in both orders; labels (N,); lengths (N, 3) in characters of prompt, A and B; the same of
     the M training rows; bayes_optimal (N, 3), the probabilities that the labels were drawn from, where they are known;
-    surface (N, 3), the surface features' logits. Returns `results`, {name: `evaluate`'s dict}, `final`, the name of the
-    score that counts, and `conclusions`, sentences. The calibrated and the blended scores are cross-fitted.
+    surface (N, 3), the surface features' logits. Returns `results`, {name: `evaluate`'s dict}; `final`, the name of the
+    score that counts; `swap_flips`, the share of rows whose predicted class depends on the order; and `conclusions`,
+    sentences. The calibrated and the blended scores are cross-fitted.
     """
     results = baselines(train_lengths, train_labels, lengths, labels)
     if surface is not None:
@@ -225,7 +226,8 @@ def score_logits(logits: np.ndarray, labels: np.ndarray, lengths: np.ndarray, tr
         results[final] = evaluate(probabilities, labels)
     if bayes_optimal is not None:
         results["Bayes-optimal"] = evaluate(bayes_optimal, labels)
-    return {"results": results, "final": final,
+    flips = (logits.argmax(2) != logits.argmax(2)[:, :1]).any(1).mean()
+    return {"results": results, "final": final, "swap_flips": float(flips),
             "conclusions": conclusions(probabilities, swap_averaged(logits, 1.0), labels, results)}
 
 

@@ -1,7 +1,7 @@
 """A run's report as one page (curves, confusion, calibration, length bias, confident mistakes), and a model card.
 
 `final_report` scores the best model and writes both. The page, `report.html` in the run's folder, needs no server and
-fetches nothing, and equal runs have equal pages.
+fetches nothing.
 
 What is unusual here: matplotlib is an extra (`pip install .[plots]`). Without it the page has its tables and texts, and
 a sentence in place of the figures.
@@ -11,7 +11,10 @@ import dataclasses
 import html
 import io
 import math
+import shlex
+import textwrap
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 
@@ -46,7 +49,9 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
     `state` is train.py's `TrainState`. Returns the validation rows' logits in both orders, (rows, 2, 3).
     """
     options, config, pairs = setup.options, setup.config, setup.pairs
-    summary = {"ended": ended, "steps": state.step, "best_step": state.best_step,
+    summary = {"run": str(run), "date": datetime.now().strftime("%Y-%m-%d %H:%M"), "encoder": options.encoder,
+               "rows": options.train, "recipe": options.recipe, "seed": options.seed, "command": command(options),
+               "ended": ended, "steps": state.step, "best_step": state.best_step,
                "minutes": round(state.seconds / 60, 2), "skipped_steps": state.skipped,
                "train_rows": len(train_rows), "valid_rows": len(valid_rows)}
     logits, probabilities, temperature, surface = np.empty((0, 2, 3)), np.empty((0, 3)), 1.0, None
@@ -95,6 +100,15 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
     return logits
 
 
+def command(options) -> str:
+    """The run's command with every option written out."""
+    words = ["python", "train.py"]
+    for name, value in sorted(vars(options).items()):
+        if value not in (None, False) and name != "resume":
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, np.atleast_1d(value)))]
+    return shlex.join(words)
+
+
 def read_truth(train_files: list[str]) -> dict[str, np.ndarray]:
     """The probabilities that the synthetic dataset's labels were drawn from, by id; real rows have none."""
     truth = {}
@@ -116,21 +130,31 @@ def write_page(folder: Path, report: dict, rows: list[dict], pairs: Sequence[Pai
         result = report["results"][report["final"]]
         labels = np.array([pair.label for pair in pairs])
         lengths = character_counts(pairs)
+        lines = {name: report["results"][name]["log_loss"] for name in ("class prior", "surface features",
+                                                                        "Bayes-optimal") if name in report["results"]}
         figures = [
-            ("Loss", "training and validation loss by epoch", lambda axes: draw_curves(axes, rows, LOSSES)),
+            ("Loss", "training and validation loss by epoch", lambda axes: draw_curves(axes, rows, LOSSES, lines)),
             ("Scores", "accuracy and macro F1 by epoch", lambda axes: draw_curves(axes, rows, SCORES)),
             ("Confusion matrix", "the confusion matrix", lambda axes: draw_confusion(axes, result)),
             ("Reliability", "accuracy at each confidence", lambda axes: draw_reliability(axes, result)),
             ("Length bias", "how often A wins, by how much longer A is",
              lambda axes: draw_length_bias(axes, probabilities, labels, lengths)),
+            ("Loss by length", "log loss by the length of prompt and responses",
+             lambda axes: draw_loss_by_length(axes, probabilities, labels, lengths)),
         ]
         tables = [scores_html(report["results"]), confusion_html(result), curves_html(rows),
                   mistakes_html(pairs, labels, probabilities)]
-    head = f"<p>{html.escape(' '.join(report.get('conclusions', ['Trained on every row: there is no score.'])))}</p>"
-    facts = (f"<p class=quiet>Ended: {html.escape(report['ended'])}. {report['steps']:,} steps, the best after "
-             f"{report['best_step']:,}; {report['train_rows']:,} rows trained on, {report['valid_rows']:,} validated "
-             "on.</p>")
-    body = "\n".join([head, facts, figures_html(figures), *tables])
+    sentences = report.get("conclusions", ["Trained on every row: there is no score."])
+    constant = sentences[0].startswith("CONSTANT")
+    head = f"<p{' class=warning role=alert' if constant else ''}>{html.escape(' '.join(sentences))}</p>"
+    facts = {"run": report["run"], "date": report["date"], "encoder": report["encoder"],
+             "rows": ", ".join(report["rows"]), "recipe": f"{report['recipe']}, seed {report['seed']}",
+             "trained": f"{report['train_rows']:,} rows, {report['steps']:,} steps in {report['minutes']:.1f} minutes; "
+                        f"{report['ended']}", "best": f"after {report['best_step']:,} steps",
+             "validated": f"{report['valid_rows']:,} rows", "command": report["command"]}
+    if "swap_flips" in report:
+        facts["A and B exchanged"] = f"another class is predicted for {report['swap_flips']:.0%} of the rows"
+    body = "\n".join([head, table_html("This run", ("", ""), list(facts.items())), figures_html(figures), *tables])
     write_text(folder / "report.html", TEMPLATE.read_text(encoding="utf-8").replace("@BODY@", body))
 
 
@@ -209,14 +233,16 @@ LOSSES = {"train_loss": "training", "log_loss": "validation"}
 SCORES = {"accuracy": "accuracy", "f1": "macro F1"}
 
 
-def draw_curves(axes, rows: list[dict], which: dict[str, str]) -> None:
-    """Columns of metrics.csv over the epochs, with the best evaluation marked."""
+def draw_curves(axes, rows: list[dict], which: dict[str, str], lines: dict[str, float] | None = None) -> None:
+    """Columns of metrics.csv over the epochs, with the best evaluation marked, and other scores as level lines."""
     epochs = [row["epoch"] for row in rows]
     for (column, name), colour in zip(which.items(), COLOURS):
         axes.plot(epochs, [row[column] for row in rows], "o-", ms=3, color=colour, label=name)
     best = [row["epoch"] for row in rows if row["best"]][-1:]
     for epoch in best:
         axes.axvline(epoch, color=INK, lw=0.7, ls=":")
+    for (name, value), style in zip((lines or {}).items(), ("--", "-.", ":")):
+        axes.axhline(value, color=INK, lw=0.7, ls=style, label=name)
     axes.set_xlabel("epoch (dotted: the model that was kept)")
     axes.legend()
 
@@ -262,6 +288,16 @@ def draw_length_bias(axes, probabilities: np.ndarray, labels: np.ndarray, length
     axes.set_xlabel("log(characters of A / characters of B)")
     axes.set_ylabel("A preferred")
     axes.legend()
+
+
+def draw_loss_by_length(axes, probabilities: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> None:
+    """The log loss of the shortest tenth of the rows, of the next, and so on."""
+    losses = -np.log(probabilities[np.arange(len(labels)), labels].clip(min=np.finfo(float).eps))
+    middles, means, errors = tenths(lengths.sum(1).clip(min=1), losses)
+    axes.errorbar(middles, means, errors, fmt="o-", ms=3, color=COLOURS[0])
+    axes.set_xscale("log")
+    axes.set_xlabel("characters of prompt, A and B")
+    axes.set_ylabel("log loss")
 
 
 def tenths(by: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -311,8 +347,10 @@ def mistakes_html(pairs: Sequence[Pair], labels: np.ndarray, probabilities: np.n
         pair = pairs[row]
         texts = "".join(f"<dt>{name}</dt><dd>{html.escape(shortened(turns))}</dd>" for name, turns in
                         (("prompt", pair.prompt), ("A", pair.response_a), ("B", pair.response_b)))
+        prompt = textwrap.shorten(shortened(pair.prompt), 80, placeholder="...")
         parts.append(f"<details><summary>{html.escape(pair.id)}: label {LABELS[labels[row]]}, prediction "
-                     f"{LABELS[predictions[row]]} with {confidence[row]:.0%}</summary><dl>{texts}</dl></details>")
+                     f"{LABELS[predictions[row]]} with {confidence[row]:.0%}: {html.escape(prompt)}</summary>"
+                     f"<dl>{texts}</dl></details>")
     return f"<h2>The {len(parts)} most confident mistakes</h2>{''.join(parts)}"
 
 
