@@ -28,13 +28,13 @@ from tqdm import tqdm
 from minipref import metrics, runtime, synthetic
 from minipref.auxiliary import ModelWithAuxiliaryHead, aux_loss
 from minipref.checkpoint import load_classifier
-from minipref.data import Pair, character_counts, collate, encode_pairs, epoch_batches, read_pairs, swap_mask
+from minipref.data import Pair, collate, encode_pairs, epoch_batches, read_pairs, swap_mask
 from minipref.fast import accelerate, checkpoint_activations, tune_malloc
 from minipref.optim import SCHEDULES, AdamW, clip_gradients, decay_groups
 from minipref.predictor import Judge, check_vocabulary, predict_logits
 from minipref.recipes import RECIPES, TrainConfig, recipe_name
 from minipref.run import distributed, folder, log
-from minipref.run.report import final_report
+from minipref.run.report import final_report, folds_report
 from minipref.run.setup import Setup, hyperparameters, split_rows, write_or_check_manifest
 from minipref.run.signals import StopSignal
 from minipref.run.state import load_state, make_deterministic, save_state, seed_everything, weights_sha256
@@ -106,12 +106,8 @@ def train(options: argparse.Namespace, stop: StopSignal) -> None:
             if len(splits) > 1:
                 print(f"\nfold {fold} of {len(splits)}")
             logits.append(fit(run / f"fold-{fold}" if len(splits) > 1 else run, train_rows, valid_rows, setup))
-        if len(splits) > 1 and distributed.is_main_process():
-            scored = metrics.score_folds(logits, splits, tokenized.labels, character_counts(pairs), options.seed,
-                                         setup.features, not options.no_blend)
-            print(f"\nout of fold, {len(splits)} models, {len(pairs):,} rows\n"
-                  f"{metrics.results_text(scored)}")
-            runtime.write_json(run / "report.json", {"folds": len(splits), "rows": len(pairs)} | scored)
+        if len(splits) > 1:
+            folds_report(run, logits, splits, setup)
         print(f"\nto predict: python predict.py test.csv   (uses {run}, the newest run)")
 
 

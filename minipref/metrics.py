@@ -269,7 +269,7 @@ def score_folds(logits: list[np.ndarray], splits: list[tuple[np.ndarray, np.ndar
     """Out-of-fold scores: every row predicted by the model that did not see it, beside baselines fitted likewise.
 
     Shapes: per fold logits (rows, 2, 3) and (training rows, validation rows); labels (N,), lengths (N, 3) and surface
-    features (N, K) of all rows.
+    features (N, K) of all rows. Returns what `score_logits` does, and the `probabilities` (N, 3) of the rows in order.
     """
     held = np.concatenate([valid for _, valid in splits])
     truth = labels[held]
@@ -284,7 +284,9 @@ def score_folds(logits: list[np.ndarray], splits: list[tuple[np.ndarray, np.ndar
                "length only": evaluate(softmax(by_length), truth),
                "surface features": evaluate(softmax(surface), truth),
                "out of fold": evaluate(probabilities, truth)}
-    return {"results": results, "final": "out of fold",
+    flips = (logits.argmax(2) != logits.argmax(2)[:, :1]).any(1).mean()
+    return {"results": results, "final": "out of fold", "swap_flips": float(flips),
+            "probabilities": probabilities[np.argsort(held)],
             "conclusions": conclusions(probabilities, swap_averaged(logits, 1.0), truth, results)}
 
 

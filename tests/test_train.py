@@ -18,6 +18,7 @@ from small import write_encoder, write_rows
 import minipref
 import predict
 import train
+from minipref import metrics
 from minipref.checkpoint import load_classifier
 from minipref.data import read_pairs
 from minipref.run import state
@@ -211,6 +212,17 @@ def test_folds_give_every_row_a_prediction_from_a_model_that_never_saw_it(encode
     assert code == 0 and "out of fold, 3 models, 120 rows" in out
     held = pd.concat([pd.read_csv(f"r/fold-{k}/valid_predictions.csv", dtype={"id": str}) for k in (1, 2, 3)])
     assert sorted(held["id"]) == sorted(p.id for p in read_pairs(rows))
+    oof = pd.read_csv("r/oof.csv", dtype={"id": str})
+    assert list(oof) == ["id", "label", "p_a", "p_b", "p_tie", "fold"] and oof["id"].tolist() == [
+        p.id for p in read_pairs(rows)], "one row each, in the file's order"
+    fold_of = {row: k for k in (1, 2, 3) for row in pd.read_csv(f"r/fold-{k}/valid_predictions.csv", dtype=str)["id"]}
+    assert oof["fold"].tolist() == [fold_of[row] for row in oof["id"]]
+    report = json.loads(Path("r/report.json").read_text())["results"]["out of fold"]
+    labels = [("A", "B", "tie").index(label) for label in oof["label"]]
+    scores = metrics.evaluate(oof[["p_a", "p_b", "p_tie"]].to_numpy(), labels)
+    assert scores["log_loss"] == pytest.approx(report["log_loss"], abs=1e-5)
+    page = Path("r/report.html").read_text()
+    assert "3 folds" in page and "out of fold" in page and f"{report['log_loss']:.4f}" in page
     assert predict.main([str(write_rows(tmp_path / "test.csv", 5, labels=False))]) == 0
     assert "3 models" in capsys.readouterr().out
 

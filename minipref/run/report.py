@@ -32,7 +32,7 @@ from minipref.predictor import Judge, predict_logits
 from minipref.run import distributed, folder
 from minipref.run.setup import Setup
 from minipref.run.state import weights_sha256
-from minipref.runtime import InputError, RunError, write_json, write_text
+from minipref.runtime import InputError, RunError, read_json, write_json, write_text
 from minipref.surface import fit_surface
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -49,11 +49,9 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
     `state` is train.py's `TrainState`. Returns the validation rows' logits in both orders, (rows, 2, 3).
     """
     options, config, pairs = setup.options, setup.config, setup.pairs
-    summary = {"run": str(run), "date": datetime.now().strftime("%Y-%m-%d %H:%M"), "encoder": options.encoder,
-               "rows": options.train, "recipe": options.recipe, "seed": options.seed, "command": command(options),
-               "ended": ended, "steps": state.step, "best_step": state.best_step,
-               "minutes": round(state.seconds / 60, 2), "skipped_steps": state.skipped,
-               "train_rows": len(train_rows), "valid_rows": len(valid_rows)}
+    summary = facts_of(run, options) | {
+        "ended": ended, "steps": state.step, "best_step": state.best_step, "minutes": round(state.seconds / 60, 2),
+        "skipped_steps": state.skipped, "train_rows": len(train_rows), "valid_rows": len(valid_rows)}
     logits, probabilities, temperature, surface = np.empty((0, 2, 3)), np.empty((0, 3)), 1.0, None
     if len(valid_rows):
         classifier = load_classifier(run / "model", device=setup.device)
@@ -86,10 +84,8 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
         summary |= scored | {"temperature": temperature, "surface_weight": weight}
         print(f"\n{len(valid_rows):,} validation rows (lower log loss is better; calibrated and blend: cross-fitted)")
         print(metrics.results_text(scored))
-        folder.write_csv(run / "valid_predictions.csv", [
-            {"id": pairs[row].id, "label": LABELS[labels[row]],
-             **{f"p_{name.lower()}": f"{value:.6f}" for name, value in zip(LABELS, p)}}
-            for row, p in zip(valid_rows, probabilities)])
+        folder.write_csv(run / "valid_predictions.csv",
+                         [prediction(pairs[row], p) for row, p in zip(valid_rows, probabilities)])
     Judge(classifier, setup.tokenizer, config.max_length, temperature, surface=surface).save(run / "model")
     write_text(run / "model" / "README.md", model_card(
         summary, Path(options.encoder).name, [Path(file).name for file in options.train], options.recipe,
@@ -98,6 +94,40 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
     write_json(run / "report.json", summary)
     write_page(run, summary, state.history, [pairs[row] for row in valid_rows], probabilities)
     return logits
+
+
+def folds_report(run: Path, logits: list[np.ndarray], splits: list[tuple[np.ndarray, np.ndarray]], setup: Setup
+                 ) -> None:
+    """Score every row by the model that did not see it; write oof.csv, report.json and report.html over all folds."""
+    if not distributed.is_main_process():
+        return
+    options, pairs, labels = setup.options, setup.pairs, setup.tokenized.labels
+    scored = metrics.score_folds(logits, splits, labels, character_counts(pairs), options.seed, setup.features,
+                                 not options.no_blend)
+    probabilities, fold_of = scored.pop("probabilities"), np.zeros(len(pairs), dtype=int)
+    for fold, (_, valid_rows) in enumerate(splits, 1):
+        fold_of[valid_rows] = fold
+    print(f"\nout of fold, {len(splits)} models, {len(pairs):,} rows\n{metrics.results_text(scored)}")
+    folder.write_csv(run / "oof.csv", [prediction(pair, p) | {"fold": fold}
+                                       for pair, p, fold in zip(pairs, probabilities, fold_of.tolist())])
+    reports = [read_json(run / f"fold-{fold}" / "report.json", "a fold's report") for fold in range(1, len(splits) + 1)]
+    summary = facts_of(run, options) | scored | {
+        "folds": len(splits), "ended": f"{len(splits)} folds", "train_rows": len(pairs), "valid_rows": len(pairs),
+        **{name: sum(report[name] for report in reports) for name in ("steps", "minutes")}}
+    write_json(run / "report.json", summary)
+    write_page(run, summary, [], pairs, probabilities)
+
+
+def facts_of(run: Path, options) -> dict:
+    """What names a run in its report."""
+    return {"run": str(run), "date": datetime.now().strftime("%Y-%m-%d %H:%M"), "encoder": options.encoder,
+            "rows": options.train, "recipe": options.recipe, "seed": options.seed, "command": command(options)}
+
+
+def prediction(pair: Pair, probabilities: np.ndarray) -> dict:
+    """A row of valid_predictions.csv or oof.csv."""
+    return {"id": pair.id, "label": LABELS[pair.label],
+            **{f"p_{name.lower()}": f"{value:.6f}" for name, value in zip(LABELS, probabilities)}}
 
 
 def command(options) -> str:
@@ -133,8 +163,9 @@ def write_page(folder: Path, report: dict, rows: list[dict], pairs: Sequence[Pai
         lines = {name: report["results"][name]["log_loss"] for name in ("class prior", "surface features",
                                                                         "Bayes-optimal") if name in report["results"]}
         figures = [
-            ("Loss", "training and validation loss by epoch", lambda axes: draw_curves(axes, rows, LOSSES, lines)),
-            ("Scores", "accuracy and macro F1 by epoch", lambda axes: draw_curves(axes, rows, SCORES)),
+            *([("Loss", "training and validation loss by epoch", lambda axes: draw_curves(axes, rows, LOSSES, lines)),
+               ("Scores", "accuracy and macro F1 by epoch", lambda axes: draw_curves(axes, rows, SCORES))]
+              if rows else []),                                            # the page over all folds has no curve
             ("Confusion matrix", "the confusion matrix", lambda axes: draw_confusion(axes, result)),
             ("Reliability", "accuracy at each confidence", lambda axes: draw_reliability(axes, result)),
             ("Length bias", "how often A wins, by how much longer A is",
@@ -142,7 +173,7 @@ def write_page(folder: Path, report: dict, rows: list[dict], pairs: Sequence[Pai
             ("Loss by length", "log loss by the length of prompt and responses",
              lambda axes: draw_loss_by_length(axes, probabilities, labels, lengths)),
         ]
-        tables = [scores_html(report["results"]), confusion_html(result), curves_html(rows),
+        tables = [scores_html(report["results"]), confusion_html(result), curves_html(rows) if rows else "",
                   mistakes_html(pairs, labels, probabilities)]
     sentences = report.get("conclusions", ["Trained on every row: there is no score."])
     constant = sentences[0].startswith("CONSTANT")
@@ -150,8 +181,10 @@ def write_page(folder: Path, report: dict, rows: list[dict], pairs: Sequence[Pai
     facts = {"run": report["run"], "date": report["date"], "encoder": report["encoder"],
              "rows": ", ".join(report["rows"]), "recipe": f"{report['recipe']}, seed {report['seed']}",
              "trained": f"{report['train_rows']:,} rows, {report['steps']:,} steps in {report['minutes']:.1f} minutes; "
-                        f"{report['ended']}", "best": f"after {report['best_step']:,} steps",
-             "validated": f"{report['valid_rows']:,} rows", "command": report["command"]}
+                        f"{report['ended']}", "validated": f"{report['valid_rows']:,} rows",
+             "command": report["command"]}
+    if "best_step" in report:
+        facts["best"] = f"after {report['best_step']:,} steps"
     if "swap_flips" in report:
         facts["A and B exchanged"] = f"another class is predicted for {report['swap_flips']:.0%} of the rows"
     body = "\n".join([head, table_html("This run", ("", ""), list(facts.items())), figures_html(figures), *tables])
