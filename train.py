@@ -29,17 +29,18 @@ from tqdm import tqdm
 from minipref import metrics, runtime, synthetic
 from minipref.auxiliary import ModelWithAuxiliaryHead, aux_loss
 from minipref.checkpoint import load_classifier
-from minipref.data import Pair, character_counts, collate, encode_pairs, epoch_batches, read_pairs, swap_mask
+from minipref.data import Pair, collate, encode_pairs, epoch_batches, read_pairs, swap_mask
 from minipref.fast import accelerate, checkpoint_activations, tune_malloc
-from minipref.optim import AdamW, clip_gradients, cosine_with_warmup, decay_groups
+from minipref.optim import SCHEDULES, AdamW, clip_gradients, decay_groups
 from minipref.predictor import Judge, check_vocabulary, predict_logits
-from minipref.recipes import RECIPES, TrainConfig, default_recipe
+from minipref.recipes import RECIPES, TrainConfig, default_recipe, recipe_name
 from minipref.run import distributed, folder, log
-from minipref.run.report import final_report
+from minipref.run.report import final_report, folds_report
 from minipref.run.setup import PATHS, Setup, hyperparameters, split_rows, warmup, write_or_check_manifest
 from minipref.run.signals import StopSignal
 from minipref.run.state import keep_globals, load_state, make_deterministic, save_state, seed_everything, weights_sha256
 from minipref.runtime import ArgumentParser, InputError, RunError, Stopped, autocast, number, run_program
+from minipref.surface import surface_features
 from minipref.tokenizer import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -97,7 +98,8 @@ def train(options: argparse.Namespace, stop: StopSignal) -> None:
         write_or_check_manifest(run, options, config, device, precision)
         tokenized = encode_pairs(pairs, tokenizer, config.max_length, progress=sys.stderr.isatty())
         truth = synthetic.read_truth(options.train)
-        setup = Setup(options, config, device, precision, tokenizer, pairs, tokenized, truth, stop)
+        setup = Setup(options, config, device, precision, tokenizer, pairs, tokenized, truth, surface_features(pairs),
+                      stop)
         log.log_header(setup, splits, *hints(options))
 
         logits = []
@@ -105,11 +107,8 @@ def train(options: argparse.Namespace, stop: StopSignal) -> None:
             if len(splits) > 1:
                 print(f"\nfold {fold} of {len(splits)}")
             logits.append(fit(run / f"fold-{fold}" if len(splits) > 1 else run, train_rows, valid_rows, setup))
-        if len(splits) > 1 and distributed.is_main_process():
-            scored = metrics.score_folds(logits, splits, tokenized.labels, character_counts(pairs), options.seed)
-            print(f"\nout of fold, {len(splits)} models, {len(pairs):,} rows\n"
-                  f"{metrics.results_text(scored, 'out of fold')}")
-            runtime.write_json(run / "report.json", {"folds": len(splits), "rows": len(pairs)} | scored)
+        if len(splits) > 1:
+            folds_report(run, logits, splits, setup)
         print(f"\nto predict: python predict.py test.csv   (uses {run}, the newest run)")
 
 
@@ -134,8 +133,9 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
     forward = torch.compile(model, dynamic=True) if options.compile else model
     forward = distributed.wrap_ddp(forward, device)
     distributed.seed_rank(options.seed)
-    optimizer = AdamW(decay_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, config.adam_beta2),
-                      eps=config.adam_eps)
+    groups = decay_groups(model, config.weight_decay, config.lr, config.head_lr, config.layer_decay)
+    optimizer = AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), eps=config.adam_eps)
+    schedule = SCHEDULES[config.schedule]
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     steps_per_epoch = config.steps_per_epoch(len(train_rows))
@@ -190,7 +190,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
             micro_batches = batches[step_in_epoch * config.accumulate:(step_in_epoch + 1) * config.accumulate]
             step_rows, step_loss = sum(map(len, micro_batches)), 0.0
             # Steps 1 to total of total + 1: neither the first nor the last step has a learning rate of 0.
-            lr = cosine_with_warmup(state.step + 1, total_steps + 1, warmup_steps, config.lr)
+            position = state.step + 1, total_steps + 1, warmup_steps
             optimizer.zero_grad(set_to_none=True)
             for micro_batch in micro_batches:
                 rows, swap, weight = distributed.shard_batch(train_rows[micro_batch], swapped[micro_batch])
@@ -200,7 +200,8 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
                     with autocast(device, precision):
                         logits = forward(input_ids, attention_mask)        # (B, 3)
                     logits, *aux_logits = logits if config.aux_loss else (logits,)
-                    loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+                    loss = F.cross_entropy(logits.float(), labels, reduction="sum",
+                                           label_smoothing=config.label_smoothing)
                     extra = sum(config.aux_loss * aux_loss(logits, aux, labels) for aux in aux_logits)
                     scaler.scale(weight * (loss + extra) / step_rows).backward()
                 step_loss += loss.item() / step_rows if weight else 0.0
@@ -209,13 +210,13 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
             grad_norm = clip_gradients(model.parameters(), config.clip)
             check_step(state, step_loss, grad_norm, scaler, [train_rows[b] for b in micro_batches], setup.pairs)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = schedule(*position, group["peak_lr"])
             scaler.step(optimizer)                                         # leaves out a step that overflowed
             scaler.update()
-            state.step, state.lr = state.step + 1, lr
+            state.step, state.lr = state.step + 1, schedule(*position, config.lr)
 
             bar.update(step_rows)
-            bar.set_postfix(loss=f"{step_loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+            bar.set_postfix(loss=f"{step_loss:.3f}", lr=f"{state.lr:.1e}", refresh=False)
             log.log_eta(step_seconds, time.monotonic() - started, total_steps - state.step, bar)
             if distributed.all_reduce_max(time.monotonic() - last_save >= 60 * options.save_every):
                 save()
@@ -227,6 +228,9 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
     finally:
         bar.close()
     print(f"ended: {ended}")
+    if state.step < total_steps and state.lr > 0.1 * config.lr:
+        print(f"           at {state.lr / config.lr:.0%} of the peak learning rate: with fewer --epochs it would have "
+              "fallen further, which often lowers the log loss")
     return final_report(run, classifier, state, ended, train_rows, valid_rows, setup)
 
 
@@ -307,8 +311,10 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     add("--all-rows", action="store_true", help="train on every row; nothing is left to validate on")
     for option in dataclasses.fields(TrainConfig):
         if option.metadata and option.name not in ("adam_eps", "clip"):
-            kind = number(option.type, option.metadata["lowest"], option.metadata["highest"])
-            add(f"--{option.name.replace('_', '-')}", type=kind, help=option.metadata["help"])
+            allowed = dict(option.metadata)
+            if "choices" not in allowed:
+                allowed["type"] = number(option.type, allowed.pop("lowest"), allowed.pop("highest"))
+            add(f"--{option.name.replace('_', '-')}", **allowed)
     add("--precision", choices=runtime.PRECISIONS, help="of the forward pass; parameters stay float32")
     add("--device", choices=runtime.DEVICES)
     add("--seed", type=number(int, 0, 2**63 - 1), help="of the split, the order, the swaps, the classifier and dropout")
@@ -317,23 +323,15 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     add("--checkpoint-activations", action="store_true", help="less memory for a second forward pass")
     add("--compile", action="store_true", help="torch.compile the plain model")
     add("--no-fast", action="store_true", help="train the plain model of minipref/model.py: same numbers, slower")
+    add("--no-blend", action="store_true", help="do not blend the model with a regression on surface features")
     add("--save-every", type=number(float, 0), metavar="MINUTES", help="between saved states (default 10)")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N rows, for a quick trial")
     return vars(parser.parse_args(arguments))
 
 
-def recipe_name(text: str) -> str:
-    if text == "seed":
-        print("note: the recipe 'seed' is now called 'baseline'")
-        return "baseline"
-    if text not in RECIPES:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected {', '.join(sorted(RECIPES))}")
-    return text
-
-
 DEFAULTS = {"valid": None, "resume": False, "folds": None, "all_rows": False, "precision": "auto", "device": "auto",
             "seed": 42, "no_swap": False, "freeze_embeddings": False, "checkpoint_activations": False,
-            "compile": False, "no_fast": False, "save_every": 10.0, "limit": None}
+            "compile": False, "no_fast": False, "no_blend": False, "save_every": 10.0, "limit": None}
 
 
 def resolve_options(overrides: dict) -> argparse.Namespace:

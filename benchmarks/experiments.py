@@ -187,7 +187,8 @@ def fine_tuned(name: str, folder: str, options: argparse.Namespace, seed: int) -
         valid = ["--valid", options.valid] if options.valid else ["--valid-fraction", str(options.valid_fraction)]
         encoder = Path(folder).resolve() if folder else BUNDLED.relative_to(ROOT)
         command = [sys.executable, "train.py", "--train", *options.train, *valid, "--recipe", "tiny", "--encoder",
-                   str(encoder), "--seed", str(seed), "--run", str(place / "run"), *shlex.split(options.options)]
+                   str(encoder), "--no-blend", "--seed", str(seed), "--run", str(place / "run"),
+                   *shlex.split(options.options)]
         with keeping(ROOT / "runs" / "latest"):
             subprocess.run(command + ["--resume"] * has_checkpoint(place / "run"), cwd=ROOT, check=True,
                            stdout=subprocess.DEVNULL)

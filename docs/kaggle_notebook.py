@@ -5,38 +5,65 @@
 #
 # - the competition's data (`train.csv`, `test.csv`);
 # - a dataset with the project's files (`train.py`, `predict.py`, `minipref/`);
-# - a dataset with an encoder in the Hugging Face layout (`config.json`, `model.safetensors`, `spm.model`). Without one,
-#   the small encoder in the project's `weights/minipref-tiny` is taken, which is good for a rehearsal only.
+# - a dataset with an encoder in the Hugging Face layout (`config.json`, `model.safetensors`, `spm.model`).
 #
-# If a trained model (the `model/` folder of a run) is attached as well, training is skipped.
+# `REHEARSAL = True` trains the small encoder in the project's `weights/minipref-tiny` instead: everything else is the
+# same, and takes minutes. If a trained model (the `model/` folder of a run, or those of its folds) is attached as well,
+# training is skipped.
 #
 # This file is made from `docs/kaggle_notebook.py` by `make docs`, and a test of the project runs every cell.
 
 # %%
 import os
+import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+REHEARSAL = os.environ.get("NOTEBOOK_REHEARSAL") == "1"
+TRAIN_OPTIONS = os.environ.get("NOTEBOOK_TRAIN_OPTIONS", "").split()      # ["--folds", "5"], for instance
 INPUT = Path(os.environ.get("NOTEBOOK_INPUT", "/kaggle/input"))
 WORK = Path(os.environ.get("NOTEBOOK_WORK", "/kaggle/working"))
-TRAIN_OPTIONS = os.environ.get("NOTEBOOK_TRAIN_OPTIONS", "").split()      # '--epochs 2', for instance
+PROCESSES = int(os.environ.get("NOTEBOOK_PROCESSES", max(torch.cuda.device_count(), 1)))       # two on 'T4 x2'
 
 
-def folder_with(*names, outside=None):
-    """The first folder among the inputs, and not within `outside`, that has all of these files; None without one."""
-    return next((path.parent for path in sorted(INPUT.rglob(names[0]))
-                 if outside not in path.parents and all((path.parent / name).exists() for name in names)), None)
+def folders_with(*names):
+    """All folders among the inputs that have all of these files."""
+    return [path.parent for path in sorted(INPUT.rglob(names[0])) if all((path.parent / n).exists() for n in names)]
 
 
-project, rows = folder_with("train.py", "predict.py", "minipref"), folder_with("test.csv", "train.csv")
-assert project, f"no project files below {INPUT}: attach the dataset with train.py, predict.py and minipref/"
+def program(name, *arguments):
+    """Run train.py or predict.py, in a process for each GPU if there are several."""
+    if PROCESSES == 1:
+        assert __import__(name).main(list(arguments)) == 0
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES), "--",
+               str(project / f"{name}.py"), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+    assert process.returncode == 0, f"{name}.py ended with {process.returncode}"
+
+
+projects, rows = folders_with("train.py", "predict.py", "minipref"), folders_with("test.csv", "train.csv")
+assert projects, f"no project files below {INPUT}: attach the dataset with train.py, predict.py and minipref/"
 assert rows, f"no train.csv and test.csv below {INPUT}: attach the competition's data"
-trained = folder_with("minipref.json", "model.safetensors")
-# Whatever is an encoder is taken, even an incomplete one: training then says what is missing.
-encoder = next(filter(None, (folder_with(name, "config.json", outside=project)
-                             for name in ("spm.model", "tokenizer.json", "config.json"))),
-               project / "weights" / "minipref-tiny")
-print(f"project  {project}\nrows     {rows}\nmodel    {trained or f'to be trained from {encoder}'}")
+project, rows = projects[0], rows[0]
+trained = folders_with("minipref.json", "model.safetensors")
+encoders = [folder for tokenizer in ("spm.model", "tokenizer.json")
+            for folder in folders_with("config.json", "model.safetensors", tokenizer)
+            if project not in folder.parents and folder not in trained]
+unusable = [folder for folder in folders_with("pytorch_model.bin") if folder not in encoders]
+assert trained or REHEARSAL or encoders or not unusable, (
+    f"{unusable[0]} has pytorch_model.bin and cannot be used as it is: put config.json, spm.model and that file into "
+    "weights/deberta-v3-small, run `make weights`, and attach the model.safetensors that it writes")
+assert trained or REHEARSAL or encoders, (
+    f"no encoder below {INPUT}: attach a dataset with config.json, model.safetensors and spm.model, or set "
+    "REHEARSAL = True to train the small one that comes with the project")
+encoder = project / "weights" / "minipref-tiny" if REHEARSAL else encoders[0] if encoders else None
+print(f"project  {project}\nrows     {rows}")
+print(f"model    {', '.join(map(str, trained)) or f'to be trained from {encoder}, {PROCESSES} processes'}")
 
 WORK.mkdir(parents=True, exist_ok=True)
 os.chdir(WORK)
@@ -58,28 +85,23 @@ print(f"answer A of the first row: {frame['response_a'].iloc[0][:200]}")
 # %% [markdown]
 # ## Training
 #
-# The same as `python train.py --train ... --encoder ... --run run`. The first lines say what was taken and the recipe;
-# after twenty steps comes an estimate of how long the others take. The best model so far is always in `run/model`; the
-# figures at the end are in `run/report.html`.
+# The same as `python train.py --train ... --encoder ... --run run`. It logs its inputs, then each hyperparameter with
+# its source; after twenty steps, how long the others take. The best model so far is always in `run/model`, or in
+# `run/fold-1/model` and so on with `--folds`; the scores are also in `run/report.html`.
 
 # %%
-import train
-
-if trained is None:
-    arguments = ["--train", str(rows / "train.csv"), "--encoder", str(encoder), "--run", "run", *TRAIN_OPTIONS]
-    assert train.main(arguments) == 0
-    trained = Path("run/model")
+if not trained:
+    program("train", "--train", str(rows / "train.csv"), "--encoder", str(encoder), "--run", "run", *TRAIN_OPTIONS)
+    trained = sorted(Path("run").glob("fold-*/model")) or [Path("run/model")]
 
 # %% [markdown]
 # ## Prediction
 #
-# Every pair is judged in both orders and the two verdicts are averaged; `--no-swap-average` halves the time and costs
-# score.
+# Every pair is predicted in both orders, and the two predictions are averaged, as are those of all folds' models.
+# `--no-swap-average` halves the time, for a worse score.
 
 # %%
-import predict
-
-assert predict.main([str(rows / "test.csv"), "--model", str(trained), "--output", "submission.csv"]) == 0
+program("predict", str(rows / "test.csv"), "--model", *map(str, trained), "--output", "submission.csv")
 print(pd.read_csv("submission.csv", dtype={"id": str}).head().to_string(index=False))
 
 # %% [markdown]
@@ -91,4 +113,4 @@ print(pd.read_csv("submission.csv", dtype={"id": str}).head().to_string(index=Fa
 # %%
 from minipref.explain.__main__ import main as explain
 
-assert explain([str(rows / "test.csv"), "--row", "1", "--model", str(trained), "--output", "explain.html"]) == 0
+assert explain([str(rows / "test.csv"), "--row", "1", "--model", str(trained[0]), "--output", "explain.html"]) == 0

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from minipref.config import LABELS
+from minipref.surface import fit_surface, length_features, logistic_regression
 
 CLASSES = len(LABELS)
 BINS = 15              # of the calibration error, equally wide over the confidence 0..1
@@ -87,48 +88,6 @@ def class_prior(labels: np.ndarray) -> np.ndarray:
     return counts / counts.sum()
 
 
-def length_features(lengths: np.ndarray) -> np.ndarray:
-    """Features of a pair that depend on its lengths alone.
-
-    Shapes: lengths (N, 3) in characters of prompt, A and B -> (N, 5): the log ratio of A to B, its absolute value, and
-    the three log lengths.
-    """
-    logs = np.log1p(np.asarray(lengths, dtype=np.float64))
-    longer = logs[:, 1] - logs[:, 2]
-    return np.column_stack([longer, np.abs(longer), logs])
-
-
-def logistic_regression(features: np.ndarray, labels: np.ndarray, penalty: float = 1.0):
-    """Fit softmax regression with an L2 penalty on the weights of standardised features; return its predictor.
-
-    Shapes: features (N, K), labels (N,) -> a function from (M, K) to probabilities (M, 3). The loss is convex and
-    L-BFGS reaches its minimum from zero, so there is no seed.
-    """
-    mean, spread = features.mean(0), features.std(0)
-    spread[spread == 0] = 1
-    x = torch.from_numpy((features - mean) / spread)
-    y = torch.from_numpy(np.asarray(labels, dtype=np.int64))
-    weights = torch.zeros(x.shape[1] + 1, CLASSES, dtype=torch.float64, requires_grad=True)   # the last row: intercepts
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, tolerance_grad=1e-9, tolerance_change=1e-12,
-                                  line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        total = torch.nn.functional.cross_entropy(x @ weights[:-1] + weights[-1], y, reduction="sum")
-        total = (total + penalty / 2 * weights[:-1].square().sum()) / len(y)
-        total.backward()
-        return total
-
-    optimizer.step(loss)
-    fitted = weights.detach()
-
-    def predict(features: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy((features - mean) / spread)
-        return torch.softmax(x @ fitted[:-1] + fitted[-1], dim=-1).numpy()
-
-    return predict
-
-
 def baselines(train_lengths: np.ndarray, train_labels: np.ndarray, valid_lengths: np.ndarray, valid_labels: np.ndarray
               ) -> dict[str, dict]:
     """What a model must beat, fitted on the training rows and scored on the validation rows.
@@ -140,7 +99,7 @@ def baselines(train_lengths: np.ndarray, train_labels: np.ndarray, valid_lengths
     return {
         "uniform": evaluate(np.full((rows, CLASSES), 1 / CLASSES), valid_labels),
         "class prior": evaluate(np.tile(class_prior(train_labels), (rows, 1)), valid_labels),
-        "length only": evaluate(by_length(length_features(valid_lengths)), valid_labels),
+        "length only": evaluate(softmax(by_length.logits(length_features(valid_lengths))), valid_labels),
     }
 
 
@@ -159,12 +118,14 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def swap_averaged(logits: np.ndarray, temperature: float) -> np.ndarray:
+def swap_averaged(logits: np.ndarray, temperature: float, surface: np.ndarray | None = None) -> np.ndarray:
     """Probabilities from the logits of one or both orders: each order's softmax at `temperature`, then their mean.
 
-    Shapes: (N, orders, 3), already turned so that the classes of every order agree -> (N, 3).
+    `surface` is added to the logits of each order: those of the surface features, times their weight in the blend.
+    Shapes: logits (N, orders, 3), already turned so that the classes of every order agree; surface (N, 3) -> (N, 3).
     """
-    return softmax(np.asarray(logits, dtype=np.float64) / temperature).mean(1)
+    logits = np.asarray(logits, dtype=np.float64) / temperature
+    return softmax(logits if surface is None else logits + surface[:, None]).mean(1)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -194,56 +155,102 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp((low + high) / 2))
 
 
-def cross_fit_temperature(logits: np.ndarray, labels: np.ndarray, seed: int, folds: int = 5) -> np.ndarray:
-    """Calibrated probabilities, each fold's with a temperature fitted on the other folds.
+def fit_blend(logits: np.ndarray, surface: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """The temperature T and the weight w >= 0 under which softmax(logits / T + w * surface), averaged over the orders,
+    has the least log loss on these rows.
 
-    `fit_temperature` is slightly optimistic on the rows it was fitted on; this is the estimate to report.
-    Shapes: (N, orders, 3), (N,) -> (N, 3).
+    The penalties (log T)^2 / 2 and 2 w^2 over all rows together keep w at or near 0 where the surface features do not
+    help, and move little where some hundred rows say that they do.
+    Shapes: (N, orders, 3), (N, 3), (N,) -> (T, w).
+    """
+    x, extra, y = (torch.from_numpy(np.asarray(array)) for array in (logits, surface, labels))
+    raw, weight = (torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.LBFGS([raw, weight], max_iter=100, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        log_t = math.log(20) * torch.tanh(raw)                       # `fit_temperature`'s range
+        log_p = torch.log_softmax(x * torch.exp(-log_t) + weight * extra[:, None], -1).logsumexp(1)
+        total = torch.nn.functional.nll_loss(log_p, y, reduction="sum") + log_t.square() / 2 + 2 * weight.square()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    if weight <= 0:
+        return fit_temperature(logits, labels), 0.0
+    return 20 ** math.tanh(raw.item()), weight.item()
+
+
+def cross_fit(logits: np.ndarray, surface: np.ndarray | None, labels: np.ndarray, seed: int, folds: int = 5
+              ) -> np.ndarray:
+    """Calibrated or, with the surface features' logits, blended probabilities, each fold's fitted on the other folds.
+
+    A fit is slightly optimistic on its own rows; this is the estimate to report.
+    Shapes: (N, orders, 3), (N, 3), (N,) -> (N, 3).
     """
     fold = np.random.default_rng([seed, 4]).permutation(len(labels)) % min(folds, len(labels))
     probabilities = np.empty((len(labels), CLASSES))
     for f in np.unique(fold):
         held, rest = fold == f, fold != f
-        temperature = fit_temperature(logits[rest], labels[rest]) if rest.any() else 1.0
-        probabilities[held] = swap_averaged(logits[held], temperature)
+        temperature, added = 1.0, None
+        if rest.any() and surface is None:
+            temperature = fit_temperature(logits[rest], labels[rest])
+        elif rest.any():
+            temperature, weight = fit_blend(logits[rest], surface[rest], labels[rest])
+            added = weight * surface[held]
+        probabilities[held] = swap_averaged(logits[held], temperature, added)
     return probabilities
 
 
 # --- conclusions ------------------------------------------------------------------------------------------------------
 
 def score_logits(logits: np.ndarray, labels: np.ndarray, lengths: np.ndarray, train_labels: np.ndarray,
-                 train_lengths: np.ndarray, seed: int, bayes_optimal: np.ndarray | None = None) -> dict:
+                 train_lengths: np.ndarray, seed: int, bayes_optimal: np.ndarray | None = None,
+                 surface: np.ndarray | None = None, blend: bool = False) -> dict:
     """A model's validation scores beside the baselines on the same rows.
 
     Shapes: logits (N, 2, 3) in both orders; labels (N,); lengths (N, 3) in characters of prompt, A and B; the same of
-    the M training rows; bayes_optimal (N, 3), the probabilities that the labels were drawn from, where they are known.
-    Returns `results`, {name: `evaluate`'s dict}, and `conclusions`, sentences. The calibrated scores are cross-fitted.
+    the M training rows; bayes_optimal (N, 3), the probabilities that the labels were drawn from, where they are known;
+    surface (N, 3), the surface features' logits. Returns `results`, {name: `evaluate`'s dict}; `final`, the name of the
+    score that counts; `swap_flips`, the share of rows whose predicted class depends on the order; and `conclusions`,
+    sentences. The calibrated and the blended scores are cross-fitted.
     """
     results = baselines(train_lengths, train_labels, lengths, labels)
+    if surface is not None:
+        results["surface features"] = evaluate(softmax(surface), labels)
     results["model, one order"] = evaluate(swap_averaged(logits[:, :1], 1.0), labels)
     results["model, both orders"] = evaluate(swap_averaged(logits, 1.0), labels)
-    calibrated = cross_fit_temperature(logits, labels, seed)
-    results["model, calibrated"] = evaluate(calibrated, labels)
+    final, probabilities = "model, calibrated", cross_fit(logits, None, labels, seed)
+    results[final] = evaluate(probabilities, labels)
+    if blend:
+        final, probabilities = "blend", cross_fit(logits, surface, labels, seed)
+        results[final] = evaluate(probabilities, labels)
     if bayes_optimal is not None:
         results["Bayes-optimal"] = evaluate(bayes_optimal, labels)
-    return {"results": results, "conclusions": conclusions(calibrated, swap_averaged(logits, 1.0), labels, results)}
+    flips = (logits.argmax(2) != logits.argmax(2)[:, :1]).any(1).mean()
+    return {"results": results, "final": final, "swap_flips": float(flips),
+            "conclusions": conclusions(probabilities, swap_averaged(logits, 1.0), labels, results)}
 
 
 def conclusions(probabilities: np.ndarray, raw: np.ndarray, labels: np.ndarray, results: dict[str, dict]) -> list[str]:
     """What the scores mean, in sentences derived from them. `results` needs "class prior" and "length only".
 
+    The score is compared with the better of "length only" and "surface features".
+
     `raw` are the probabilities before the temperature, which may have flattened confident and worthless predictions.
     """
     score = evaluate(probabilities, labels)["log_loss"]
-    prior, by_length = results["class prior"]["log_loss"], results["length only"]["log_loss"]
+    prior = results["class prior"]["log_loss"]
+    counted, name = min((results[name]["log_loss"], name) for name in ("length only", "surface features")
+                        if name in results)
     losses = -np.log(probabilities[np.arange(len(labels)), labels].clip(min=np.finfo(float).eps))
     error = losses.std() / math.sqrt(len(losses))
     sentences = []
     if is_constant(raw):
         sentences.append("CONSTANT PREDICTIONS: the model predicts nearly the same for every row; it has learnt only "
                          "the class prior. Another --lr, more --epochs or another --seed may help.")
-    sentences.append(f"{'Better' if score < by_length else 'NOT better'} than the length-only baseline: {score:.4f} "
-                     f"against {by_length:.4f} (standard error of the score: {error:.4f}).")
+    sentences.append(f"{'Better' if score < counted else 'NOT better'} than the {name.replace(' ', '-')} baseline: "
+                     f"{score:.4f} against {counted:.4f} (standard error of the score: {error:.4f}).")
     if score >= prior:
         sentences.append(f"NOT better than the class-prior baseline: {score:.4f} against {prior:.4f}.")
     if "Bayes-optimal" in results:
@@ -252,30 +259,36 @@ def conclusions(probabilities: np.ndarray, raw: np.ndarray, labels: np.ndarray, 
     return sentences
 
 
-def results_text(scored: dict, name: str = "model, calibrated") -> str:
-    """`score_logits`'s result as the terminal shows it: the table, the confusion matrix of `name`, the conclusions."""
-    results = scored["results"]
-    return "\n\n".join([score_table(results), confusion_table(results[name]), "\n".join(scored["conclusions"])])
+def results_text(scored: dict) -> str:
+    """`score_logits`'s result as the terminal shows it: the table, the final confusion matrix, the conclusions."""
+    results, final = scored["results"], scored["final"]
+    return "\n\n".join([score_table(results), confusion_table(results[final]), "\n".join(scored["conclusions"])])
 
 
 def score_folds(logits: list[np.ndarray], splits: list[tuple[np.ndarray, np.ndarray]], labels: np.ndarray,
-                lengths: np.ndarray, seed: int) -> dict:
+                lengths: np.ndarray, seed: int, features: np.ndarray, blend: bool) -> dict:
     """Out-of-fold scores: every row predicted by the model that did not see it, beside baselines fitted likewise.
 
-    Shapes: per fold logits (rows, 2, 3) and (training rows, validation rows); labels (N,), lengths (N, 3) of all rows.
+    Shapes: per fold logits (rows, 2, 3) and (training rows, validation rows); labels (N,), lengths (N, 3) and surface
+    features (N, K) of all rows. Returns what `score_logits` does, and the `probabilities` (N, 3) of the rows in order.
     """
     held = np.concatenate([valid for _, valid in splits])
     truth = labels[held]
     prior = [np.tile(class_prior(labels[train]), (len(valid), 1)) for train, valid in splits]
-    features = length_features(lengths)
-    by_length = [logistic_regression(features[train], labels[train])(features[valid])
-                 for train, valid in splits]
+    by_length = length_features(lengths)
+    by_length, surface = (
+        np.concatenate([fit(x[train], labels[train]).logits(x[valid]) for train, valid in splits])
+        for x, fit in ((by_length, logistic_regression), (features, fit_surface)))
     logits = np.concatenate(logits)
-    probabilities = cross_fit_temperature(logits, truth, seed)
+    probabilities = cross_fit(logits, surface if blend else None, truth, seed)
     results = {"class prior": evaluate(np.concatenate(prior), truth),
-               "length only": evaluate(np.concatenate(by_length), truth),
+               "length only": evaluate(softmax(by_length), truth),
+               "surface features": evaluate(softmax(surface), truth),
                "out of fold": evaluate(probabilities, truth)}
-    return {"results": results, "conclusions": conclusions(probabilities, swap_averaged(logits, 1.0), truth, results)}
+    flips = (logits.argmax(2) != logits.argmax(2)[:, :1]).any(1).mean()
+    return {"results": results, "final": "out of fold", "swap_flips": float(flips),
+            "probabilities": probabilities[np.argsort(held)],
+            "conclusions": conclusions(probabilities, swap_averaged(logits, 1.0), truth, results)}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

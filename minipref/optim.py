@@ -7,6 +7,7 @@ while all eight pass over them, and memory is read once.
 """
 
 import math
+import re
 from collections.abc import Iterable
 
 import torch
@@ -77,15 +78,36 @@ def _in_pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return zip(*(t.view(-1).split(PIECE) for t in tensors))
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameters in two groups: matrices and tables decay; biases and LayerNorms do not.
+LAYER = re.compile(r"\blayers\.(\d+)\.")
+EMBEDDINGS = re.compile(r"\b(word|rel)_(embeddings|norm)\.")
 
-    A bias or a norm's gain has no scale that a product elsewhere could undo, so pulling it to zero changes the function
-    instead of regularising it. Frozen parameters are left out.
+
+def decay_groups(model: nn.Module, weight_decay: float, peak_lr: float = 0.0, head_lr: float = 0.0,
+                 layer_decay: float = 1.0) -> list[dict]:
+    """Parameters in groups with the same weight decay and the same `peak_lr`; frozen ones are in none.
+
+    Matrices and tables decay, biases and LayerNorms do not: they have no scale that a product elsewhere could undo, so
+    pulling them to zero changes the function instead of regularising it.
+
+    The last layer's peak is `peak_lr`, each layer's below it is `layer_decay` times that of the next, and the
+    embeddings' is one step below the first layer's: what pretraining taught the lower layers is more general. The head
+    starts fresh and may learn at its own `head_lr`; 0 means `peak_lr`.
+    Paper: layer-wise decay: ELECTRA (arXiv 2003.10555), appendix B; before it ULMFiT (arXiv 1801.06146), section 3.2.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    depth = 1 + max((int(found[1]) for name, _ in named if (found := LAYER.search(name))), default=0)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for decays in (True, False):
+        for name, p in named:
+            if found := LAYER.search(name):
+                lr = peak_lr * layer_decay ** (depth - 1 - int(found[1]))
+            elif EMBEDDINGS.search(name):
+                lr = peak_lr * layer_decay**depth
+            else:
+                lr = head_lr or peak_lr
+            if (p.ndim >= 2) == decays:
+                groups.setdefault((weight_decay if decays else 0.0, lr), []).append(p)
+    return [{"params": params, "weight_decay": decay, "peak_lr": lr} for (decay, lr), params in groups.items()]
 
 
 def cosine_with_warmup(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:
@@ -99,6 +121,16 @@ def cosine_with_warmup(step: int, total_steps: int, warmup_steps: int, peak_lr: 
         return 0.0
     progress = (step - warmup_steps) / (total_steps - warmup_steps)     # 3. 0 at the peak, 1 at the end
     return peak_lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear_with_warmup(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:
+    """The same with a straight line down, as in Microsoft's fine-tuning and `get_linear_schedule_with_warmup`."""
+    if step < warmup_steps:
+        return peak_lr * step / warmup_steps
+    return peak_lr * max(0.0, (total_steps - step) / max(total_steps - warmup_steps, 1))
+
+
+SCHEDULES = {"cosine": cosine_with_warmup, "linear": linear_with_warmup}
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from minipref.metrics import swap_averaged
 from minipref.model import PreferenceModel
 from minipref.run import distributed
 from minipref.runtime import ArgumentParser, InputError, autocast, check_folder, read_json, short_repr, write_json
+from minipref.surface import FEATURES, LogisticRegression, surface_features
 from minipref.tokenizer import Tokenizer, load_tokenizer
 
 SETTINGS = "minipref.json"        # in a model's folder, beside config.json: what its training chose
@@ -30,12 +31,13 @@ MAX_LENGTH = 1 << 16              # tokens; far beyond any use, and still a size
 class Judge:
     """Predicts how likely a person prefers A, prefers B or calls it a tie.
 
-    `temperature` divides the logits; `max_length` is the budget of the whole sequence in tokens.
+    `temperature` divides the logits; `surface`, where there is one, adds those of the surface features, already times
+    their weight in the blend; `max_length` is the budget of the whole sequence in tokens.
     """
 
     def __init__(self, model: PreferenceModel, tokenizer: Tokenizer, max_length: int, temperature: float = 1.0,
-                 precision: str = "fp32"):
-        self.model, self.tokenizer = model, tokenizer
+                 precision: str = "fp32", surface: LogisticRegression | None = None):
+        self.model, self.tokenizer, self.surface = model, tokenizer, surface
         self.max_length, self.temperature, self.precision = max_length, temperature, precision
 
     def compare(self, prompt: str | Sequence[str | None], response_a: str | Sequence[str | None],
@@ -69,14 +71,20 @@ class Judge:
         if not np.isfinite(logits).all():
             raise InputError(found=f"logits that are not finite, in precision {self.precision}",
                              expected="--precision fp32 or bf16, or a model whose training did not diverge")
-        return swap_averaged(logits, self.temperature)
+        return swap_averaged(logits, self.temperature, self.surface_logits(pairs))
+
+    def surface_logits(self, pairs: Sequence[Pair]) -> np.ndarray | None:
+        """What the blend adds to the logits of each row. Shapes: N pairs -> (N, 3)."""
+        return None if self.surface is None else self.surface.logits(surface_features(pairs))
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load_judge` and Hugging Face's `from_pretrained` load."""
         folder = Path(folder)
         self.tokenizer.save(folder)
-        write_json(folder / SETTINGS, {"format": 1, "max_length": self.max_length, "shares": list(SHARES),
-                                       "temperature": self.temperature})
+        surface = {name: value.tolist() for name, value in vars(self.surface).items()} if self.surface else None
+        write_json(folder / SETTINGS, {
+            "format": 2, "max_length": self.max_length, "shares": list(SHARES), "temperature": self.temperature,
+            "surface": surface and {"features": list(FEATURES)} | surface})
         save_classifier(self.model, folder)
 
 
@@ -89,7 +97,7 @@ def load_judge(folder: str | Path, device: torch.device | str = "cpu", precision
     """
     folder = Path(folder)
     check_folder(folder, "a trained model's folder, like runs/NAME/model")
-    max_length, temperature = _read_settings(folder / SETTINGS)
+    max_length, temperature, surface = _read_settings(folder / SETTINGS)
     tokenizer = load_tokenizer(folder)
     model = load_classifier(folder, device=device)
     refuse_other_task(model, folder)
@@ -97,7 +105,7 @@ def load_judge(folder: str | Path, device: torch.device | str = "cpu", precision
         raise InputError(file=folder / "model.safetensors", found=f"no {' and no '.join(model.load_report.new)}",
                          expected="a trained classifier; this is an encoder, which train.py --encoder fine-tunes")
     check_vocabulary(tokenizer, model.config.vocab_size, folder)
-    return Judge(accelerate(model) if fast else model, tokenizer, max_length, temperature, precision)
+    return Judge(accelerate(model) if fast else model, tokenizer, max_length, temperature, precision, surface)
 
 
 def refuse_other_task(model: PreferenceModel, folder: str | Path) -> None:
@@ -114,19 +122,35 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: str | Path) 
                          "embeddings", expected="a tokenizer and a model that belong together")
 
 
-def _read_settings(path: Path) -> tuple[int, float]:
+def _read_settings(path: Path) -> tuple[int, float, LogisticRegression | None]:
     settings = read_json(path, "a folder that train.py wrote")
     max_length, temperature = settings.get("max_length"), settings.get("temperature")
-    if settings.get("format") != 1 or settings.get("shares") != list(SHARES):
+    if settings.get("format") not in (1, 2) or settings.get("shares") != list(SHARES):
         raise InputError(file=path, found=f"format {short_repr(settings.get('format'))}, shares "
-                         f"{short_repr(settings.get('shares'))}", expected=f"format 1, shares {list(SHARES)}")
+                         f"{short_repr(settings.get('shares'))}", expected=f"format 1 or 2, shares {list(SHARES)}")
     if type(max_length) is not int or not 8 <= max_length <= MAX_LENGTH:
         raise InputError(file=path, found=f"max_length is {short_repr(max_length)}",
                          expected=f"from 8 to {MAX_LENGTH} tokens")
     if type(temperature) not in (int, float) or not 0 < temperature < 1e6:
         raise InputError(file=path, found=f"temperature is {short_repr(temperature)}",
                          expected="a positive number below a million")
-    return max_length, float(temperature)
+    return max_length, float(temperature), _read_surface(path, settings.get("surface"))
+
+
+def _read_surface(path: Path, stored: dict | None) -> LogisticRegression | None:
+    if stored is None:
+        return None
+    shapes = {"mean": (len(FEATURES),), "spread": (len(FEATURES),), "weights": (len(FEATURES) + 1, len(LABELS))}
+    try:
+        arrays = {name: np.array(stored[name], dtype=np.float64) for name in shapes}
+        fits = stored["features"] == list(FEATURES) and all(
+            array.shape == shapes[name] and np.isfinite(array).all() for name, array in arrays.items())
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise InputError(file=path, found="a surface regression of other features, or a damaged one",
+                         expected="one that this version wrote")
+    return LogisticRegression(**arrays)
 
 
 @torch.no_grad()

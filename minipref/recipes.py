@@ -4,6 +4,7 @@
 """
 
 import math
+from argparse import ArgumentTypeError
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
@@ -35,7 +36,11 @@ class TrainConfig:
     max_length: int = _between(8, 1 << 16, "tokens of prompt and responses together")
     accumulate: int = _between(1, 10**9, "micro-batches per optimizer step", default=1)
     valid_fraction: float = _between(0.001, 0.9, "fraction of the rows that validates", default=0.1)
+    head_lr: float = _between(0, 1e30, "learning rate of the fresh head at the peak; 0: the same", default=0.0)
+    layer_decay: float = _between(0.01, 1, "a layer's learning rate, over that of the next layer", default=1.0)
+    label_smoothing: float = _between(0, 0.999, "share of each label spread over all three classes", default=0.0)
     aux_loss: float = _between(0, 1000, "weight of the auxiliary head's loss; 0: no such head", default=0.0)
+    schedule: str = field(default="cosine", metadata={"choices": ("cosine", "linear"), "help": "of the learning rate"})
     swap: bool = True          # exchange A and B in half of the rows, drawn anew each epoch
 
     def steps_per_epoch(self, rows: int) -> int:
@@ -48,6 +53,8 @@ class TrainConfig:
 
 
 MNLI = "Microsoft's mnli.sh for v3-small"
+ELECTRA = "ELECTRA's fine-tuning (arXiv 2003.10555, table 7)"
+DEBERTA = "DeBERTa's fine-tuning (arXiv 2006.03654, appendix A)"
 RECIPES: dict[str, dict[str, tuple[int | float, str]]] = {   # preset -> hyperparameter -> (value, source)
     "baseline": {
         "epochs": (20, "the recipe this project started from"),
@@ -78,8 +85,27 @@ RECIPES: dict[str, dict[str, tuple[int | float, str]]] = {   # preset -> hyperpa
         "head_dropout": (0.2, MNLI),
         "patience": (0, "the published recipe runs to its end"),
         "evals_per_epoch": (2, "so that the best of six states is kept"),
-        "max_length": (512, "the longest the encoder was pretrained on"),
+        "max_length": (256, MNLI),
         "aux_loss": (0.0, MNLI),
+        "schedule": ("linear", MNLI),
+    },
+    "competition": {                                      # for the published weights; nothing of it is measured here
+        "epochs": (3, f"{ELECTRA}; not measured here"),
+        "batch_size": (32, f"{DEBERTA}: 16 to 64; not measured here"),
+        "eval_batch_size": (32, "has no influence on the result beyond rounding"),
+        "lr": (3e-5, f"{DEBERTA}: 1.5e-5 to 4e-5 for the base size; not measured here"),
+        "warmup": (0.1, f"{ELECTRA}; not measured here"),
+        "weight_decay": (0.01, f"{MNLI}; none on biases and LayerNorms"),
+        "adam_beta2": (0.999, "torch's and transformers' default"),
+        "adam_eps": (1e-6, MNLI),
+        "clip": (1.0, MNLI),
+        "head_dropout": (0.1, f"{DEBERTA}: 0 to 0.15; not measured here"),
+        "patience": (4, "an epoch's evaluations"),
+        "evals_per_epoch": (4, "the best score often comes inside an epoch; not measured here"),
+        "max_length": (1024, "half of the competition's rows are longer than 512 tokens; not measured here"),
+        "aux_loss": (0.0, "for the small encoder only"),
+        "head_lr": (1e-4, "three times the encoder's, as ULMFiT argues (arXiv 1801.06146); not measured here"),
+        "layer_decay": (0.9, f"{ELECTRA}: 0.8 for its small and base sizes, 0.9 for large; not measured here"),
     },
     "tiny": {
         "epochs": (2, "trials in docs/experiments.md"),
@@ -98,6 +124,16 @@ RECIPES: dict[str, dict[str, tuple[int | float, str]]] = {   # preset -> hyperpa
         "aux_loss": (1.0, "trials in docs/experiments.md"),
     },
 }
+
+
+def recipe_name(text: str) -> str:
+    """The --recipe argument's type for argparse."""
+    if text == "seed":
+        print("note: the recipe 'seed' is now called 'baseline'")
+        return "baseline"
+    if text not in RECIPES:
+        raise ArgumentTypeError(f"{text!r}, expected {', '.join(sorted(RECIPES))}")
+    return text
 
 
 def recipe(name: str) -> TrainConfig:

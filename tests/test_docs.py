@@ -22,6 +22,7 @@ import pandas as pd
 import pytest
 import torch
 from mutation import ROOT, failures, mutated, replaced, source_of
+from small import write_rows
 
 import minipref
 from minipref import metrics, synthetic
@@ -248,47 +249,72 @@ def test_the_notebook_has_every_cell_of_its_source():
         if line)
 
 
-@pytest.mark.parametrize("files", [
-    ("config.json", "spm.model", "model.safetensors"), ("config.json", "pytorch_model.bin"),
-    ("config.json", "tokenizer.json", "pytorch_model.bin"), ()], ids="-".join)
-def test_the_notebook_takes_an_attached_encoder_whatever_is_missing_in_it(tmp_path, monkeypatch, capsys, files):
-    project, encoder = tmp_path / "a project", tmp_path / "encoder"
-    for path in [project / name for name in ("train.py", "predict.py", "minipref", "weights/minipref-tiny/config.json",
-                                             "weights/minipref-tiny/tokenizer.json")] + [
-            tmp_path / "rows" / name for name in ("train.csv", "test.csv")] + [encoder / name for name in files]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    monkeypatch.setenv("NOTEBOOK_INPUT", str(tmp_path))
-    monkeypatch.setenv("NOTEBOOK_WORK", str(tmp_path / "work"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    exec(text_of("docs/kaggle_notebook.py").split("# %%")[2], {})
-    wanted = encoder if files else project / "weights" / "minipref-tiny"
-    assert f"to be trained from {wanted}" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_notebook_trains_and_predicts_on_the_synthetic_dataset(tmp_path):
-    inputs, work = tmp_path / "input", tmp_path / "work"
+@pytest.fixture
+def notebook(tmp_path):
+    """A function that runs all cells, with a folder `input` in which the project and rows are; it gives the result."""
+    inputs = tmp_path / "input"
     (inputs / "project").mkdir(parents=True)
     for name in ("train.py", "predict.py", "minipref", "weights"):
         (inputs / "project" / name).symlink_to(ROOT / name)
-    synthetic.write_dataset(inputs / "competition", train_rows=120, test_rows=12)
+    write_rows(inputs / "train.csv", 60)
+    write_rows(inputs / "test.csv", 12, seed=1, labels=False)
     cells = json.loads(text_of("docs/kaggle.ipynb"))["cells"]
     script = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    settings = {"NOTEBOOK_INPUT": str(inputs), "NOTEBOOK_WORK": str(work),
-                "NOTEBOOK_TRAIN_OPTIONS": "--epochs 1 --precision fp32"}
-    out = run([sys.executable, "-c", script], tmp_path, **settings)
-    submission = pd.read_csv(work / "submission.csv", dtype={"id": str})
-    assert len(submission) == 12 and abs(submission.iloc[:, 1:].sum(axis=1) - 1).max() < 1e-6
-    assert "to be trained from" in out
-    assert (work / "run" / "report.html").is_file() and (work / "explain.html").is_file()
 
-    shutil.copytree(work / "run" / "model", inputs / "trained")          # the second time it is there already
-    out = run([sys.executable, "-c", script], tmp_path, **settings | {"NOTEBOOK_WORK": str(tmp_path / "again")})
-    assert f"model    {inputs / 'trained'}" in out and not (tmp_path / "again" / "run").exists()
-    again = pd.read_csv(tmp_path / "again" / "submission.csv")
-    assert np.allclose(again.iloc[:, 1:], submission.iloc[:, 1:], atol=1e-6)
+    def executed(work: str, **settings: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"NOTEBOOK_INPUT": str(inputs), "NOTEBOOK_WORK": str(tmp_path / work),
+                                    "NOTEBOOK_TRAIN_OPTIONS": "--epochs 1 --precision fp32"} | settings
+        return subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True,
+                              text=True, timeout=600)
+
+    return executed
+
+
+def submitted(done: subprocess.CompletedProcess, work: Path) -> np.ndarray:
+    """The probabilities of a notebook's submission."""
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (work / "explain.html").is_file()
+    frame = pd.read_csv(work / "submission.csv", dtype={"id": str})
+    assert len(frame) == 12 and abs(frame.iloc[:, 1:].sum(axis=1) - 1).max() < 1e-6
+    return frame.iloc[:, 1:].to_numpy()
+
+
+@pytest.mark.slow
+def test_the_notebook_rehearses_only_when_asked_to(notebook, tmp_path):
+    done = notebook("without")
+    assert done.returncode and "no encoder below" in done.stderr and not (tmp_path / "without").exists()
+    submitted(done := notebook("work", NOTEBOOK_REHEARSAL="1"), tmp_path / "work")
+    assert f"to be trained from {tmp_path / 'input/project/weights/minipref-tiny'}" in done.stdout
+    assert (tmp_path / "work/run/report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_notebook_trains_folds_averages_them_and_skips_training_the_second_time(notebook, encoder, tmp_path):
+    shutil.copytree(encoder, tmp_path / "input" / "an encoder")
+    options = "--recipe tiny --epochs 1 --precision fp32 --folds 2"
+    first = submitted(notebook("work", NOTEBOOK_TRAIN_OPTIONS=options), tmp_path / "work")
+    for fold in ("fold-1", "fold-2"):
+        shutil.copytree(tmp_path / "work/run" / fold / "model", tmp_path / "input" / fold)
+    done = notebook("again")
+    assert f"{tmp_path / 'input/fold-1'}, {tmp_path / 'input/fold-2'}" in done.stdout
+    assert np.allclose(submitted(done, tmp_path / "again"), first, atol=1e-6)
+    assert not (tmp_path / "again" / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_notebook_stops_at_an_encoder_that_it_cannot_use(notebook, encoder, tmp_path):
+    folder = shutil.copytree(encoder, tmp_path / "input" / "theirs")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    done = notebook("work")
+    assert done.returncode and f"{folder} has pytorch_model.bin" in done.stderr and "make weights" in done.stderr
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_as_two_processes(notebook, encoder, tmp_path):
+    shutil.copytree(encoder, tmp_path / "input" / "an encoder")
+    alone, both = (submitted(notebook(name, NOTEBOOK_PROCESSES=name), tmp_path / name) for name in ("1", "2"))
+    assert np.allclose(alone, both, atol=0.05)
 
 
 def run(command: list[str], folder: Path, **settings: str) -> str:

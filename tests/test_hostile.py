@@ -348,7 +348,7 @@ def test_a_configuration_with_any_field_wrong_is_one_line(model, capsys, field, 
     refused(capsys, predict.main, [*write_test(), "--model", str(model)], str(model))
 
 
-SETTINGS = [("format", 2), ("shares", [1, 1, 1]), ("max_length", 10**9), ("max_length", 3), ("max_length", "64"),
+SETTINGS = [("format", 3), ("shares", [1, 1, 1]), ("max_length", 10**9), ("max_length", 3), ("max_length", "64"),
             ("temperature", 0), ("temperature", math.nan), ("temperature", 10**400), ("temperature", "1")]
 
 

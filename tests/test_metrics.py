@@ -10,12 +10,10 @@ from minipref.metrics import (
     baselines,
     class_prior,
     confusion_table,
-    cross_fit_temperature,
+    cross_fit,
     evaluate,
     fit_temperature,
     is_constant,
-    length_features,
-    logistic_regression,
     results_text,
     score_folds,
     score_logits,
@@ -23,6 +21,7 @@ from minipref.metrics import (
     softmax,
     swap_averaged,
 )
+from minipref.surface import FEATURES
 
 
 def predictions(rows: int = 500, seed: int = 0, sharpness: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
@@ -134,24 +133,6 @@ def test_the_baselines_of_the_competitions_labels_are_the_known_scores():
     assert scores["length only"]["log_loss"] == pytest.approx(1.0972, abs=5e-5), "equal lengths say nothing"
 
 
-def test_length_features_turn_with_the_responses():
-    feature = length_features(np.array([[10, 99, 9], [10, 9, 99]]))
-    assert feature[0] == pytest.approx([math.log(10), math.log(10), math.log(11), math.log(100), math.log(10)])
-    assert feature[1, 0] == -feature[0, 0]
-    assert feature[1, 1] == feature[0, 1]
-
-
-def test_logistic_regression_is_scikit_learns():
-    linear_model = pytest.importorskip("sklearn.linear_model")
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((300, 4)) * [1, 10, .1, 1] + [0, 5, 0, 1]
-    x = np.column_stack([x, np.ones(300)])                   # a column that never varies must do no harm
-    y = (x[:, :3] / [1, 10, .1] + rng.gumbel(size=(300, 3))).argmax(1)
-    z = (x - x.mean(0)) / np.where(x.std(0) == 0, 1, x.std(0))
-    theirs = linear_model.LogisticRegression(C=1 / 2.0, tol=1e-10, max_iter=5000).fit(z, y).predict_proba(z)
-    assert logistic_regression(x, y, penalty=2.0)(x) == pytest.approx(theirs, abs=1e-5)
-
-
 def test_the_length_baseline_learns_that_longer_responses_win():
     rng = np.random.default_rng(0)
     lengths = rng.integers(10, 1000, (2000, 3))
@@ -224,7 +205,7 @@ def test_cross_fitting_uses_no_row_to_calibrate_itself(monkeypatch):
         return len(seen) + 1                                 # 2 for the first fold, 3 for the second, ...
 
     monkeypatch.setattr(metrics, "fit_temperature", remember)
-    probabilities = cross_fit_temperature(logits, labels, seed=5)
+    probabilities = cross_fit(logits, None, labels, seed=5)
     assert len(seen) == 5
     assert set.union(*seen) == set(range(103))
     for row in range(103):
@@ -238,13 +219,13 @@ def test_cross_fitting_is_repeatable_and_differs_by_seed():
     rng = np.random.default_rng(4)
     logits = 2 * rng.standard_normal((60, 1, 3))
     labels = (logits[:, 0] + rng.gumbel(size=(60, 3))).argmax(1)
-    first, again, other = (cross_fit_temperature(logits, labels, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (cross_fit(logits, None, labels, seed=seed) for seed in (1, 1, 2))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
 def test_cross_fitting_a_single_row_leaves_it_as_it_is():
     logits = np.array([[[1., 2., 3.]]])
-    assert cross_fit_temperature(logits, np.array([0]), seed=0) == pytest.approx(softmax(logits[:, 0]), abs=1e-12)
+    assert cross_fit(logits, None, np.array([0]), seed=0) == pytest.approx(softmax(logits[:, 0]), abs=1e-12)
 
 
 # The tables.
@@ -320,7 +301,8 @@ def test_out_of_fold_scores_use_each_row_once_and_baselines_that_did_not_see_it(
     labels, lengths, logits = preference_rows()
     part = np.arange(len(labels)) % 3
     splits = [(np.flatnonzero(part != k), np.flatnonzero(part == k)) for k in range(3)]
-    result = score_folds([logits[valid] for _, valid in splits], splits, labels, lengths, seed=1)["results"]
+    features = np.zeros((len(labels), len(FEATURES)))
+    result = score_folds([logits[valid] for _, valid in splits], splits, labels, lengths, 1, features, True)["results"]
     assert all(r["rows"] == len(labels) for r in result.values())
     assert result["out of fold"]["log_loss"] < result["length only"]["log_loss"] < result["class prior"]["log_loss"]
 

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minipref.model import EncoderLayer
-from minipref.optim import PIECE, AdamW, _in_pieces, clip_gradients, cosine_with_warmup, decay_groups
+from minipref.optim import (
+    PIECE,
+    AdamW,
+    _in_pieces,
+    clip_gradients,
+    cosine_with_warmup,
+    decay_groups,
+    linear_with_warmup,
+)
 
 SHAPES = [(7, 5), (5,), (40, 3), (1,), (2, 3, 4), ()]
 
@@ -268,3 +276,26 @@ def test_frozen_parameters_are_in_no_group():
     groups = decay_groups(layer, 0.01)
     assert sum(len(group["params"]) for group in groups) == len(list(layer.parameters())) - 2
     assert not any(p is layer.ff_in.weight or p is layer.ff_norm.bias for group in groups for p in group["params"])
+
+
+def test_each_layer_below_the_last_learns_more_slowly_and_the_head_at_its_own_rate():
+    model = large_model(SMALL)                             # two layers
+    groups = decay_groups(model, 0.01, peak_lr=1e-3, head_lr=5e-3, layer_decay=0.5)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: (group["peak_lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, (lr, decay) in found.items():
+        wanted = {"encoder.layers.1": 1e-3, "encoder.layers.0": 5e-4, "encoder": 2.5e-4, "": 5e-3}
+        assert lr == pytest.approx(next(rate for part, rate in wanted.items() if name.startswith(part))), name
+        assert decay == (0.01 if "norm" not in name and name.endswith("weight") else 0.0), name
+    assert {group["peak_lr"] for group in decay_groups(model, 0.01, 1e-3)} == {1e-3}
+
+
+def test_the_linear_schedule_is_transformers():
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-4)
+    theirs = transformers.get_linear_schedule_with_warmup(optimizer, 7, 50)
+    for step in range(55):
+        assert linear_with_warmup(step, 50, 7, 3e-4) == pytest.approx(theirs.get_last_lr()[0], abs=1e-18)
+        optimizer.step()
+        theirs.step()

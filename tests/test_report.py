@@ -1,5 +1,6 @@
 """A run's page and model card: they show the run's scores, whatever the texts hold, and without matplotlib too."""
 
+import argparse
 import json
 import re
 import sys
@@ -19,7 +20,7 @@ MARK = "\ufffd"
 
 
 def finished_run(count=200, seed=0, evaluations=3):
-    """A made-up run's report, metrics rows, pairs and logits."""
+    """A made-up run's report, metrics rows, pairs and probabilities."""
     draw = np.random.default_rng(seed)
     labels = draw.integers(0, 3, count)
     logits = draw.normal(size=(count, 2, 3))
@@ -28,17 +29,22 @@ def finished_run(count=200, seed=0, evaluations=3):
     pairs = [Pair(f"row-{n}", (texts[3 * n],), (texts[3 * n + 1], None), (texts[3 * n + 2],), int(label))
              for n, label in enumerate(labels)]
     lengths = character_counts(pairs)
-    report = {"ended": "all 3 epochs done", "steps": 300, "best_step": 200, "train_rows": 1600, "valid_rows": count,
-              "temperature": 1.2} | metrics.score_logits(logits, labels, lengths, labels, lengths, 0)
+    report = FACTS | {"steps": 300, "best_step": 200, "train_rows": 1600, "valid_rows": count}
+    report |= metrics.score_logits(logits, labels, lengths, labels, lengths, 0)
     rows = [{"step": 100 * n, "epoch": float(n), "train_loss": 1.1 - n / 10, "log_loss": 1.0 - n / 20,
              "lr": 1e-4 / n, "accuracy": 0.4, "f1": 0.3, "best": int(n < 3)}
             for n in range(1, evaluations + 1)]
-    return report, rows, pairs, logits
+    return report, rows, pairs, metrics.swap_averaged(logits, 1.2)
 
 
-def written(tmp_path, report, rows, pairs, logits) -> str:
-    run_report.write_page(tmp_path, report, rows, pairs, logits)
+def written(tmp_path, report, rows, pairs, probabilities) -> str:
+    run_report.write_page(tmp_path, report, rows, pairs, probabilities)
     return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+FACTS = {"run": "runs/one", "date": "2026-01-01 12:00", "encoder": "weights/tiny", "rows": ["a.csv", "b.csv"],
+         "recipe": "tiny", "seed": 7, "minutes": 12.5, "command": "python train.py --seed 7",
+         "ended": "all 3 epochs done"}
 
 
 class Axes:
@@ -60,8 +66,8 @@ def test_equal_runs_have_equal_pages_with_every_figure_and_table(tmp_path):
     assert page == written(tmp_path, *finished_run())
     assert re.findall(r"<figcaption>(.*?)</figcaption>", page) == [
         "Loss", "Scores", "Confusion matrix", "Reliability",
-        "Length bias"]
-    assert page.count('<svg role="img" aria-label="') == 5 and run_report.INK not in page and "currentColor" in page
+        "Length bias", "Loss by length"]
+    assert page.count('<svg role="img" aria-label="') == 6 and run_report.INK not in page and "currentColor" in page
     assert page.count("<details>") == run_report.MISTAKES and "prefers-color-scheme: dark" in page
 
 
@@ -94,7 +100,7 @@ def test_without_matplotlib_the_page_has_its_tables_and_that_is_said_once(tmp_pa
     for fold in ("fold-1", "fold-2"):
         (tmp_path / fold).mkdir()
         page = written(tmp_path / fold, *finished_run())
-        assert "<svg" not in page and "The figures were left out" in page and page.count("<table>") == 3
+        assert "<svg" not in page and "The figures were left out" in page and page.count("<table>") == 4
     run_report.log_missing_matplotlib.cache_clear()
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "matplotlib is not installed" in out
@@ -102,23 +108,56 @@ def test_without_matplotlib_the_page_has_its_tables_and_that_is_said_once(tmp_pa
 
 @pytest.mark.parametrize("make", [lambda: finished_run(count=1, evaluations=1), lambda: finished_run(count=2)])
 def test_a_handful_of_rows_still_makes_a_page(tmp_path, make):
-    report, rows, pairs, logits = make()
+    report, rows, pairs, probabilities = make()
     empty = [Pair(pair.id, ("",), ("",), ("",), pair.label) for pair in pairs]
-    assert "<h2>The" in written(tmp_path, report, rows, empty, logits)
+    assert "<h2>The" in written(tmp_path, report, rows, empty, probabilities)
 
 
 def test_a_run_on_all_rows_has_a_page_without_scores(tmp_path):
-    report = {"ended": "all 3 epochs done", "steps": 300, "best_step": 0, "train_rows": 1600, "valid_rows": 0}
-    page = written(tmp_path, report, [], [], np.empty((0, 2, 3)))
-    assert "there is no score" in page and "<table>" not in page
+    report = FACTS | {"steps": 300, "best_step": 0, "train_rows": 1600, "valid_rows": 0}
+    page = written(tmp_path, report, [], [], np.empty((0, 3)))
+    assert "there is no score" in page and page.count("<table>") == 1 and "log loss" not in page
+
+
+def test_a_page_names_its_run(tmp_path):
+    report, *others = finished_run()
+    page = written(tmp_path, report, *others)
+    for text in ("runs/one", "2026-01-01 12:00", "weights/tiny", "a.csv, b.csv", "tiny, seed 7", "12.5 minutes",
+                 "python train.py --seed 7", f"for {report['swap_flips']:.0%} of the rows"):
+        assert text in page, text
+    assert "class=warning" not in page
+
+
+def test_a_constant_model_has_a_warning_on_its_page(tmp_path):
+    report, *others = finished_run()
+    report["conclusions"].insert(0, "CONSTANT PREDICTIONS: ...")
+    assert "<p class=warning role=alert>CONSTANT PREDICTIONS" in written(tmp_path, report, *others)
+
+
+def test_the_command_on_the_page_has_every_option():
+    options = argparse.Namespace(train=["a b.csv", "c.csv"], seed=7, no_swap=True, no_fast=False, folds=None, lr=0.1,
+                                 resume=True)
+    assert run_report.command(options) == "python train.py --lr 0.1 --no-swap --seed 7 --train 'a b.csv' c.csv"
+
+
+def test_the_loss_plot_has_the_baselines_and_the_loss_by_length_every_row():
+    axes, (_, rows, pairs, p) = Axes(), finished_run()
+    run_report.draw_curves(axes, rows, run_report.LOSSES, {"class prior": 1.1, "Bayes-optimal": 0.5})
+    assert [(a, o["label"]) for a, o in axes.of("axhline")] == [((1.1,), "class prior"), ((0.5,), "Bayes-optimal")]
+    labels = np.array([pair.label for pair in pairs])
+    run_report.draw_loss_by_length(axes, p, labels, character_counts(pairs))
+    (middles, means, _), _ = axes.of("errorbar")[0]
+    assert (np.diff(middles) > 0).all() and len(middles) == 10
+    assert means.mean() == pytest.approx(metrics.evaluate(p, labels)["log_loss"], rel=0.05)
 
 
 def test_mistakes_are_the_most_confident_first_with_their_texts():
-    pairs = [Pair("sure", ("p",), ("a" * 5000,), ("b",), 0), Pair("right", ("p",), ("a",), ("b",), 1),
+    pairs = [Pair("sure", ("<b> " + 50 * "long ",), ("a" * 5000,), ("b",), 0), Pair("right", ("p",), ("a",), ("b",), 1),
              Pair("less sure", ("p",), ("a",), (None,), 2)]
     page = run_report.mistakes_html(pairs, np.array([0, 1, 2]), np.array([[.05, .9, .05], [.1, .8, .1], [.6, .3, .1]]))
     assert re.findall(r"<summary>(.*?)</summary>", page) == [
-        "sure: label A, prediction B with 90%", "less sure: label tie, prediction A with 60%"]
+        f"sure: label A, prediction B with 90%: &lt;b&gt; {13 * 'long '}long...",
+        "less sure: label tie, prediction A with 60%: p"]
     assert "[... 3,500 characters ...]" in page and "(no answer)" in page and "The 2 most" in page
 
 
@@ -150,8 +189,8 @@ def test_tenths_hold_every_row_once_in_order():
 
 
 def test_length_bias_compares_the_annotators_with_the_model():
-    axes, (_, _, pairs, logits) = Axes(), finished_run()
-    labels, p = np.array([pair.label for pair in pairs]), metrics.swap_averaged(logits, 1.0)
+    axes, (_, _, pairs, p) = Axes(), finished_run()
+    labels = np.array([pair.label for pair in pairs])
     run_report.draw_length_bias(axes, p, labels, character_counts(pairs))
     (annotators, _), (model, _) = ((arguments[1], options) for arguments, options in axes.of("errorbar"))
     assert np.isclose(annotators.mean(), (labels == 0).mean()) and np.isclose(model.mean(), p[:, 0].mean())

@@ -19,6 +19,7 @@ from small import write_encoder, write_rows
 import minipref
 import predict
 import train
+from minipref import metrics
 from minipref.checkpoint import load_classifier
 from minipref.data import read_pairs
 from minipref.explain import __main__ as minipref_explain
@@ -64,8 +65,9 @@ def test_a_run_learns_and_writes_what_the_design_promises(finished):
     assert log["step"].tolist() == [45, 90, 135, 180] and log["log_loss"].iloc[-1] < 0.5 < log["train_loss"].iloc[0]
     report = json.loads((run / "report.json").read_text())
     assert report["results"]["model, calibrated"]["log_loss"] < report["results"]["length only"]["log_loss"]
-    assert set(report["results"]) == {"uniform", "class prior", "length only", "model, one order", "model, both orders",
-                                      "model, calibrated"}
+    assert set(report["results"]) == {"uniform", "class prior", "length only", "surface features", "model, one order",
+                                      "model, both orders", "model, calibrated", "blend"}
+    assert report["final"] == "blend" and report["surface_weight"] >= 0
     assert (finished / "runs" / "latest").read_text() == f"{run.resolve()}\n"
     card = (run / "model" / "README.md").read_text()
     assert "train.csv" in card and str(finished) not in card and "| lr | 0.005 |" in card
@@ -84,6 +86,31 @@ def test_the_time_that_is_left_is_printed_without_the_slow_first_steps(encoder, 
     options = ["--recipe", "tiny", "--epochs", "1", "--batch-size", "8", "--evals-per-epoch", "1"]
     code, out, _ = call(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "run", *options])
     assert code == 0 and "2 s a step: the remaining 25 take 50 s at that speed" in out
+
+
+def test_rates_schedule_and_smoothing_are_what_the_options_say(encoder, tmp_path, capsys):
+    rows = write_rows(tmp_path / "train.csv", 80)
+    options = [*FAST, "--epochs", "2", "--warmup", "0", "--train", str(rows), "--encoder", str(encoder)]
+    losses = []
+    for run, more in (("plain", []), ("smooth", ["--label-smoothing", "0.5"])):
+        assert train.main([*options, "--run", run, "--schedule", "linear", "--layer-decay", "0.5", "--head-lr", "0.01",
+                           "--no-blend", *more]) == 0
+        log = pd.read_csv(f"{run}/metrics.csv")
+        total = log["step"].iloc[-1]
+        assert log["lr"].iloc[-1] == pytest.approx(5e-3 / (total + 1)), "a straight line down"
+        losses.append(log["train_loss"].iloc[0])
+    assert losses[1] > losses[0], "smoothed labels cost more than the labels themselves"
+    out = capsys.readouterr().out
+    assert "schedule         linear   given on the command line" in out and "layer_decay      0.5" in out
+    report = json.loads(Path("plain/report.json").read_text())
+    assert report["final"] == "model, calibrated" and report["surface_weight"] == 0
+
+
+def test_a_run_that_stops_before_its_learning_rate_has_fallen_says_so(encoder, tmp_path, capsys):
+    rows = write_rows(tmp_path / "train.csv", 80)
+    options = [*FAST, "--epochs", "50", "--lr", "1e-9", "--patience", "1", "--train", str(rows), "--run", "run"]
+    assert train.main([*options, "--encoder", str(encoder)]) == 0
+    assert "of the peak learning rate" in capsys.readouterr().out
 
 
 def test_metrics_hold_no_times_and_no_paths(finished):
@@ -223,6 +250,7 @@ def test_several_models_are_averaged(finished, encoder, monkeypatch, capsys):
 def test_transformers_loads_the_trained_model_and_predicts_the_same(finished):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     judge = minipref.load_judge(finished / "run" / "model")
+    judge.surface = None                                   # transformers has no blend
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(finished / "run" / "model",
                                                                              dtype=torch.float32).eval()
     tokenizer = judge.tokenizer
@@ -243,6 +271,17 @@ def test_folds_give_every_row_a_prediction_from_a_model_that_never_saw_it(encode
     assert code == 0 and "out of fold, 3 models, 120 rows" in out
     held = pd.concat([pd.read_csv(f"r/fold-{k}/valid_predictions.csv", dtype={"id": str}) for k in (1, 2, 3)])
     assert sorted(held["id"]) == sorted(p.id for p in read_pairs(rows))
+    oof = pd.read_csv("r/oof.csv", dtype={"id": str})
+    assert list(oof) == ["id", "label", "p_a", "p_b", "p_tie", "fold"] and oof["id"].tolist() == [
+        p.id for p in read_pairs(rows)], "one row each, in the file's order"
+    fold_of = {row: k for k in (1, 2, 3) for row in pd.read_csv(f"r/fold-{k}/valid_predictions.csv", dtype=str)["id"]}
+    assert oof["fold"].tolist() == [fold_of[row] for row in oof["id"]]
+    report = json.loads(Path("r/report.json").read_text())["results"]["out of fold"]
+    labels = [("A", "B", "tie").index(label) for label in oof["label"]]
+    scores = metrics.evaluate(oof[["p_a", "p_b", "p_tie"]].to_numpy(), labels)
+    assert scores["log_loss"] == pytest.approx(report["log_loss"], abs=1e-5)
+    page = Path("r/report.html").read_text()
+    assert "3 folds" in page and "out of fold" in page and f"{report['log_loss']:.4f}" in page
     assert predict.main([str(write_rows(tmp_path / "test.csv", 5, labels=False))]) == 0
     assert "3 models" in capsys.readouterr().out
 
@@ -474,7 +513,7 @@ def test_a_single_validation_row_is_not_called_collapsed(encoder, tmp_path, caps
     (["--epochs", "0"], "--epochs"),
     (["--lr", "-1"], "--lr"),
     (["--lr", "nan"], "--lr"),
-    (["--recipe", "best"], "--recipe: 'best', expected baseline, microsoft, tiny"),
+    (["--recipe", "best"], "--recipe: 'best', expected baseline, competition, microsoft, tiny"),
     (["--folds", "2", "--all-rows"], "--folds and --all-rows"),
     (["--resume"], "--resume without --run"),
     (["--resume", "--run", "nowhere"], "nowhere"),

@@ -72,7 +72,9 @@ def explain(judge: Judge, pair: Pair, max_length: int, name: str = "") -> Explan
     if not model.load_report.new:
         places = swapped_places([len(segment) for segment in tokenized.segments(0)])
         untruncated_probs = judge.compare_many([pair])[0] if tokenized.num_truncated[0] else None
-        attribution = attribute(model, input_ids, swapped_ids, places, judge.temperature, untruncated_probs)
+        added = judge.surface_logits([pair])
+        surface = torch.zeros(1, len(LABELS)) if added is None else torch.from_numpy(added)
+        attribution = attribute(model, input_ids, swapped_ids, places, judge.temperature, surface, untruncated_probs)
     segments, gaps = [""], []
     for segment, tokens, all_tokens in zip(("prompt", "A", "B"), tokenized.segments(0), untruncated.segments(0)):
         if len(tokens) < len(all_tokens):
@@ -103,12 +105,14 @@ def forward_with_scores(model: PreferenceModel, input_ids: Tensor, attention_mas
 
 
 def attribute(model: PreferenceModel, input_ids: Tensor, swapped_ids: Tensor, places: list[int], temperature: float,
-              untruncated_probs: np.ndarray | None) -> Attribution:
-    """Both orders' probabilities and attributions. `places` says where a token of the first order is in the other."""
+              surface: Tensor, untruncated_probs: np.ndarray | None) -> Attribution:
+    """Both orders' probabilities and attributions. `places` says where a token of the first order is in the other;
+    `surface` (1, 3) are the logits that the blend adds, which no token has a part in.
+    """
     attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
     passes = [forward_with_scores(model, order, attention_mask) for order in (input_ids, swapped_ids)]
     logits = torch.cat([logits for _, _, logits in passes]) / temperature
-    logits = torch.stack([logits[0], logits[1, [1, 0, 2]]])              # both in the order A, B, tie
+    logits = torch.stack([logits[0], logits[1, [1, 0, 2]]]) + surface    # both in the order A, B, tie
     probabilities = torch.softmax(logits.detach().double(), -1).numpy()
     prediction = int(probabilities.mean(0).argmax())
     others = [c for c in range(len(LABELS)) if c != prediction]

@@ -1,5 +1,6 @@
 """What a run prints: its input, each hyperparameter with its source, memory and disk, and how long it will take."""
 
+import dataclasses
 import shutil
 import sys
 import time
@@ -37,9 +38,11 @@ def log_header(setup: Setup, splits: list[tuple[np.ndarray, np.ndarray]], encode
           f"torch {torch.__version__}{processes}")
     default = default_recipe(options.encoder)
     print(f"recipe     {options.recipe}   ({RECIPE_RULES[default] if options.recipe == default else GIVEN})")
-    for name, (_, source) in RECIPES[options.recipe].items():
-        source = GIVEN if hasattr(options, name) else source
-        print(f"           {name:<16} {getattr(config, name):<8g} {source}")
+    sources = {name: source for name, (_, source) in RECIPES[options.recipe].items()} | {
+        field.name: GIVEN for field in dataclasses.fields(config) if hasattr(options, field.name)}
+    for name, source in sources.items():
+        value = getattr(config, name)
+        print(f"           {name:<16} {value if isinstance(value, str) else format(value, 'g'):<8} {source}")
     print(f"           {'seed':<16} {options.seed:<8}")
 
 

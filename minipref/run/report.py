@@ -1,7 +1,7 @@
 """A run's report as one page (curves, confusion, calibration, length bias, confident mistakes), and a model card.
 
 `final_report` scores the best model and writes both. The page, `report.html` in the run's folder, needs no server and
-fetches nothing, and equal runs have equal pages.
+fetches nothing.
 
 What is unusual here: matplotlib is an extra (`pip install .[plots]`). Without it the page has its tables and texts, and
 a sentence in place of the figures.
@@ -10,7 +10,10 @@ a sentence in place of the figures.
 import dataclasses
 import io
 import math
+import shlex
+import textwrap
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 
@@ -27,7 +30,8 @@ from minipref.predictor import Judge, predict_logits
 from minipref.run import distributed, folder
 from minipref.run.setup import Setup
 from minipref.run.state import weights_sha256
-from minipref.runtime import InputError, RunError, html_text, write_json, write_text
+from minipref.runtime import InputError, RunError, html_text, read_json, write_json, write_text
+from minipref.surface import fit_surface
 
 TEMPLATE = Path(__file__).with_name("report.html")
 INK = "#010203"            # in matplotlib; on the page the colour of the text, light or dark
@@ -43,10 +47,10 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
     `state` is train.py's `TrainState`. Returns the validation rows' logits in both orders, (rows, 2, 3).
     """
     options, config, pairs = setup.options, setup.config, setup.pairs
-    summary = {"ended": ended, "steps": state.step, "best_step": state.best_step,
-               "minutes": round(state.seconds / 60, 2), "skipped_steps": state.skipped,
-               "train_rows": len(train_rows), "valid_rows": len(valid_rows)}
-    logits, temperature = np.empty((0, 2, 3)), 1.0
+    summary = facts_of(run, options) | {
+        "ended": ended, "steps": state.step, "best_step": state.best_step, "minutes": round(state.seconds / 60, 2),
+        "skipped_steps": state.skipped, "train_rows": len(train_rows), "valid_rows": len(valid_rows)}
+    logits, probabilities, temperature, surface = np.empty((0, 2, 3)), np.empty((0, 3)), 1.0, None
     if len(valid_rows):
         classifier = load_classifier(run / "model", device=setup.device)
         if weights_sha256(classifier) != state.best_weights:
@@ -65,54 +69,113 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
     if len(valid_rows):
         lengths, labels = character_counts(pairs), setup.tokenized.labels
         bayes_optimal = [setup.truth.get(pairs[row].id) for row in valid_rows]
+        surface, blend = fit_surface(setup.features[train_rows], labels[train_rows]), not options.no_blend
+        surface_logits = surface.logits(setup.features[valid_rows])
         scored = metrics.score_logits(logits, labels[valid_rows], lengths[valid_rows], labels[train_rows],
                                       lengths[train_rows], options.seed,
-                                      None if any(p is None for p in bayes_optimal) else np.array(bayes_optimal))
-        temperature = metrics.fit_temperature(logits, labels[valid_rows])
-        summary |= scored | {"temperature": temperature}
-        print(f"\n{len(valid_rows):,} validation rows (lower log loss is better; calibrated: temperature cross-fitted)")
+                                      None if any(p is None for p in bayes_optimal) else np.array(bayes_optimal),
+                                      surface_logits, blend)
+        temperature, weight = metrics.fit_blend(logits, surface_logits, labels[valid_rows]) if blend else (
+            metrics.fit_temperature(logits, labels[valid_rows]), 0.0)
+        surface = surface.times(weight) if weight else None
+        probabilities = metrics.swap_averaged(logits, temperature, weight * surface_logits)
+        summary |= scored | {"temperature": temperature, "surface_weight": weight}
+        print(f"\n{len(valid_rows):,} validation rows (lower log loss is better; calibrated and blend: cross-fitted)")
         print(metrics.results_text(scored))
-        folder.write_csv(run / "valid_predictions.csv", [
-            {"id": pairs[row].id, "label": LABELS[labels[row]],
-             **{f"p_{name.lower()}": f"{value:.6f}" for name, value in zip(LABELS, p)}}
-            for row, p in zip(valid_rows, metrics.swap_averaged(logits, temperature))])
-    Judge(classifier, setup.tokenizer, config.max_length, temperature).save(run / "model")
+        folder.write_csv(run / "valid_predictions.csv",
+                         [prediction(pairs[row], p) for row, p in zip(valid_rows, probabilities)])
+    Judge(classifier, setup.tokenizer, config.max_length, temperature, surface=surface).save(run / "model")
     write_text(run / "model" / "README.md", model_card(
         summary, Path(options.encoder).name, [Path(file).name for file in options.train], options.recipe,
         dataclasses.asdict(config), options.seed))
     folder.write_latest(run)
     write_json(run / "report.json", summary)
-    write_page(run, summary, state.history, [pairs[row] for row in valid_rows], logits)
+    write_page(run, summary, state.history, [pairs[row] for row in valid_rows], probabilities)
     return logits
 
 
-def write_page(folder: Path, report: dict, rows: list[dict], pairs: Sequence[Pair], logits: np.ndarray) -> None:
+def folds_report(run: Path, logits: list[np.ndarray], splits: list[tuple[np.ndarray, np.ndarray]], setup: Setup
+                 ) -> None:
+    """Score every row by the model that did not see it; write oof.csv, report.json and report.html over all folds."""
+    if not distributed.is_main_process():
+        return
+    options, pairs, labels = setup.options, setup.pairs, setup.tokenized.labels
+    scored = metrics.score_folds(logits, splits, labels, character_counts(pairs), options.seed, setup.features,
+                                 not options.no_blend)
+    probabilities, fold_of = scored.pop("probabilities"), np.zeros(len(pairs), dtype=int)
+    for fold, (_, valid_rows) in enumerate(splits, 1):
+        fold_of[valid_rows] = fold
+    print(f"\nout of fold, {len(splits)} models, {len(pairs):,} rows\n{metrics.results_text(scored)}")
+    folder.write_csv(run / "oof.csv", [prediction(pair, p) | {"fold": fold}
+                                       for pair, p, fold in zip(pairs, probabilities, fold_of.tolist())])
+    reports = [read_json(run / f"fold-{fold}" / "report.json", "a fold's report") for fold in range(1, len(splits) + 1)]
+    summary = facts_of(run, options) | scored | {
+        "folds": len(splits), "ended": f"{len(splits)} folds", "train_rows": len(pairs), "valid_rows": len(pairs),
+        **{name: sum(report[name] for report in reports) for name in ("steps", "minutes")}}
+    write_json(run / "report.json", summary)
+    write_page(run, summary, [], pairs, probabilities)
+
+
+def facts_of(run: Path, options) -> dict:
+    """What names a run in its report."""
+    return {"run": str(run), "date": datetime.now().strftime("%Y-%m-%d %H:%M"), "encoder": options.encoder,
+            "rows": options.train, "recipe": options.recipe, "seed": options.seed, "command": command(options)}
+
+
+def prediction(pair: Pair, probabilities: np.ndarray) -> dict:
+    """A row of valid_predictions.csv or oof.csv."""
+    return {"id": pair.id, "label": LABELS[pair.label],
+            **{f"p_{name.lower()}": f"{value:.6f}" for name, value in zip(LABELS, probabilities)}}
+
+
+def command(options) -> str:
+    """The run's command with every option written out."""
+    words = ["python", "train.py"]
+    for name, value in sorted(vars(options).items()):
+        if value not in (None, False) and name != "resume":
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, np.atleast_1d(value)))]
+    return shlex.join(words)
+
+
+def write_page(folder: Path, report: dict, rows: list[dict], pairs: Sequence[Pair], probabilities: np.ndarray) -> None:
     """Write `folder`/report.html.
 
     `report` is report.json's content, `rows` those of metrics.csv. Shapes: N validation pairs with their labels, their
-    logits (N, 2, 3); N = 0 for a run on all rows, whose page has no scores.
+    probabilities (N, 3); N = 0 for a run on all rows, whose page has no scores.
     """
     figures, tables = [], []
     if len(pairs):
-        result = report["results"]["model, calibrated"]
+        result = report["results"][report["final"]]
         labels = np.array([pair.label for pair in pairs])
-        probabilities = metrics.swap_averaged(logits, report["temperature"])
         lengths = character_counts(pairs)
+        lines = {name: report["results"][name]["log_loss"] for name in ("class prior", "surface features",
+                                                                        "Bayes-optimal") if name in report["results"]}
         figures = [
-            ("Loss", "training and validation loss by epoch", lambda axes: draw_curves(axes, rows, LOSSES)),
-            ("Scores", "accuracy and macro F1 by epoch", lambda axes: draw_curves(axes, rows, SCORES)),
+            *([("Loss", "training and validation loss by epoch", lambda axes: draw_curves(axes, rows, LOSSES, lines)),
+               ("Scores", "accuracy and macro F1 by epoch", lambda axes: draw_curves(axes, rows, SCORES))]
+              if rows else []),                                            # the page over all folds has no curve
             ("Confusion matrix", "the confusion matrix", lambda axes: draw_confusion(axes, result)),
             ("Reliability", "accuracy at each confidence", lambda axes: draw_reliability(axes, result)),
             ("Length bias", "how often A wins, by how much longer A is",
              lambda axes: draw_length_bias(axes, probabilities, labels, lengths)),
+            ("Loss by length", "log loss by the length of prompt and responses",
+             lambda axes: draw_loss_by_length(axes, probabilities, labels, lengths)),
         ]
-        tables = [scores_html(report["results"]), confusion_html(result), curves_html(rows),
+        tables = [scores_html(report["results"]), confusion_html(result), curves_html(rows) if rows else "",
                   mistakes_html(pairs, labels, probabilities)]
-    head = f"<p>{html_text(' '.join(report.get('conclusions', ['Trained on every row: there is no score.'])))}</p>"
-    facts = (f"<p class=quiet>Ended: {html_text(report['ended'])}. {report['steps']:,} steps, the best after "
-             f"{report['best_step']:,}; {report['train_rows']:,} rows trained on, {report['valid_rows']:,} validated "
-             "on.</p>")
-    body = "\n".join([head, facts, figures_html(figures), *tables])
+    sentences = report.get("conclusions", ["Trained on every row: there is no score."])
+    constant = sentences[0].startswith("CONSTANT")
+    head = f"<p{' class=warning role=alert' if constant else ''}>{html_text(' '.join(sentences))}</p>"
+    facts = {"run": report["run"], "date": report["date"], "encoder": report["encoder"],
+             "rows": ", ".join(report["rows"]), "recipe": f"{report['recipe']}, seed {report['seed']}",
+             "trained": f"{report['train_rows']:,} rows, {report['steps']:,} steps in {report['minutes']:.1f} minutes; "
+                        f"{report['ended']}", "validated": f"{report['valid_rows']:,} rows",
+             "command": report["command"]}
+    if "best_step" in report:
+        facts["best"] = f"after {report['best_step']:,} steps"
+    if "swap_flips" in report:
+        facts["A and B exchanged"] = f"another class is predicted for {report['swap_flips']:.0%} of the rows"
+    body = "\n".join([head, table_html("This run", ("", ""), list(facts.items())), figures_html(figures), *tables])
     write_text(folder / "report.html", TEMPLATE.read_text(encoding="utf-8").replace("@BODY@", body))
 
 
@@ -122,7 +185,7 @@ def model_card(report: dict, encoder: str, files: list[str], recipe: str, hyperp
     """README.md of a model's folder: what it is, what it was trained on and how, its scores, its limits."""
     if "results" in report:
         final, prior, by_length = (report["results"][name] for name in (
-            "model, calibrated", "class prior", "length only"))
+            report["final"], "class prior", "length only"))
         scored = (f"On {report['valid_rows']:,} validation rows: log loss {final['log_loss']:.4f}, accuracy "
                   f"{final['accuracy']:.3f}, macro F1 {final['f1']:.3f}, calibration error (ECE) {final['ece']:.3f}. "
                   f"On the same rows the class-prior baseline has {prior['log_loss']:.4f}, the length-only baseline "
@@ -191,14 +254,16 @@ LOSSES = {"train_loss": "training", "log_loss": "validation"}
 SCORES = {"accuracy": "accuracy", "f1": "macro F1"}
 
 
-def draw_curves(axes, rows: list[dict], which: dict[str, str]) -> None:
-    """Columns of metrics.csv over the epochs, with the best evaluation marked."""
+def draw_curves(axes, rows: list[dict], which: dict[str, str], lines: dict[str, float] | None = None) -> None:
+    """Columns of metrics.csv over the epochs, with the best evaluation marked, and other scores as level lines."""
     epochs = [row["epoch"] for row in rows]
     for (column, name), colour in zip(which.items(), COLOURS):
         axes.plot(epochs, [row[column] for row in rows], "o-", ms=3, color=colour, label=name)
     best = [row["epoch"] for row in rows if row["best"]][-1:]
     for epoch in best:
         axes.axvline(epoch, color=INK, lw=0.7, ls=":")
+    for (name, value), style in zip((lines or {}).items(), ("--", "-.", ":")):
+        axes.axhline(value, color=INK, lw=0.7, ls=style, label=name)
     axes.set_xlabel("epoch (dotted: the model that was kept)")
     axes.legend()
 
@@ -246,6 +311,16 @@ def draw_length_bias(axes, probabilities: np.ndarray, labels: np.ndarray, length
     axes.legend()
 
 
+def draw_loss_by_length(axes, probabilities: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> None:
+    """The log loss of the shortest tenth of the rows, of the next, and so on."""
+    losses = -np.log(probabilities[np.arange(len(labels)), labels].clip(min=np.finfo(float).eps))
+    middles, means, errors = tenths(lengths.sum(1).clip(min=1), losses)
+    axes.errorbar(middles, means, errors, fmt="o-", ms=3, color=COLOURS[0])
+    axes.set_xscale("log")
+    axes.set_xlabel("characters of prompt, A and B")
+    axes.set_ylabel("log loss")
+
+
 def tenths(by: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows sorted by `by` and cut into ten: the median of `by`, the mean of `values` and its standard error in each.
 
@@ -273,7 +348,7 @@ def scores_html(results: dict[str, dict]) -> str:
 
 
 def confusion_html(result: dict) -> str:
-    return table_html("Labels (rows) and predictions of the calibrated model (columns)", ("", *LABELS),
+    return table_html("Labels (rows) and predictions (columns)", ("", *LABELS),
                       [(label, *(f"{count:,}" for count in row)) for label, row in zip(LABELS, result["confusion"])])
 
 
@@ -293,8 +368,10 @@ def mistakes_html(pairs: Sequence[Pair], labels: np.ndarray, probabilities: np.n
         pair = pairs[row]
         texts = "".join(f"<dt>{name}</dt><dd>{html_text(shortened(turns))}</dd>" for name, turns in
                         (("prompt", pair.prompt), ("A", pair.response_a), ("B", pair.response_b)))
+        prompt = textwrap.shorten(shortened(pair.prompt), 80, placeholder="...")
         parts.append(f"<details><summary>{html_text(pair.id)}: label {LABELS[labels[row]]}, prediction "
-                     f"{LABELS[predictions[row]]} with {confidence[row]:.0%}</summary><dl>{texts}</dl></details>")
+                     f"{LABELS[predictions[row]]} with {confidence[row]:.0%}: {html_text(prompt)}</summary>"
+                     f"<dl>{texts}</dl></details>")
     return f"<h2>The {len(parts)} most confident mistakes</h2>{''.join(parts)}"
 
 

@@ -30,6 +30,7 @@ class Setup:
     pairs: list[Pair]
     tokenized: TokenizedPairs
     truth: dict[str, np.ndarray]     # by id, the probabilities that a synthetic row's label was drawn from
+    features: np.ndarray         # of the surface, (N, K)
     stop: StopSignal
 
 
