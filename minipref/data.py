@@ -14,17 +14,9 @@ What is unusual here:
   of the batch it had reached.
 """
 
-import bz2
-import codecs
-import csv
-import gzip
-import io
 import json
-import lzma
 import re
 import unicodedata
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,18 +26,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minipref.runtime import InputError, check_regular_file, short_repr
+from minipref.layouts import LABEL_COLUMNS, TEXT_COLUMNS, read_records
+from minipref.runtime import InputError, short_repr
 from minipref.tokenizer import Tokenizer, replace_surrogates
 
-TEXT_COLUMNS = ("prompt", "response_a", "response_b")
-LABEL_COLUMNS = ("winner_model_a", "winner_model_b", "winner_tie")       # the classes 0, 1, 2
 SHARES = (1, 2, 2)                                                       # prompt : A : B
 SPECIALS = 4                                                             # [CLS] and three [SEP]
 NO_ANSWER = "(no answer)"                                                # what the model reads for a null turn
 LIST_START = re.compile(r"""\s*\[\s*(["'“‘\]]|null|None|nan)""")           # of a list of texts, well written or not
-PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-SAVE_AS = "Excel saves it as 'CSV UTF-8 (comma delimited)'"
-LONGEST_CELL = 1 << 22       # characters; the competition's longest has some 50,000, and one of these tokenises in 12 s
 
 Turns = tuple[str | None, ...]
 
@@ -119,7 +107,7 @@ def _is_missing(value: object) -> bool:
 
 
 def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = False) -> list[Pair]:
-    """The rows of a CSV in Kaggle's layout, packed or not (`_open`). Columns other than those needed are left alone.
+    """The rows of a file in any of the layouts of `minipref.layouts`. Columns other than those needed are left alone.
 
     Text cells are JSON lists of turns if most prompts begin as a JSON list of texts does; else all are plain text, an
     answer `[2, 4]` too. Cells that are not what they seem, or are mended, are counted and printed.
@@ -127,10 +115,10 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
     `unique_ids`: refuse an id that a submission could not hold: a blank one, a repeated one, one with a line's end.
     Errors: `InputError` naming file, row (the header is not counted) and column for whatever does not fit.
     """
-    records = list(_records(Path(path), labels))
+    records = read_records(path, labels)
     if unique_ids:
         _check_ids([record["id"] for record in records], path)
-    prompts = [record["prompt"] for record in records if record["prompt"].strip()]
+    prompts = [prompt for record in records if isinstance(prompt := record["prompt"], str) and prompt.strip()]
     as_lists = 2 * sum(bool(LIST_START.match(prompt)) for prompt in prompts) >= len(prompts)
     pairs, mended, plain = [], [], []                                    # cells: (row, column, cell)
     broken = {column: [] for column in TEXT_COLUMNS}
@@ -138,7 +126,10 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
         segments = []
         for column in TEXT_COLUMNS:
             cell = record[column]
-            turns = parse_turns(cell) if as_lists else (cell,)
+            if isinstance(cell, list):
+                turns, cell = tuple(cell), ""
+            else:
+                turns = parse_turns(cell) if as_lists else (cell,)
             segments.append(mend(turns))
             if segments[-1] != turns:
                 mended.append((row, column, cell))
@@ -179,88 +170,6 @@ def _check_ids(ids: list[str], path: str | Path) -> None:
             raise InputError(file=path, row=row, column="id", expected="ids that are unique in the file",
                              found=f"{short_repr(id)}, which row {seen[id]} has already")
         seen[id] = row
-
-
-def _open(path: Path) -> io.TextIOWrapper:
-    """A CSV's text: UTF-8, or UTF-16 with its mark, packed or not. What a file is, its first bytes say, not its name.
-
-    Errors: `InputError` for a zip of no or several files; whatever unpacking raises.
-    """
-    with open(path, "rb") as file:
-        start = file.read(6)
-    if start.startswith((b"PK\3\4", b"PK\5\6")):
-        archive = zipfile.ZipFile(path)
-        names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
-        if "[Content_Types].xml" in names:
-            raise InputError(file=path, found="an Excel workbook", expected=f"a CSV file: {SAVE_AS}")
-        if len(names) != 1:
-            raise InputError(file=path, found=f"a zip of {len(names)} files, {short_repr(names, 200)}",
-                             expected="a CSV file, or a zip with nothing else in it")
-        binary = archive.open(names[0])
-    else:
-        binary = next((unpack for magic, unpack in PACKED.items() if start.startswith(magic)), open)(path, "rb")
-    utf16 = binary.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    return io.TextIOWrapper(binary, encoding="utf-16" if utf16 else "utf-8-sig", newline="")
-
-
-def _records(path: Path, labels: str) -> Iterator[dict[str, str]]:
-    """{column: cell} of each row of a CSV file, with only the columns that are needed."""
-    check_regular_file(path, "a CSV file")
-    limit = csv.field_size_limit(LONGEST_CELL)      # a module-wide setting; answers longer than its 131,072 exist
-    row = 0
-    try:
-        with _open(path) as file:
-            # A line is read in parts of at most 64 million characters, so that one without an end costs no more.
-            reader = csv.reader(iter(lambda: file.readline(16 * LONGEST_CELL), ""), strict=True)
-            header = next(reader, None)
-            places = _places(header, path, labels)
-            for cells in reader:
-                if not cells:                       # a line with nothing on it, usually the last
-                    continue
-                row += 1
-                if len(cells) != len(header):
-                    raise InputError(file=path, row=row, found=f"{len(cells)} cells",
-                                     expected=f"{len(header)}, as in the header; is a quote missing?")
-                yield {column: cells[place] for column, place in places.items()}
-    except UnicodeDecodeError as problem:
-        raise InputError(file=path, found=f"not {problem.encoding.upper()} text ({problem.reason} after row {row})",
-                         expected=f"a CSV file in UTF-8: {SAVE_AS}") from None
-    except csv.Error as problem:
-        expected = "cells in double quotes, quotes inside them doubled"
-        if "field limit" in str(problem):
-            expected = f"cells of at most {LONGEST_CELL:,} characters; is a quote missing?"
-        raise InputError(file=path, row=row + 1, found=f"not CSV ({problem})", expected=expected) from None
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as problem:
-        raise InputError(file=path, found=f"cannot be unpacked ({problem})", expected="a whole file, without a password"
-                         ) from None
-    except OSError as problem:
-        raise InputError(file=path, found=problem.strerror or str(problem), expected="a readable CSV file") from None
-    finally:
-        csv.field_size_limit(limit)
-    if row == 0:
-        raise InputError(file=path, found="a header and no rows", expected="at least one row")
-
-
-def _places(header: list[str] | None, path: Path, labels: str) -> dict[str, int]:
-    """Where each needed column stands."""
-    if not header:
-        raise InputError(file=path, found="an empty file" if header is None else "an empty first line",
-                         expected="a header with id, prompt, response_a, response_b")
-    if "\0" in "".join(header):
-        raise InputError(file=path, found="a binary file, or UTF-16 without its mark",
-                         expected=f"a CSV file in UTF-8: {SAVE_AS}")
-    for mark, name in (("\t", "tabs"), (";", "semicolons")):
-        if len(header) == 1 and mark in header[0]:
-            raise InputError(file=path, found=f"columns separated by {name}", expected=f"by commas: {SAVE_AS}")
-    needed = ["id", *TEXT_COLUMNS]
-    if labels == "required" or any(column in header for column in LABEL_COLUMNS):
-        needed += LABEL_COLUMNS
-    for column in needed:
-        if header.count(column) != 1:
-            times = "no column" if column not in header else "more than one column"
-            raise InputError(file=path, column=column, found=f"{times} of this name among {short_repr(header, 120)}",
-                             expected=", ".join(needed))
-    return {column: header.index(column) for column in needed}
 
 
 def _one_hot(cells: list[str], path: str | Path, row: int) -> int:

@@ -289,7 +289,7 @@ MISTAKES = [
     Mistake("a plain answer that is a list is parsed", "minipref/data.py",
             "turns = parse_turns(cell) if as_lists else (cell,)", "turns = parse_turns(cell)",
             "test_data::test_cells_are_json_lists_where_most_prompts_are_and_a_plain_answer_that_is_a_list_stays_text"),
-    Mistake("a file is packed if its name says so", "minipref/data.py", "if start.startswith(magic)",
+    Mistake("a file is packed if its name says so", "minipref/layouts.py", "if start.startswith(magic)",
             "if path.suffix == '.gz'",
             "test_data::test_a_file_is_read_for_what_it_is_packed_or_not_whatever_its_name_and_encoding"),
     Mistake("NaN is a text", "minipref/data.py", 'in ("None", "nan", "<NA>", "NaT")', 'in ("None", "<NA>", "NaT")',

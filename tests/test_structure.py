@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = tuple(f"minipref.{name}" for name in (
-    "model", "config", "checkpoint", "tokenizer", "sentencepiece_model", "data", "recipes", "optim", "metrics",
-    "surface", "predictor", "auxiliary", "runtime", "run", "fast"))
+    "model", "config", "checkpoint", "tokenizer", "sentencepiece_model", "layouts", "data", "recipes", "optim",
+    "metrics", "surface", "predictor", "auxiliary", "runtime", "run", "fast"))
 SIDE_ROOMS = tuple(f"minipref.{name}" for name in ("pretrain", "explain", "synthetic", "sample", "hub"))
 MAY_IMPORT_FAST = ("train", "predict", "minipref.fast", "minipref.pretrain", "minipref.predictor",
                    "minipref.run.report", "benchmarks", "tests")
