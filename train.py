@@ -91,7 +91,7 @@ def train(options: argparse.Namespace, stop: StopSignal) -> None:
     tune_malloc()
     with folder.lock_run(run, options.resume), folder.resume_hint(run, "python train.py --resume --run"):
         tokenizer = load_tokenizer(options.encoder)
-        pairs = [pair for path in options.train for pair in read_pairs(path)][:options.limit]
+        pairs = [pair for path in options.train for pair in read_pairs(path, soft=options.soft_labels)][:options.limit]
         held_out = read_pairs(options.valid) if options.valid else []
         splits = split_rows(pairs, held_out, config, options)
         pairs += held_out
@@ -302,6 +302,7 @@ def parse_arguments(arguments: list[str] | None) -> dict:
                             argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("--train", nargs="+", metavar="CSV", help="labelled rows (default: data/train.csv, else the synthetic dataset)")
+    add("--soft-labels", action="store_true", help="--train's label columns hold probabilities, not 0 and 1")
     add("--valid", metavar="CSV", help="validate on these rows instead of a part of the training rows")
     add("--encoder", metavar="DIR", help="config.json, model.safetensors and tokenizer in the Hugging Face layout")
     add("--run", metavar="DIR", help="the run's folder (default: runs/ and the time)")
@@ -329,9 +330,10 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     return vars(parser.parse_args(arguments))
 
 
-DEFAULTS = {"valid": None, "resume": False, "folds": None, "all_rows": False, "precision": "auto", "device": "auto",
-            "seed": 42, "no_swap": False, "freeze_embeddings": False, "checkpoint_activations": False,
-            "compile": False, "no_fast": False, "no_blend": False, "save_every": 10.0, "limit": None}
+DEFAULTS = {"soft_labels": False, "valid": None, "resume": False, "folds": None, "all_rows": False,
+            "precision": "auto", "device": "auto", "seed": 42, "no_swap": False, "freeze_embeddings": False,
+            "checkpoint_activations": False, "compile": False, "no_fast": False, "no_blend": False,
+            "save_every": 10.0, "limit": None}
 
 
 def resolve_options(overrides: dict) -> argparse.Namespace:

@@ -15,6 +15,7 @@ What is unusual here:
 """
 
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,13 +43,17 @@ Turns = tuple[str | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One row: a prompt, two responses, and the annotator's choice (0 A, 1 B, 2 tie; None without labels)."""
+    """One row: a prompt, two responses, and the annotator's choice (0 A, 1 B, 2 tie; None without labels).
+
+    With soft labels `target` holds the three probabilities, and `label` is the likeliest class.
+    """
 
     id: str
     prompt: Turns
     response_a: Turns
     response_b: Turns
     label: int | None = None
+    target: tuple[float, float, float] | None = None
 
 
 def parse_turns(cell: str) -> Turns:
@@ -106,12 +111,13 @@ def _is_missing(value: object) -> bool:
     return not isinstance(value, str) and str(value) in ("None", "nan", "<NA>", "NaT")
 
 
-def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = False) -> list[Pair]:
+def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = False, soft: bool = False) -> list[Pair]:
     """The rows of a file in any of the layouts of `minipref.layouts`. Columns other than those needed are left alone.
 
     Text cells are JSON lists of turns if most prompts begin as a JSON list of texts does; else all are plain text, an
     answer `[2, 4]` too. Cells that are not what they seem, or are mended, are counted and printed.
     `labels`: "required", or "if present" (all three label columns, or none of them).
+    `soft`: the three label columns hold probabilities.
     `unique_ids`: refuse an id that a submission could not hold: a blank one, a repeated one, one with a line's end.
     Errors: `InputError` naming file, row (the header is not counted) and column for whatever does not fit.
     """
@@ -137,8 +143,10 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
                 broken[column].append((row, column, cell))
             elif not as_lists and LIST_START.match(cell):
                 plain.append((row, column, cell))
-        label = _one_hot([record[name] for name in LABEL_COLUMNS], path, row) if LABEL_COLUMNS[0] in record else None
-        pairs.append(Pair(record["id"], *segments, label))
+        cells = [record[name] for name in LABEL_COLUMNS if name in record]
+        target = _probabilities(cells, path, row) if cells and soft else None
+        label = int(np.argmax(target)) if target else _one_hot(cells, path, row) if cells else None
+        pairs.append(Pair(record["id"], *segments, label, target))
     for column, cells in broken.items():
         advice = "a spreadsheet cuts a cell at 32,767 characters"
         if cells and cells[0][2].rstrip().endswith("]"):
@@ -170,6 +178,18 @@ def _check_ids(ids: list[str], path: str | Path) -> None:
             raise InputError(file=path, row=row, column="id", expected="ids that are unique in the file",
                              found=f"{short_repr(id)}, which row {seen[id]} has already")
         seen[id] = row
+
+
+def _probabilities(cells: list[str], path: str | Path, row: int) -> tuple[float, float, float]:
+    """The soft label that three cells hold."""
+    try:
+        values = [float(cell) for cell in cells]
+    except ValueError:
+        values = [math.nan]
+    if not (min(values) >= 0 and abs(sum(values) - 1) < 1e-3):
+        raise InputError(file=path, row=row, column=", ".join(LABEL_COLUMNS), found=short_repr(",".join(cells)),
+                         expected="three probabilities that sum to 1")
+    return tuple(value / sum(values) for value in values)
 
 
 def _one_hot(cells: list[str], path: str | Path, row: int) -> int:
@@ -267,7 +287,8 @@ class TokenizedPairs:
     """Rows as token ids: all segments one after the other in one array, and where each begins.
 
     tokens (T,) int32; offsets (N, 4) int64: row n's prompt, A and B lie between offsets[n, 0..3]; labels (N,) int64,
-    -1 for none; num_truncated (N,) int64 counts the tokens that each row lost to truncation.
+    -1 for none; num_truncated (N,) int64 counts the tokens that each row lost to truncation; targets (N, 3) float32
+    where a row's label is soft, else None.
     """
 
     tokens: np.ndarray
@@ -275,6 +296,7 @@ class TokenizedPairs:
     labels: np.ndarray
     num_truncated: np.ndarray
     max_length: int
+    targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -301,7 +323,7 @@ class TokenizedPairs:
     def take(self, rows: np.ndarray) -> "TokenizedPairs":
         """Some of the rows, in the order given; the tokens are shared, not copied."""
         return TokenizedPairs(self.tokens, self.offsets[rows], self.labels[rows], self.num_truncated[rows],
-                              self.max_length)
+                              self.max_length, None if self.targets is None else self.targets[rows])
 
 
 def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int, progress: bool = False
@@ -324,8 +346,12 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int, p
     ends = np.cumsum(np.array(lengths, dtype=np.int64).reshape(-1)).reshape(-1, 3)
     offsets = np.column_stack([np.concatenate([[0], ends[:-1, 2]]), ends])
     labels = np.array([-1 if pair.label is None else pair.label for pair in pairs], dtype=np.int64)
+    targets = None                      # soft labels that are one-hot are labels like any other, bit for bit
+    if any(pair.target and max(pair.target) < 1 for pair in pairs):
+        one_hot = np.eye(3).tolist()
+        targets = np.array([pair.target or one_hot[pair.label] for pair in pairs], dtype=np.float32)
     return TokenizedPairs(np.concatenate(chunks), offsets, labels, np.array(num_truncated, dtype=np.int64),
-                          max_length)
+                          max_length, targets)
 
 
 def _encode_segments(segments: list[Turns], tokenizer: Tokenizer) -> Iterator[list[int]]:
@@ -374,7 +400,7 @@ def collate(tokenized: TokenizedPairs, rows: Iterable[int], swapped: Iterable[bo
     """One padded batch. Where `swapped`, B stands before A, and the label is exchanged with them.
 
     L is the longest sequence's length, rounded up to a multiple of `multiple_of`.
-    Shapes: -> input_ids (B, L) int64, attention_mask (B, L) bool, labels (B,) int64 (-1 for none).
+    Shapes: -> input_ids (B, L) int64, attention_mask (B, L) bool, labels (B,) int64 (-1 for none), or soft ones (B, 3).
     """
     sequences, labels = [], []
     for row, swap in zip(rows, swapped):
@@ -382,15 +408,18 @@ def collate(tokenized: TokenizedPairs, rows: Iterable[int], swapped: Iterable[bo
         first, second = (b, a) if swap else (a, b)
         sep = [tokenizer.sep_id]
         sequences.append(np.concatenate([[tokenizer.cls_id], prompt, sep, first, sep, second, sep]))
-        label = int(tokenized.labels[row])
-        labels.append({0: 1, 1: 0}.get(label, label) if swap else label)
+        label = tokenized.labels[row]
+        if tokenized.targets is not None:
+            labels.append(swap_classes(tokenized.targets[row]) if swap else tokenized.targets[row])
+        else:
+            labels.append({0: 1, 1: 0}.get(label, label) if swap else label)
     longest = -(-max(map(len, sequences)) // multiple_of) * multiple_of
     input_ids = np.full((len(sequences), longest), tokenizer.pad_id, dtype=np.int64)
     attention_mask = np.zeros((len(sequences), longest), dtype=bool)
     for i, sequence in enumerate(sequences):
         input_ids[i, :len(sequence)] = sequence
         attention_mask[i, :len(sequence)] = True
-    return torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.tensor(labels)
+    return torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(np.array(labels))
 
 
 def swap_classes(probabilities: np.ndarray) -> np.ndarray:

@@ -13,6 +13,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from small import BUNDLED
 
 from minipref.data import (
     LABEL_COLUMNS,
@@ -34,6 +36,7 @@ from minipref.data import (
     truncation_budgets,
 )
 from minipref.runtime import InputError
+from minipref.tokenizer import load_tokenizer
 
 HEADER = "id,model_a,model_b,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie\n"
 GOOD = '1,x,y,"[""p""]","[""a""]","[""b""]",1,0,0\n'
@@ -497,3 +500,36 @@ def test_every_real_file_is_read_and_split_without_a_leak(reference_dir):
         part = split_by_prompt([p.prompt for p in pairs], [p.label for p in pairs], (0.9, 0.1), seed=42)
         keys = [{prompt_key(p.prompt) for p, side in zip(pairs, part) if side == s} for s in (0, 1)]
         assert not keys[0] & keys[1]
+
+
+# --- soft labels
+
+SOFT_HEADER = "id,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie\n"
+
+
+def test_soft_labels_are_targets_that_turn_with_the_responses_and_one_hot_ones_are_labels(tmp_path):
+    path = tmp_path / "soft.csv"
+    path.write_text(SOFT_HEADER + "1,p,a,b,0.7,0.2,0.1\n2,p,a,b,0,0,1\n")
+    pairs, tokenizer = read_pairs(path, soft=True), load_tokenizer(BUNDLED)
+    assert [pair.label for pair in pairs] == [0, 2] and pairs[0].target == pytest.approx((0.7, 0.2, 0.1))
+    tokenized = encode_pairs(pairs, tokenizer, 32)
+    for rows in (tokenized, tokenized.take(np.arange(2))):
+        _, _, targets = collate(rows, [0, 1, 0], [False, False, True], tokenizer)
+        assert targets.dtype == torch.float32 and targets.tolist() == [
+            pytest.approx([0.7, 0.2, 0.1]), [0, 0, 1], pytest.approx([0.2, 0.7, 0.1])]
+    path.write_text(SOFT_HEADER + "1,p,a,b,1.0,0.0,0\n2,p,a,b,0,0,1\n")
+    assert encode_pairs(read_pairs(path, soft=True), tokenizer, 32).targets is None
+    assert [p.label for p in read_pairs(path, soft=True)] == [p.label for p in read_pairs(path)]
+
+
+@pytest.mark.parametrize("cells", ["0.7,0.2,0.2", "1,-0.5,0.5", "0.5,x,0.5", "nan,0.5,0.5", "0,0,0", "inf,0,0"])
+def test_what_is_no_soft_label_is_named(tmp_path, cells):
+    (tmp_path / "soft.csv").write_text(SOFT_HEADER + f"1,p,a,b,1,0,0\n2,p,a,b,{cells}\n")
+    with pytest.raises(InputError, match=r"soft\.csv, row 2, .*three probabilities that sum to 1"):
+        read_pairs(tmp_path / "soft.csv", soft=True)
+
+
+def test_without_the_flag_a_label_that_is_not_one_hot_is_an_error(tmp_path):
+    (tmp_path / "soft.csv").write_text(SOFT_HEADER + "1,p,a,b,0.7,0.2,0.1\n")
+    with pytest.raises(InputError, match="expected 0 or 1"):
+        read_pairs(tmp_path / "soft.csv")

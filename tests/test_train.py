@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,20 @@ def test_rates_schedule_and_smoothing_are_what_the_options_say(encoder, tmp_path
     assert "schedule         linear   given on the command line" in out and "layer_decay      0.5" in out
     report = json.loads(Path("plain/report.json").read_text())
     assert report["final"] == "model, calibrated" and report["surface_weight"] == 0
+
+
+def test_soft_labels_train_as_hard_ones_where_they_are_one_hot_and_teach_otherwise(encoder, tmp_path):
+    rows = write_rows(tmp_path / "train.csv", 80)
+    text = rows.read_text()
+    soft = re.sub(r"(?m)^(.*),1,0,0$", r"\1,0.6,0.3,0.1", text)
+    (tmp_path / "soft.csv").write_text(soft)
+    assert soft != text
+    files = {}
+    for run, more in (("hard", ["--train", str(rows)]), ("one-hot", ["--train", str(rows), "--soft-labels"]),
+                      ("soft", ["--train", "soft.csv", "--soft-labels"])):
+        assert train.main([*FAST, "--epochs", "1", "--encoder", str(encoder), "--run", run, *more]) == 0
+        files[run] = [Path(run, name).read_bytes() for name in ("metrics.csv", "model/model.safetensors")]
+    assert files["hard"] == files["one-hot"] != files["soft"]
 
 
 def test_a_run_that_stops_before_its_learning_rate_has_fallen_says_so(encoder, tmp_path, capsys):
