@@ -144,13 +144,13 @@ def _spliced(source: str, node: ast.AST, other: ast.AST) -> str:
     return (source.encode()[:start] + text.encode() + source.encode()[end:]).decode()
 
 
-def judged(found: list[Mutant], at_once: int) -> Iterator[tuple[Mutant, str]]:
-    """Run the tests on each mutant, several at once. Yields it with the test that failed first, '' if none did."""
+def judged(found: list[Mutant], at_once: int, tests: list[str]) -> Iterator[tuple[Mutant, str]]:
+    """Run these files of tests on each mutant, several at once. Yields it with the first test that failed, or ''."""
     waiting, running = list(found), {}                     # pipe -> (mutant, process, time of its start)
     while waiting or running:
         while waiting and len(running) < at_once:
             mutant = waiting.pop(0)
-            pipe, process = _started(mutant)
+            pipe, process = _started(mutant, tests)
             running[pipe] = mutant, process, time.monotonic()
         for pipe in select.select(list(running), [], [], 1)[0]:
             mutant, process, _ = running.pop(pipe)
@@ -167,7 +167,7 @@ def judged(found: list[Mutant], at_once: int) -> Iterator[tuple[Mutant, str]]:
                 yield mutant, f"no end within {SECONDS} seconds"
 
 
-def _started(mutant: Mutant) -> tuple[int, int]:
+def _started(mutant: Mutant, tests: list[str]) -> tuple[int, int]:
     """Fork a process that runs the tests on the mutant: it may crash or hang. Returns its answer's pipe and its id."""
     reader, writer = os.pipe()
     process = os.fork()
@@ -180,7 +180,7 @@ def _started(mutant: Mutant) -> tuple[int, int]:
         torch.set_num_threads(1)
         torch.set_num_threads = lambda number: None        # whatever conftest.py asks for: this process has one core
         with mutated(mutant.file, mutant.source):
-            answer = "failed: " + next(iter(failures([f"tests/{name}.py" for name in TESTS[mutant.file]])), "")
+            answer = "failed: " + next(iter(failures([f"tests/{name}.py" for name in tests])), "")
     except BaseException as problem:                       # whatever it is, it is the mutant's doing
         answer = f"{type(problem).__name__}: {problem}"
     finally:
@@ -197,15 +197,15 @@ def main() -> int:
     import hypothesis  # noqa: F401 - imported once here, every forked process has it
     from transformers.models.deberta_v2 import modeling_deberta_v2  # noqa: F401
 
-    unlisted = []
+    unlisted, tests = [], list(dict.fromkeys(test for file in arguments.files for test in TESTS[file]))
+    for _, test in judged([Mutant(arguments.files[0], 0, "", "", source_of(arguments.files[0]))], 1, tests):
+        if test:
+            print(f"{test} fails without any mutant")
+            return 1
     for file in arguments.files:
         start, everything = time.monotonic(), mutants(file)
         found = [mutant for mutant in everything if arguments.all or not mutant.excuse]
-        for _, test in judged([Mutant(file, 0, "", "", source_of(file))], 1):
-            if test:
-                print(f"{file}: {test} fails without any mutant")
-                return 1
-        for mutant, test in judged(found, arguments.at_once):
+        for mutant, test in judged(found, arguments.at_once, TESTS[file]):
             print(f"{file}:{mutant.line}: {mutant.change}: {test or f'SURVIVED ({mutant.excuse})'}", flush=True)
             if not (test or mutant.excuse):
                 unlisted.append(mutant)

@@ -102,7 +102,7 @@ def test_v3_small_has_the_reference_values_and_gradients(form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [1, 17, 132, 512])
+@pytest.mark.parametrize("length", [17, 512])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_v3_small_has_the_reference_values_and_gradients_at_every_length(length, dtype, form):
     assert_parity(V3_SMALL, [length, max(1, length - 20)], dtype, form)
