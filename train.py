@@ -31,7 +31,7 @@ from minipref.auxiliary import ModelWithAuxiliaryHead, aux_loss
 from minipref.checkpoint import load_classifier
 from minipref.data import Pair, collate, encode_pairs, epoch_batches, read_pairs, swap_mask
 from minipref.fast import accelerate, checkpoint_activations, tune_malloc
-from minipref.optim import SCHEDULES, AdamW, clip_gradients, decay_groups
+from minipref.optim import AdamW, clip_gradients, decay_groups, learning_rates
 from minipref.predictor import Judge, check_vocabulary, predict_logits
 from minipref.recipes import RECIPES, TrainConfig, default_recipe, recipe_name
 from minipref.run import distributed, folder, log
@@ -89,7 +89,8 @@ def train(options: argparse.Namespace, stop: StopSignal) -> None:
     precision = runtime.choose_precision(options.precision, device)
     make_deterministic(device)
     tune_malloc()
-    with folder.lock_run(run, options.resume), folder.resume_hint(run, "python train.py --resume --run"):
+    with (folder.lock_run(run, options.resume, options.encoder),
+          folder.resume_hint(run, "python train.py --resume --run")):
         tokenizer = load_tokenizer(options.encoder)
         pairs = [pair for path in options.train for pair in read_pairs(path, soft=options.soft_labels)][:options.limit]
         held_out = read_pairs(options.valid) if options.valid else []
@@ -135,7 +136,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
     distributed.seed_rank(options.seed)
     groups = decay_groups(model, config.weight_decay, config.lr, config.head_lr, config.layer_decay)
     optimizer = AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), eps=config.adam_eps)
-    schedule = SCHEDULES[config.schedule]
+    peaks = [config.lr, *(group["peak_lr"] for group in groups)]
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     steps_per_epoch = config.steps_per_epoch(len(train_rows))
@@ -190,7 +191,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
             micro_batches = batches[step_in_epoch * config.accumulate:(step_in_epoch + 1) * config.accumulate]
             step_rows, step_loss = sum(map(len, micro_batches)), 0.0
             # Steps 1 to total of total + 1: neither the first nor the last step has a learning rate of 0.
-            position = state.step + 1, total_steps + 1, warmup_steps
+            lr, *rates = learning_rates(config.schedule, state.step + 1, total_steps + 1, warmup_steps, peaks)
             optimizer.zero_grad(set_to_none=True)
             for micro_batch in micro_batches:
                 rows, swap, weight = distributed.shard_batch(train_rows[micro_batch], swapped[micro_batch])
@@ -209,14 +210,14 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
             scaler.unscale_(optimizer)
             grad_norm = clip_gradients(model.parameters(), config.clip)
             check_step(state, step_loss, grad_norm, scaler, [train_rows[b] for b in micro_batches], setup.pairs)
-            for group in optimizer.param_groups:
-                group["lr"] = schedule(*position, group["peak_lr"])
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate
             scaler.step(optimizer)                                         # leaves out a step that overflowed
             scaler.update()
-            state.step, state.lr = state.step + 1, schedule(*position, config.lr)
+            state.step, state.lr = state.step + 1, lr
 
             bar.update(step_rows)
-            bar.set_postfix(loss=f"{step_loss:.3f}", lr=f"{state.lr:.1e}", refresh=False)
+            bar.set_postfix(loss=f"{step_loss:.3f}", lr=f"{lr:.1e}", refresh=False)
             log.log_eta(step_seconds, time.monotonic() - started, total_steps - state.step, bar)
             if distributed.all_reduce_max(time.monotonic() - last_save >= 60 * options.save_every):
                 save()

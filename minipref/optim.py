@@ -130,7 +130,11 @@ def linear_with_warmup(step: int, total_steps: int, warmup_steps: int, peak_lr: 
     return peak_lr * max(0.0, (total_steps - step) / max(total_steps - warmup_steps, 1))
 
 
-SCHEDULES = {"cosine": cosine_with_warmup, "linear": linear_with_warmup}
+def learning_rates(schedule: str, step: int, total_steps: int, warmup_steps: int, peaks: Iterable[float]
+                   ) -> list[float]:
+    """The learning rate of each group of parameters at `step`, by its peak."""
+    rate = {"cosine": cosine_with_warmup, "linear": linear_with_warmup}[schedule]
+    return [rate(step, total_steps, warmup_steps, peak) for peak in peaks]
 
 
 @torch.no_grad()

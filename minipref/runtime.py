@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 MAX_JSON_BYTES = 32 << 20       # a config.json has a thousand, the index of a large checkpoint a million
 FORBIDDEN = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef" + "".join(   # in HTML or XML
     f"{chr(plane + 0xfffe)}{chr(plane + 0xffff)}" for plane in range(0, sys.maxunicode, 1 << 16)) + "]")
-TEMPORARY = ".minipref-tmp-"    # how the names of our temporary folders begin, and no others
+TEMPORARY = ".minipref-tmp-"    # how the names of our temporary folders begin; tempfile adds eight characters
 
 
 # --- errors and commands ----------------------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ def remove_stale_temporaries(folder: str | Path) -> None:
 
     Only for a folder in which nobody else is writing now.
     """
-    for leftover in Path(folder).glob(f"{TEMPORARY}*"):
+    for leftover in Path(folder).glob(f"{TEMPORARY}????????"):
         shutil.rmtree(leftover, ignore_errors=True)       # leaves a link or a file of that name alone
 
 

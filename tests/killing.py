@@ -121,10 +121,10 @@ class Watch:
 
         A step is a stretch of the loop in `train.fit`: it begins with the learning rate and ends with the time left.
         """
-        calls, real_lr, real_eta = Counter(), train.cosine_with_warmup, train.log.log_eta
+        calls, real_lr, real_eta = Counter(), train.learning_rates, train.log.log_eta
         real_batch, real_update, real_scaler = train.collate, AdamW._update, torch.amp.GradScaler.update
 
-        def cosine_with_warmup(*args):
+        def learning_rates(*args):
             calls.clear()
             self.part = "a step"
             return real_lr(*args)
@@ -149,7 +149,7 @@ class Watch:
                 self.here("AdamW has moved six parameters and not the others")
             return real_update(*args)
 
-        train.cosine_with_warmup, train.log.log_eta = cosine_with_warmup, log_eta
+        train.learning_rates, train.log.log_eta = learning_rates, log_eta
         train.collate, AdamW._update, torch.amp.GradScaler.update = collate, update, scaler_update
 
     def _inside_a_write(self) -> None:

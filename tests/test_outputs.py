@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small import BUNDLED, write_rows
 
 import predict
@@ -17,6 +18,7 @@ from minipref import synthetic
 from minipref.explain import __main__ as explain_program
 from minipref.pretrain import __main__ as pretrain_program
 from minipref.run.folder import lock_run, write_manifest
+from minipref.run.state import write_state
 from minipref.runtime import InputError, atomic_write, check_writable, remove_stale_temporaries, write_text
 from minipref.synthetic import __main__ as synthetic_program
 from minipref.synthetic import read_truth
@@ -99,8 +101,28 @@ def test_a_run_killed_at_its_first_write_is_begun_again():
         assert not list(Path("killed").iterdir())
 
 
+def test_an_encoder_in_the_runs_own_folder_is_refused_and_stays(encoder, capsys):
+    a_run(Path("run"))
+    shutil.copytree(encoder, "run/model")
+    write_rows(Path("t.csv"), 20)
+    refused(capsys, train.main, ["--train", "t.csv", "--encoder", "run/model", "--run", "run"],
+            "run/model: an encoder in")
+    refused(capsys, pretrain_program.main, ["--corpus", "none", "--output", "run", "--encoder", "./run/../run/model"],
+            "model: an encoder in")
+
+
+def test_a_saved_state_removes_no_file_but_its_own(tmp_path):
+    for number in range(4):
+        write_state("state", {"x": torch.zeros(number + 1)}, {})
+        Path("state/tensors-backup.safetensors").write_text("mine")
+    assert Path("state/tensors-backup.safetensors").read_text() == "mine"
+    assert sorted(path.name for path in Path("state").glob("tensors-?.safetensors")) == [
+        "tensors-0.safetensors", "tensors-2.safetensors"]
+
+
 def test_temporary_files_that_only_look_like_ours_stay():
     a_run(Path("run"))
+    write_text(Path("run/.minipref-tmp-notes/mine"), "mine")
     for name in (".notes.tmp", ".tmpmine", ".config.json.77.tmp", ".minipref-tmp-mine"):
         Path("run", name).write_text("mine")
     before = content(Path("run"))

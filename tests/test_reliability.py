@@ -77,7 +77,7 @@ def begin(encoder, *more) -> list[str]:
 RESUME = ["--resume", "--run", "run"]
 
 
-STEP = "cosine_with_warmup"         # what train.py calls once at the beginning of each step
+STEP = "learning_rates"         # what train.py calls once at the beginning of each step
 
 
 def signal_at(patch, module, name, number, which=signal.SIGTERM):
@@ -544,7 +544,7 @@ def test_a_closed_terminal_costs_nothing_though_each_print_fails(encoder, monkey
                 print("a line of the log", flush=True)
             return real(*args)
 
-        closed, real = [], train.cosine_with_warmup
+        closed, real = [], train.learning_rates
         patch.setattr(train, STEP, hang_up)
         patch.setattr(sys, "stdout", terminal)
         patch.setattr(sys, "stderr", terminal)

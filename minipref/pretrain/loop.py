@@ -54,10 +54,8 @@ class PretrainState:
 def pretrain(options: argparse.Namespace) -> None:
     """A whole run, in a folder that no other run uses meanwhile."""
     run = Path(options.output)
-    with folder.lock_run(run, options.resume), folder.resume_hint(run, f"{PROGRAM} --resume --output"):
-        if options.encoder and Path(options.encoder).resolve() == (run / "model").resolve():
-            raise InputError(file=options.encoder, found="the folder that this run would write its own encoder to",
-                             expected="another --output")
+    with (folder.lock_run(run, options.resume, options.encoder),
+          folder.resume_hint(run, f"{PROGRAM} --resume --output")):
         fit(run, options, resuming=options.resume and folder.can_resume(run))
 
 

@@ -97,14 +97,17 @@ def resume_hint(folder: Path, command: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock_run(folder: str | Path, resume: bool = False) -> Iterator[None]:
+def lock_run(folder: str | Path, resume: bool = False, encoder: str | None = None) -> Iterator[None]:
     """Keep a run's folder for this run; what killed processes left half-written in it is removed.
 
     Of several processes rank 0 locks. The lock is on the folder itself and is the system's: it leaves no file behind
     and ends with the process, however that dies. Some network file systems have no locks; a line says so.
-    Errors: `InputError` where another process has the folder, where it is not a run's, and where `resume` is False and
-    there is a run to resume.
+    Errors: `InputError` where another process has the folder, where it is not a run's, where the encoder lies in it,
+    which the run would write over, and where `resume` is False and there is a run to resume.
     """
+    if encoder and Path(encoder).resolve().is_relative_to(Path(folder).resolve()):
+        raise InputError(file=encoder, found="an encoder in the folder that this run would write its own model to",
+                         expected="another folder for the run")
     check_writable(Path(folder) / "config.json")
     distributed.barrier()                      # until no other rank tries to write
     if not distributed.is_main_process():

@@ -30,6 +30,7 @@ from minipref.runtime import (
     write_json,
 )
 
+GENERATIONS = tuple(f"tensors-{n}.safetensors" for n in range(3))     # the two pointed to, and the one being written
 CURRENT = "current.json"
 PREVIOUS = "previous.json"
 FORMAT = 2                         # of a state; another one is refused by this number
@@ -86,7 +87,7 @@ def write_state(folder: str | Path, tensors: dict[str, Tensor], facts: dict) -> 
     remove_stale_temporaries(folder)                            # a save that was killed may have left gigabytes
     pointer, previous = _read_pointer(folder / CURRENT), _read_pointer(folder / PREVIOUS)
     in_use = {p["tensors"] for p in (pointer, previous) if p}
-    name = next(n for n in ("tensors-0", "tensors-1", "tensors-2") if f"{n}.safetensors" not in in_use) + ".safetensors"
+    name = next(name for name in GENERATIONS if name not in in_use)
     # Tensors that share memory would be refused, and an optimizer's step counters are many small ones: one pass.
     with atomic_write(folder / name) as temporary:
         save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, temporary)
@@ -96,9 +97,8 @@ def write_state(folder: str | Path, tensors: dict[str, Tensor], facts: dict) -> 
         write_json(folder / PREVIOUS, pointer)
     write_json(folder / CURRENT, {"format": FORMAT, "tensors": name, "sha256": digest, "facts": facts_text,
                                   "facts_sha256": _digest(facts_text)})
-    for leftover in folder.glob("tensors-*.safetensors"):       # the generation that nothing points to any more
-        if leftover.name not in {name, pointer["tensors"] if pointer else name}:
-            leftover.unlink()
+    for leftover in set(GENERATIONS) - {name, pointer["tensors"] if pointer else name}:
+        (folder / leftover).unlink(missing_ok=True)             # nothing points to it any more
 
 
 def read_state(folder: str | Path, which: str = CURRENT) -> tuple[dict[str, Tensor], dict]:
@@ -172,7 +172,7 @@ def rng_state() -> tuple[dict[str, Tensor], dict]:
     tensors = {"rng.torch": torch.get_rng_state()}
     if torch.backends.mps.is_available():
         tensors["rng.mps"] = torch.mps.get_rng_state()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()

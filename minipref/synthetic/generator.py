@@ -198,6 +198,8 @@ def read_truth(train_files: Iterable[str | Path]) -> dict[str, np.ndarray]:
             a, b, tie = p = frame[["a", "b", "tie"]].to_numpy(dtype=np.float64).T
         except (OSError, ValueError, OverflowError):      # it cannot be read, or is no table of numbers
             continue
+        if not np.isfinite(p).all():
+            continue
         if ((tie > 0) & (abs(a + b + tie - 1) < 1e-6) & (abs(a * b - (tie / TIE)**2) < 1e-6)).all():
             truth |= dict(zip(frame["id"], p.T))
     return truth
