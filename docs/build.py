@@ -29,7 +29,7 @@ from minipref.explain import explain, figure  # noqa: E402
 from minipref.model import log_bucket  # noqa: E402
 from minipref.optim import cosine_with_warmup  # noqa: E402
 from minipref.predictor import Judge  # noqa: E402
-from minipref.recipes import RECIPES  # noqa: E402
+from minipref.recipes import RECIPES, recipe  # noqa: E402
 from minipref.runtime import write_text  # noqa: E402
 from minipref.tokenizer import load_tokenizer  # noqa: E402
 
@@ -150,8 +150,9 @@ def recipes() -> str:
     """The recipes' figures and their sources as Markdown."""
     lines = ["| hyperparameter | " + " | ".join(f"`{name}`" for name in RECIPES) + " |",
              "|---|" + "---:|" * len(RECIPES)]
-    for name in RECIPES["baseline"]:
-        lines.append(f"| {name} | " + " | ".join(f"{RECIPES[r][name][0]:g}" for r in RECIPES) + " |")
+    for name in dict.fromkeys(name for preset in RECIPES.values() for name in preset):
+        values = [getattr(recipe(preset), name) for preset in RECIPES]
+        lines.append(f"| {name} | " + " | ".join(v if isinstance(v, str) else f"{v:g}" for v in values) + " |")
     return "\n".join(lines)
 
 

@@ -6,11 +6,11 @@ The files in the order in which they are best read:
     config.py        its configuration, and what makes it v3
     checkpoint.py    the published file format, as a table of names
     tokenizer.py     text to ids;  sentencepiece_model.py  the vocabulary's file
-    data.py          a CSV row to a padded batch
+    data.py          a row to a padded batch;  layouts.py  the files in which people keep rows
     recipes.py       hyperparameters and their sources
     optim.py         AdamW, the learning-rate schedule, clipping
     ../train.py      options, data, model, loop, report
-    metrics.py       scores, baselines, calibration
+    metrics.py       scores, baselines, calibration;  surface.py  what can be counted, and its blend with the model
     predictor.py     a trained model in use;  ../predict.py  the submission
 
 Side rooms, each of which can be skipped:

@@ -30,7 +30,8 @@ from minipref.data import character_counts, read_pairs
 from minipref.model import attention_scores, distance_buckets, relative_index
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-RUN = ["README.md", "docs/attention.md", "docs/training.md", "docs/kaggle.md", "docs/exercises.md"]
+RUN = ["README.md", "docs/attention.md", "docs/training.md", "docs/kaggle.md", "docs/exercises.md",
+       "docs/troubleshooting.md"]
 HURRY = "--limit 160 --epochs 1 --precision fp32"
 FENCE = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.S | re.M)
 
