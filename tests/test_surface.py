@@ -101,11 +101,11 @@ def test_the_regression_treats_a_and_b_alike():
 
 def test_other_features_than_length_count_in_full_with_many_rows_and_hardly_with_few():
     rng = np.random.default_rng(2)
-    features = rng.standard_normal((40_000, len(FEATURES)))
+    features = rng.standard_normal((15_000, len(FEATURES)))
     digits = FEATURES.index("log(digits of A / of B)")
     labels = (rng.logistic(size=len(features)) > features[:, digits]).astype(int)
-    few, many = (fit_surface(features[:n], labels[:n]).weights[digits, 0] for n in (200, 40_000))
-    assert few < 0.25 and many == pytest.approx(0.5, rel=0.1)
+    few, many = (fit_surface(features[:n], labels[:n]).weights[digits, 0] for n in (200, 15_000))
+    assert few < 0.25 and many == pytest.approx(0.5, rel=0.2)
 
 
 # --- the blend
