@@ -11,7 +11,7 @@ help:        ## this list
 train: .venv/runtime        ## train: on data/train.csv and weights/deberta-v3-small if they are there, else on what ships (ARGS=...)
 	$(PY) train.py $(ARGS)
 
-predict: .venv/runtime      ## judge CSV=test.csv with the newest run's model; writes submission.csv
+predict: .venv/runtime      ## predict the rows of CSV=test.csv with the newest run's model; writes submission.csv
 	$(PY) predict.py $(CSV) $(ARGS)
 
 test: .venv/dev             ## the tests, a process for each core up to four
@@ -44,7 +44,7 @@ docs: .venv/dev             ## make every figure, generated table and notebook o
 pretrain: .venv/runtime     ## make the small encoder again from a folder of text: CORPUS=folder
 	$(PY) -m minipref.pretrain --corpus $(CORPUS) $(ARGS)
 
-kill: .venv/dev             ## kill a training run hundreds of times and go on; writes docs/reliability.md
+kill: .venv/dev             ## kill a training run hundreds of times and resume it; writes docs/reliability.md
 	$(PY) tests/killing.py $(ARGS)
 
 setup: .venv/dev            ## the environment with the test packages, and nothing else

@@ -181,7 +181,8 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
             if ended := end_reason(state, total_steps, config):
                 break
 
-            # One optimizer step: the mean loss over all rows of its micro-batches, in all processes.
+            # One optimizer step: the mean loss over all rows of its micro-batches, in all processes. Losses are sums
+            # over rows; `weight` is the number of processes, which DDP divides by, or 0 for a row of another's.
             started = time.monotonic()
             epoch, step_in_epoch = divmod(state.step, steps_per_epoch)
             if epoch != batches_epoch:

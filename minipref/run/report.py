@@ -42,7 +42,9 @@ MOST_SHOWN = 1500          # characters of a text
 
 def final_report(run: Path, classifier: PreferenceModel, state, ended: str, train_rows: np.ndarray,
                  valid_rows: np.ndarray, setup: Setup) -> np.ndarray:
-    """Score the best model beside the baselines, fit its temperature, write model/, report.json and report.html.
+    """Score the best model beside the baselines, fit its blend, write model/, report.json and report.html.
+
+    Without validation rows (--all-rows) the last parameters are written, unscored.
 
     `state` is train.py's `TrainState`. Returns the validation rows' logits in both orders, (rows, 2, 3).
     """
