@@ -11,12 +11,11 @@ any two steps and resume bit for bit. What saves, locks, logs and synchronises i
 """
 
 import argparse
-import dataclasses
 import filecmp
 import math
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from minipref import metrics, runtime, synthetic
 from minipref.auxiliary import ModelWithAuxiliaryHead, aux_loss
-from minipref.checkpoint import load_classifier
+from minipref.checkpoint import grow_embeddings, load_classifier
 from minipref.data import Pair, collate, encode_pairs, epoch_batches, read_pairs, swap_mask
 from minipref.fast import accelerate, checkpoint_activations, tune_malloc
 from minipref.optim import AdamW, clip_gradients, decay_groups, learning_rates
@@ -92,6 +91,7 @@ def train(options: argparse.Namespace, stop: StopSignal) -> None:
     with (folder.lock_run(run, options.resume, options.encoder),
           folder.resume_hint(run, "python train.py --resume --run")):
         tokenizer = load_tokenizer(options.encoder)
+        tokenizer = tokenizer.with_token("\n") if options.newline_token else tokenizer
         pairs = [pair for path in options.train for pair in read_pairs(path, soft=options.soft_labels)][:options.limit]
         held_out = read_pairs(options.valid) if options.valid else []
         splits = split_rows(pairs, held_out, config, options)
@@ -122,9 +122,11 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
 
     seed_everything(options.seed)
     classifier = load_classifier(options.encoder, device=device)           # pooler and classifier are fresh
+    if options.newline_token:
+        grow_embeddings(classifier, tokenizer.vocab_size)
     check_vocabulary(tokenizer, classifier.config.vocab_size, options.encoder)
     log.log_model(classifier, run)
-    classifier.encoder.config = dataclasses.replace(classifier.config, cls_dropout=config.head_dropout)
+    classifier.encoder.config = replace(classifier.config, cls_dropout=config.head_dropout)
     classifier.classifier_dropout.p = config.head_dropout
     classifier.encoder.word_embeddings.weight.requires_grad_(not options.freeze_embeddings)
     model = ModelWithAuxiliaryHead(classifier, tokenizer.sep_id).to(device) if config.aux_loss else classifier
@@ -312,7 +314,7 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     add("--resume", action="store_true", help="resume the run in --run")
     add("--folds", type=number(int, 2, 1000), help="train this many models, each validated on rows that it never saw")
     add("--all-rows", action="store_true", help="train on every row; nothing is left to validate on")
-    for option in dataclasses.fields(TrainConfig):
+    for option in fields(TrainConfig):
         if option.metadata and option.name not in ("adam_eps", "clip"):
             allowed = dict(option.metadata)
             if "choices" not in allowed:
@@ -321,6 +323,7 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     add("--precision", choices=runtime.PRECISIONS, help="of the forward pass; parameters stay float32")
     add("--device", choices=runtime.DEVICES)
     add("--seed", type=number(int, 0, 2**63 - 1), help="of the split, the order, the swaps, the classifier and dropout")
+    add("--newline-token", action="store_true", help="line breaks become a token, which v3's vocabulary lacks")
     add("--no-swap", action="store_true", help="do not exchange A and B at random in training")
     add("--freeze-embeddings", action="store_true", help="do not train the word embeddings")
     add("--checkpoint-activations", action="store_true", help="less memory for a second forward pass")
@@ -332,10 +335,10 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     return vars(parser.parse_args(arguments))
 
 
-DEFAULTS = {"soft_labels": False, "valid": None, "resume": False, "folds": None, "all_rows": False,
-            "precision": "auto", "device": "auto", "seed": 42, "no_swap": False, "freeze_embeddings": False,
-            "checkpoint_activations": False, "compile": False, "no_fast": False, "no_blend": False,
-            "save_every": 10.0, "limit": None}
+DEFAULTS = {"valid": None, "folds": None, "limit": None, "precision": "auto", "device": "auto", "seed": 42,
+            "save_every": 10.0} | dict.fromkeys(
+    ("soft_labels", "resume", "all_rows", "no_swap", "newline_token", "freeze_embeddings", "checkpoint_activations",
+     "compile", "no_fast", "no_blend"), False)
 
 
 def resolve_options(overrides: dict) -> argparse.Namespace:

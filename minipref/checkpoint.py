@@ -5,7 +5,7 @@ pre-training heads or to another task's head is left out and counted; anything e
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -133,6 +133,17 @@ def load_classifier(folder: str | Path, dtype: torch.dtype = torch.float32, devi
         _fill(model, tensors, dtype, device)
     model.load_report = report
     return model.eval()
+
+
+def grow_embeddings(model: PreferenceModel, vocab_size: int) -> None:
+    """Append word embeddings, drawn as DeBERTa draws them, up to `vocab_size`; v3 has 99 free ones already."""
+    encoder, old = model.encoder, model.encoder.word_embeddings
+    if vocab_size > old.num_embeddings:
+        encoder.config = replace(encoder.config, vocab_size=vocab_size)
+        encoder.word_embeddings = nn.Embedding(vocab_size, old.embedding_dim, old.padding_idx).to(old.weight)
+        with torch.no_grad():
+            encoder.word_embeddings.weight.normal_(std=encoder.config.initializer_range)
+            encoder.word_embeddings.weight[:old.num_embeddings] = old.weight
 
 
 def save_classifier(model: PreferenceModel, folder: str | Path) -> None:

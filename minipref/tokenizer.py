@@ -158,8 +158,9 @@ class Tokenizer:
         self.pad_id, self.cls_id, self.sep_id, self.mask_id = (control_ids[token] for token in SPECIAL_TOKENS)
         self.unk_id = types.index(UNKNOWN)
         self.vocab_size = len(pieces)
-        listed = json.dumps(added_tokens, sort_keys=True).encode() if added_tokens else b""
-        self.fingerprint = hashlib.sha256(data + listed).hexdigest()
+        listed = sorted((token["id"], token["content"], bool(token.get("normalized", True)), bool(token.get("special")))
+                        for token in added_tokens)
+        self.fingerprint = hashlib.sha256(data + (json.dumps(listed).encode() if listed else b"")).hexdigest()
 
         byte_ids = {piece: id for id, piece in enumerate(pieces) if types[id] == BYTE}
         self._byte_ids = [byte_ids[piece] for piece in BYTE_PIECES] if byte_ids else []
@@ -257,6 +258,14 @@ class Tokenizer:
             parts.append(bytes([BYTE_PIECES[piece]]) if is_byte else piece.replace(SPACE, " ").encode())
         text = b"".join(parts).decode(errors="replace")
         return text.removeprefix(" ") if self._vocabulary.add_dummy_prefix else text
+
+    def with_token(self, content: str) -> "Tokenizer":
+        """This tokenizer with an added token that texts may contain, at the next free id; itself if it has it."""
+        if content in self._before[0] or content in self._after[0]:
+            return self
+        mask = {"id": self.mask_id, "content": "[MASK]", "normalized": False, "special": True}     # spm.model lacks it
+        added = [mask, {"id": self.vocab_size, "content": content, "normalized": False}]
+        return Tokenizer(self._name, self._data, [*self._added_tokens, *added])
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's file, byte for byte as it was read, and a tokenizer_config.json for transformers.

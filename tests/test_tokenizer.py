@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import BUNDLED
 from spm import SMALL_TRIE, docstrings, load_or_refuse, spm_model, trained_tokenizer
 from tokenizers import Tokenizer as LibraryTokenizer
 
@@ -795,3 +796,33 @@ def containers(value: object):
     for key, inner in entries:
         yield value, key
         yield from containers(inner)
+
+
+# --- a token of our own
+
+def assert_keeps_lines(tokenizer, folder):
+    """The tokenizer with a line break as a token, also saved and loaded."""
+    newline = tokenizer.with_token("\n")
+    text = "- one\n- two\n\nthree"
+    ids = newline.encode(text)
+    assert ids.count(tokenizer.vocab_size) == 3 and newline.vocab_size == tokenizer.vocab_size + 1
+    pieces = [part for line in text.split("\n") for part in ([*tokenizer.encode(line)], [tokenizer.vocab_size])][:-1]
+    assert ids == [id for part in pieces for id in part], "each line as it is alone"
+    assert newline.with_token("\n") is newline and newline.fingerprint != tokenizer.fingerprint
+    newline.save(folder)
+    loaded = load_tokenizer(folder)
+    assert (loaded.encode(text), loaded.fingerprint, loaded.mask_id) == (ids, newline.fingerprint, tokenizer.mask_id)
+    return newline
+
+
+def test_a_line_break_may_become_a_token_that_transformers_reads_back(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    newline = assert_keeps_lines(load_tokenizer(BUNDLED), tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "a list:\n- one\n- two"
+    assert theirs(text, add_special_tokens=False)["input_ids"] == newline.encode(text)
+
+
+def test_the_published_vocabularys_line_break_is_its_first_free_row(reference_dir, tmp_path):
+    newline = assert_keeps_lines(load_tokenizer(reference_dir / "deberta-v3-small"), tmp_path)
+    assert newline.vocab_size == 128002 and newline.encode("\n") == [128001]

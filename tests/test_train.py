@@ -121,6 +121,19 @@ def test_soft_labels_train_as_hard_ones_where_they_are_one_hot_and_teach_otherwi
     assert files["hard"] == files["one-hot"] != files["soft"]
 
 
+def test_line_breaks_are_a_token_with_newline_token_and_the_model_keeps_it(encoder, tmp_path):
+    rows = write_rows(tmp_path / "train.csv", 80)
+    options = [*FAST, "--epochs", "1", "--encoder", str(encoder), "--train", str(rows), "--no-blend"]
+    assert train.main([*options, "--run", "run", "--newline-token"]) == 0
+    judge, plain = minipref.load_judge("run/model"), minipref.load_tokenizer(encoder)
+    assert judge.tokenizer.vocab_size == plain.vocab_size + 1 == judge.model.encoder.word_embeddings.num_embeddings
+    one_line, two_lines = judge.compare("p", "a b", "c"), judge.compare("p", "a\nb", "c")
+    assert one_line != two_lines
+    assert train.main([*options, "--run", "without"]) == 0
+    judge = minipref.load_judge("without/model")
+    assert judge.compare("p", "a b", "c") == judge.compare("p", "a\nb", "c")
+
+
 def test_a_run_that_stops_before_its_learning_rate_has_fallen_says_so(encoder, tmp_path, capsys):
     rows = write_rows(tmp_path / "train.csv", 80)
     options = [*FAST, "--epochs", "6", "--lr", "1e-12", "--patience", "1", "--train", str(rows), "--run", "run"]
