@@ -21,9 +21,9 @@ from minipref.data import LABEL_COLUMNS, read_pairs
 from minipref.metrics import cross_fit, evaluate, fit_blend, swap_averaged
 
 run, train_csv, test_csv, submission = map(Path, sys.argv[1:])
-train, test = read_pairs(train_csv), read_pairs(test_csv, "if present")
 oof = pd.read_csv(run / "oof.csv", dtype={"id": str})
-assert oof["id"].tolist() == [pair.id for pair in train], "oof.csv is of other rows"
+by_id, test = {pair.id: pair for pair in read_pairs(train_csv)}, read_pairs(test_csv, "if present")
+train = [by_id[row] for row in oof["id"]]
 labels, folds = np.array([pair.label for pair in train]), oof["fold"].to_numpy()
 
 
