@@ -359,7 +359,7 @@ def resolve_options(overrides: dict) -> argparse.Namespace:
         places = (REAL_WEIGHTS, HERE / REAL_WEIGHTS, BUNDLED_WEIGHTS, HERE / BUNDLED_WEIGHTS)
         options.encoder = str(next((place for place in places if place.is_dir()), places[-1]))
     if "train" not in options:
-        if not REAL_ROWS.is_file() and distributed.is_main_process():
+        if not (REAL_ROWS.is_file() or SYNTHETIC_ROWS.is_file()) and distributed.is_main_process():
             synthetic.write_dataset(SYNTHETIC_ROWS.parent)
         distributed.barrier()
         options.train = [str(REAL_ROWS if REAL_ROWS.is_file() else SYNTHETIC_ROWS)]

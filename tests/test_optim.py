@@ -299,3 +299,8 @@ def test_the_linear_schedule_is_transformers():
         assert linear_with_warmup(step, 50, 7, 3e-4) == pytest.approx(theirs.get_last_lr()[0], abs=1e-18)
         optimizer.step()
         theirs.step()
+
+
+def test_the_linear_schedule_without_warmup_starts_at_the_peak_and_ends_at_0():
+    assert [linear_with_warmup(step, 4, 0, 1.0) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert [linear_with_warmup(step, 2, 2, 1.0) for step in range(4)] == [0.0, 0.5, 0.0, 0.0]

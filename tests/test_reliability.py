@@ -368,8 +368,8 @@ def test_other_weights_in_the_models_folder_are_noticed_at_the_end(encoder, caps
 def test_what_killed_processes_left_half_written_is_removed(half, whole):
     resumable(half)
     for place in ("", "state", "model"):
-        Path("run", place, f"{TEMPORARY}AbC123").mkdir(parents=True)
-        Path("run", place, f"{TEMPORARY}AbC123", "model.safetensors").write_bytes(b"half")
+        Path("run", place, f"{TEMPORARY}AbC12345").mkdir(parents=True)
+        Path("run", place, f"{TEMPORARY}AbC12345", "model.safetensors").write_bytes(b"half")
     assert train.main(RESUME) == 0
     assert not list(Path("run").rglob(".*"))
     same_ending(Path("run"), whole)
@@ -506,6 +506,15 @@ def test_a_signal_that_comes_while_processes_compare_theirs_is_not_lost(monkeypa
     assert stop.number == signal.SIGTERM
 
 
+@pytest.fixture
+def hang_up_ends_a_program():
+    """As in a terminal, also where these tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hang_up_ends_a_program")
 @pytest.mark.parametrize(("number", "code"), [
     (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 128 + signal.SIGUSR1),
     (signal.SIGUSR2, 128 + signal.SIGUSR2), (signal.SIGXCPU, 128 + signal.SIGXCPU)])
@@ -530,6 +539,7 @@ def test_a_signal_that_is_ignored_stays_ignored(number):
         signal.signal(number, before)
 
 
+@pytest.mark.usefixtures("hang_up_ends_a_program")
 def test_a_closed_terminal_costs_nothing_though_each_print_fails(encoder, monkeypatch):
     """The terminal is gone when SIGHUP arrives, which comes from the system and again from the shell."""
     ours, theirs = pty.openpty()

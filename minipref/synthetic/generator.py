@@ -174,7 +174,7 @@ def write_files(folder: str | Path, train: SyntheticRows, test: SyntheticRows) -
         if path.is_file() and path.read_bytes() != texts[name].encode():
             raise InputError(file=path, found="a file with other rows than these",
                              expected="another folder, or this file moved away")
-    for name, path in paths.items():
+    for name, path in reversed(paths.items()):            # train.csv last: where it is, the others are
         try:
             write_text(path, texts[name])
         except OSError as error:
