@@ -35,7 +35,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_rows_or_pair(parser)
     add("--model", nargs="+", action="extend", metavar="DIR",
         help="trained models, averaged (default: the newest run's)")
-    add("--output", default="submission.csv", metavar="CSV")
+    add("--output", metavar="CSV", help="of the CSV's rows (default: submission.csv)")
     add("--device", choices=runtime.DEVICES, default="auto")
     add("--precision", choices=runtime.PRECISIONS, default="auto")
     add("--batch-tokens", type=number(int, 1), default=16_384, help="tokens of a batch, padding included")
@@ -47,6 +47,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         options.csv = files[-1]                    # in `--model A B test.csv` argparse takes it for a model
         options.model.remove(options.csv)
     check_rows_or_pair(parser, options)
+    if options.csv is None and options.output is not None:
+        parser.error("--output without a CSV: one pair is printed")
+    options.output = options.output or "submission.csv"
     return options
 
 
@@ -65,6 +68,7 @@ def predict(options: argparse.Namespace) -> None:
     folders = options.model or newest_models()
     if options.csv is not None:
         runtime.check_writable(options.output, [options.csv, *folders])     # now, not after hours of work
+        runtime.check_replaceable(options.output, ",".join(["id", *LABEL_COLUMNS]), "a submission")
     judges = [load_judge(folder, device, precision, fast=not options.no_fast) for folder in folders]
     for folder, judge in zip(folders, judges):
         if judge.model.load_report.note:

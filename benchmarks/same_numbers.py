@@ -2,7 +2,7 @@
 
     python benchmarks/same_numbers.py fa198dc                     400 rows of the synthetic dataset, fp32 and bf16
     python benchmarks/same_numbers.py HEAD --rows autoj.csv --precision fp32
-    python benchmarks/same_numbers.py HEAD --keep /tmp/same       the old checkout, the runs and their logs stay there
+    python benchmarks/same_numbers.py HEAD --keep runs/same       the old checkout, the runs and their logs stay there
 
 The old commit is unpacked into a temporary folder. Its train.py and the present one, uncommitted changes included, then
 train for two epochs on the same rows from the same encoder, with the same Python and the same number of threads. Both

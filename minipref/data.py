@@ -1,6 +1,6 @@
-"""From CSV rows to padded batches.
+"""From rows to padded batches.
 
-    row      id, prompt, response_a, response_b and, for training, three one-hot label columns (Kaggle's layout)
+    row      id, prompt, response_a, response_b and, for training, three label columns: as `layouts.py` reads them
     turns    each text cell is a JSON list of turns, or in a file of plain texts one turn
     segments the token ids of prompt, A and B, each truncated to its share of the budget
     batch    [CLS] prompt [SEP] A [SEP] B [SEP], rows of similar length together, padded to the longest

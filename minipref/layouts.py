@@ -12,6 +12,7 @@ import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import zipfile
@@ -108,8 +109,8 @@ class _Layout:
                 raise InputError(file=self.path, row=row, column=CONVERSATIONS[1], found="another prompt than in "
                                  "conversation_a", expected="two conversations with the same user's turns")
             record |= dict(zip(TEXT_COLUMNS, (prompt, a, b)))
+        winner = WINNERS.get(str(values.get("winner")).strip().lower())
         if self.labels == ("winner",):
-            winner = WINNERS.get(str(values["winner"]).strip().lower())
             if winner is None:
                 raise InputError(file=self.path, row=row, column="winner", found=short_repr(values["winner"]),
                                  expected=", ".join(WINNERS))
@@ -117,6 +118,9 @@ class _Layout:
         elif self.labels:
             record |= {column: str(int(value) if isinstance(value := values[column], bool) else value)
                        for column in LABEL_COLUMNS}
+            if winner is not None and record[column := LABEL_COLUMNS[winner]].strip() in ("0", "0.0"):
+                raise InputError(file=self.path, row=row, column="winner", found=short_repr(values["winner"]),
+                                 expected=f"the same as {column}, which is {record[column]}")
         return record
 
     def _conversation(self, row: int, column: str, value: str | list) -> tuple[list[str], list[str]]:
@@ -153,8 +157,8 @@ def _rows(path: Path) -> tuple[str, list[str], Iterator[dict]]:
             first = file.read(1)
     if first == "{":
         rows = _json_lines(path)
-        header = list(next(rows))
-        return "JSON lines", header, _json_lines(path)
+        row = next(rows)
+        return "JSON lines", list(row), itertools.chain([row], rows)
     rows = _csv(path)
     return "CSV", next(rows), rows
 

@@ -109,7 +109,7 @@ def is_constant(probabilities: np.ndarray) -> bool:
     return len(probabilities) > 1 and bool(np.std(probabilities, axis=0).max() < 0.01)
 
 
-# --- temperature ------------------------------------------------------------------------------------------------------
+# --- temperature and blend --------------------------------------------------------------------------------------------
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Softmax over the last axis, in float64."""
@@ -155,14 +155,16 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp((low + high) / 2))
 
 
-def fit_blend(logits: np.ndarray, surface: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+def fit_blend(logits: np.ndarray, surface: np.ndarray | None, labels: np.ndarray) -> tuple[float, float]:
     """The temperature T and the weight w >= 0 under which softmax(logits / T + w * surface), averaged over the orders,
-    has the least log loss on these rows.
+    has the least log loss on these rows; without a surface `fit_temperature`'s and 0.
 
     The penalties (log T)^2 / 2 and 2 w^2 over all rows together keep w at or near 0 where the surface features do not
     help, and move little where some hundred rows say that they do.
     Shapes: (N, orders, 3), (N, 3), (N,) -> (T, w).
     """
+    if surface is None:
+        return fit_temperature(logits, labels), 0.0
     x, extra, y = (torch.from_numpy(np.asarray(array)) for array in (logits, surface, labels))
     raw, weight = (torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2))
     optimizer = torch.optim.LBFGS([raw, weight], max_iter=100, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
@@ -177,7 +179,7 @@ def fit_blend(logits: np.ndarray, surface: np.ndarray, labels: np.ndarray) -> tu
 
     optimizer.step(loss)
     if weight <= 0:
-        return fit_temperature(logits, labels), 0.0
+        return fit_blend(logits, None, labels)
     return 20 ** math.tanh(raw.item()), weight.item()
 
 
@@ -192,13 +194,9 @@ def cross_fit(logits: np.ndarray, surface: np.ndarray | None, labels: np.ndarray
     probabilities = np.empty((len(labels), CLASSES))
     for f in np.unique(fold):
         held, rest = fold == f, fold != f
-        temperature, added = 1.0, None
-        if rest.any() and surface is None:
-            temperature = fit_temperature(logits[rest], labels[rest])
-        elif rest.any():
-            temperature, weight = fit_blend(logits[rest], surface[rest], labels[rest])
-            added = weight * surface[held]
-        probabilities[held] = swap_averaged(logits[held], temperature, added)
+        temperature, weight = fit_blend(logits[rest], None if surface is None else surface[rest], labels[rest]) \
+            if rest.any() else (1.0, 0.0)
+        probabilities[held] = swap_averaged(logits[held], temperature, weight * surface[held] if weight else None)
     return probabilities
 
 
@@ -227,9 +225,14 @@ def score_logits(logits: np.ndarray, labels: np.ndarray, lengths: np.ndarray, tr
         results[final] = evaluate(probabilities, labels)
     if bayes_optimal is not None:
         results["Bayes-optimal"] = evaluate(bayes_optimal, labels)
-    flips = (logits.argmax(2) != logits.argmax(2)[:, :1]).any(1).mean()
-    return {"results": results, "final": final, "swap_flips": float(flips),
+    return {"results": results, "final": final, "swap_flips": swap_flips(logits),
             "conclusions": conclusions(probabilities, swap_averaged(logits, 1.0), labels, results)}
+
+
+def swap_flips(logits: np.ndarray) -> float:
+    """The share of rows whose predicted class depends on the order. Shapes: (N, orders, 3)."""
+    predicted = logits.argmax(2)
+    return float((predicted != predicted[:, :1]).any(1).mean())
 
 
 def conclusions(probabilities: np.ndarray, raw: np.ndarray, labels: np.ndarray, results: dict[str, dict]) -> list[str]:
@@ -285,8 +288,7 @@ def score_folds(logits: list[np.ndarray], splits: list[tuple[np.ndarray, np.ndar
                "length only": evaluate(softmax(by_length), truth),
                "surface features": evaluate(softmax(surface), truth),
                "out of fold": evaluate(probabilities, truth)}
-    flips = (logits.argmax(2) != logits.argmax(2)[:, :1]).any(1).mean()
-    return {"results": results, "final": "out of fold", "swap_flips": float(flips),
+    return {"results": results, "final": "out of fold", "swap_flips": swap_flips(logits),
             "probabilities": probabilities[np.argsort(held)],
             "conclusions": conclusions(probabilities, swap_averaged(logits, 1.0), truth, results)}
 

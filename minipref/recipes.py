@@ -1,4 +1,4 @@
-"""The hyperparameters of a fine-tuning run, and three named presets: each value with its source.
+"""The hyperparameters of a fine-tuning run, and four named presets: each value with its source.
 
 `train.py --recipe NAME` chooses a preset; each of its options overrides one value.
 """
@@ -53,9 +53,9 @@ class TrainConfig:
 
 
 MNLI = "Microsoft's mnli.sh for v3-small"
-ELECTRA = "ELECTRA's fine-tuning (arXiv 2003.10555, table 7)"
+ELECTRA = "ELECTRA's configure_finetuning.py"
 DEBERTA = "DeBERTa's fine-tuning (arXiv 2006.03654, appendix A)"
-RECIPES: dict[str, dict[str, tuple[int | float, str]]] = {   # preset -> hyperparameter -> (value, source)
+RECIPES: dict[str, dict[str, tuple[int | float | str, str]]] = {   # preset -> hyperparameter -> (value, source)
     "baseline": {
         "epochs": (20, "the recipe this project started from"),
         "batch_size": (8, "the recipe this project started from"),
@@ -104,7 +104,7 @@ RECIPES: dict[str, dict[str, tuple[int | float, str]]] = {   # preset -> hyperpa
         "evals_per_epoch": (4, "the best score often comes inside an epoch; not measured here"),
         "max_length": (1024, "half of the competition's rows are longer than 512 tokens; not measured here"),
         "aux_loss": (0.0, "for the small encoder only"),
-        "head_lr": (1e-4, "three times the encoder's, as ULMFiT argues (arXiv 1801.06146); not measured here"),
+        "head_lr": (1e-4, "a fresh head has farther to go; not measured here"),
         "layer_decay": (0.9, f"{ELECTRA}: 0.8 for its small and base sizes, 0.9 for large; not measured here"),
     },
     "tiny": {

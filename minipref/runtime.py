@@ -289,6 +289,16 @@ def check_writable(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
                          expected="a file name in a folder that can be written") from None
 
 
+def check_replaceable(path: str | Path, mark: str, kind: str) -> None:
+    """Errors: `InputError` for a file that is there, has something in it, and is not of the kind, known by its mark."""
+    if not os.path.isfile(path):
+        return
+    with open(path, "rb") as file:
+        start = file.read(1 << 16)
+    if start and mark.encode() not in start:
+        raise InputError(file=path, found=f"a file that is not {kind}", expected="a new name, or this file moved away")
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; on success it is flushed to disk and takes the place of `path`, or of what that links to.

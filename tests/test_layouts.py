@@ -123,3 +123,11 @@ def test_a_damaged_parquet_file_and_one_without_pyarrow_are_one_line(tmp_path, m
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(InputError, match=r"pip install \.\[parquet\]"):
         read_pairs(path)
+
+
+def test_a_winner_that_contradicts_the_other_columns_is_named(tmp_path):
+    records = [row | {"winner": WINNERS[pair.label]} for row, pair in zip(rows("columns", "one-hot"), PAIRS)]
+    assert read_pairs(written(tmp_path / "rows.jsonl", records)) == PAIRS
+    records[1]["winner"] = "model_a"
+    with pytest.raises(InputError, match="row 2, column winner: 'model_a'; expected the same as winner_model_a"):
+        read_pairs(written(tmp_path / "rows.jsonl", records))

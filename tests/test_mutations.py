@@ -278,6 +278,14 @@ MISTAKES = [
     Mistake("classes are not exchanged with the answers", "minipref/data.py", "probabilities[..., [1, 0, 2]]",
             "probabilities", "test_data::test_swapping_classes_exchanges_a_and_b_and_leaves_the_tie"),
 
+    # Files of others.
+    Mistake("any file is written over", "minipref/runtime.py", "if start and mark.encode() not in start:", "if False:",
+            "test_outputs::test_a_file_that_is_no_submission_is_not_written_over[notes.txt]"),
+    Mistake("some folds are taken for all", "minipref/run/folder.py", "if len(models) != folds:", "if False:",
+            "test_outputs::test_folds_are_averaged_only_where_all_are_there"),
+    Mistake("a contradicting winner is ignored", "minipref/layouts.py", "if winner is not None and record",
+            "if False and record", "test_layouts::test_a_winner_that_contradicts_the_other_columns_is_named"),
+
     # Models and tokenizers of others.
     Mistake("the first added token is found, not the longest", "minipref/tokenizer.py",
             "sorted(ids, key=len, reverse=True)", "sorted(ids, key=len)",

@@ -149,7 +149,7 @@ def test_rows_of_somebody_else_are_not_replaced_by_the_synthetic_dataset(capsys)
 def test_a_figure_that_nobody_named_is_not_written_over(model, capsys):
     arguments = [*PAIR, "--model", str(model), "--output", "page.html"]
     Path("page.svg").write_text("<svg>mine</svg>")
-    refused(capsys, explain_program.main, arguments, "page.svg", "no figure")
+    refused(capsys, explain_program.main, arguments, "page.svg: a file that is not")
     Path("page.svg").unlink()
     assert explain_program.main(arguments) == explain_program.main(arguments) == 0
 
@@ -299,3 +299,64 @@ def test_a_run_beside_a_foreign_truth_reports_no_bayes_optimal_score(encoder, ca
     assert train.main(["--train", "train.csv", "--encoder", str(encoder), "--run", "run", "--recipe", "tiny",
                        "--epochs", "1", "--max-length", "32", "--precision", "fp32"]) == 0
     assert "Bayes" not in capsys.readouterr().out
+
+
+# --- what is there already
+
+@pytest.mark.parametrize("name", ["notes.txt", "run/config.json", "run/state/current.json", "run/valid_predictions.csv",
+                                  "t.csv"])
+def test_a_file_that_is_no_submission_is_not_written_over(model, capsys, name):
+    shutil.copytree(model.parent, "run")
+    write_rows(Path("t.csv"), 5)
+    Path("notes.txt").write_text("mine")
+    write_rows(Path("test.csv"), 3, labels=False)
+    refused(capsys, predict.main, ["test.csv", "--model", "run/model", "--output", name], f"{name}: a file that is not")
+
+
+def test_a_submission_and_an_empty_file_are_replaced(model):
+    write_rows(Path("test.csv"), 3, labels=False)
+    Path("submission.csv").touch()
+    for _ in range(2):
+        assert predict.main(["test.csv", "--model", str(model)]) == 0
+    assert Path("submission.csv").read_text().count("\n") == 4
+
+
+def test_a_page_of_somebody_else_is_not_written_over_and_ones_own_is(model, capsys):
+    Path("mine.html").write_text("<title>mine</title>")
+    refused(capsys, explain_program.main, [*PAIR, "--model", str(model), "--output", "mine.html"], "mine.html: a file")
+    for _ in range(2):
+        assert explain_program.main([*PAIR, "--model", str(model), "--output", "ours.html"]) == 0
+
+
+def test_an_output_for_one_pair_is_refused(model, capsys):
+    refused(capsys, predict.main, [*PAIR, "--model", str(model), "--output", "one.csv"], "--output without a CSV")
+
+
+def test_a_trained_model_whose_state_is_gone_is_not_replaced(model, encoder, capsys):
+    shutil.copytree(model.parent, "run")
+    shutil.rmtree("run/state")
+    write_rows(Path("t.csv"), 20)
+    refused(capsys, train.main, ["--train", "t.csv", "--encoder", str(encoder), "--run", "run"],
+            "run: a run's model, whose state is gone")
+    Path("folds/fold-1").mkdir(parents=True)
+    a_run(Path("folds"))
+    shutil.copytree("run/model", "folds/fold-1/model")
+    refused(capsys, train.main, ["--train", "t.csv", "--encoder", str(encoder), "--run", "folds"],
+            "folds: a run's model")
+
+
+def test_folds_are_averaged_only_where_all_are_there(model, capsys):
+    write_manifest(Path("run"), {"options": {"folds": 2}, "hyperparameters": {}, "fingerprint": {}})
+    shutil.copytree(model, "run/fold-1/model")
+    write_text(Path("runs/latest"), str(Path("run").resolve()))
+    write_rows(Path("test.csv"), 3, labels=False)
+    refused(capsys, predict.main, ["test.csv"], "the models of 1 of 2 folds")
+    shutil.copytree(model, "run/fold-2/model")
+    assert predict.main(["test.csv"]) == 0
+
+
+def test_rows_that_are_named_twice_are_refused(encoder, capsys):
+    write_rows(Path("t.csv"), 20)
+    shutil.copy("t.csv", "copy.csv")
+    assert train.main(["--train", "t.csv", "copy.csv", "--encoder", str(encoder), "--run", "run"]) == 2
+    assert "copy.csv: rows that another file of --train has" in capsys.readouterr().err and not Path("run").exists()

@@ -1,6 +1,8 @@
 """What is counted in a pair, the regression on it, and its blend with a model."""
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -200,8 +202,6 @@ def test_an_explanation_has_the_blends_probabilities(blended):
 @pytest.mark.parametrize("change", [{"features": ["length"]}, {"mean": [0.0]}, {"weights": None}, {"spread": "x"},
                                     {"mean": [float("nan")] * len(FEATURES)}])
 def test_a_regression_of_other_features_is_refused(blended, tmp_path, change):
-    import json
-    import shutil
     folder = shutil.copytree(blended[0], tmp_path / "model")
     settings = json.loads((folder / "minipref.json").read_text())
     settings["surface"] |= change

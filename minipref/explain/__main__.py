@@ -9,7 +9,7 @@ from minipref.config import LABELS
 from minipref.data import read_pairs, to_pair
 from minipref.explain.attribution import explain
 from minipref.explain.figure import STYLE, figure
-from minipref.explain.page import page
+from minipref.explain.page import PAGE_MARK, page
 from minipref.predictor import (
     SETTINGS,
     Judge,
@@ -21,7 +21,15 @@ from minipref.predictor import (
 )
 from minipref.run.folder import newest_models
 from minipref.run.state import keep_globals
-from minipref.runtime import ArgumentParser, InputError, check_writable, number, run_program, write_text
+from minipref.runtime import (
+    ArgumentParser,
+    InputError,
+    check_replaceable,
+    check_writable,
+    number,
+    run_program,
+    write_text,
+)
 from minipref.tokenizer import load_tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[2] / "weights" / "minipref-tiny"
@@ -53,11 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
 @keep_globals()
 def write_explanation(options: argparse.Namespace) -> None:
     output, drawing = Path(options.output), Path(options.output).with_suffix(".svg")
-    for path in (output, drawing):
+    for path, mark in ((output, PAGE_MARK), (drawing, STYLE)):
         check_writable(path, filter(None, (options.csv, options.model)))
-    if drawing.is_file() and STYLE.encode() not in drawing.read_bytes():         # nobody named that file
-        raise InputError(file=drawing, found="a file that is no figure of minipref.explain",
-                         expected="an --output beside which the figure's name is free")
+        check_replaceable(path, mark, "one of minipref.explain")
     if options.csv is None:
         pair = to_pair((options.prompt, options.a, options.b))
     else:

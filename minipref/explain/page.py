@@ -13,6 +13,7 @@ from minipref.explain.figure import PANELS, alternative, label
 from minipref.runtime import html_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
+PAGE_MARK = "<title>One pair explained</title>"          # of the template: another file is not written over
 GAP = "[...]"                # where tokens were left out
 OUTCOMES = ("A is better", "B is better", "a tie")
 

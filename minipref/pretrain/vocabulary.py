@@ -12,7 +12,7 @@ from tokenizers.trainers import UnigramTrainer
 
 from minipref.runtime import InputError
 from minipref.sentencepiece_model import BYTE_PIECES
-from minipref.tokenizer import SPACE, SPACES, SURROGATE, Tokenizer
+from minipref.tokenizer import SPACE, SPACES, Tokenizer, replace_surrogates
 
 FIRST_PIECES = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *BYTE_PIECES]   # as in v3; [MASK] is the last id
 SURPLUS = 1.15   # so many times the wanted pieces are trained: pieces that mix letters and signs can then be left out
@@ -38,7 +38,7 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, *, character_coverag
 
     Errors: InputError if `vocab_size` is too small for the characters, or too large for the texts.
     """
-    texts = [NORMALIZER.normalize_str(SURROGATE.sub("\ufffd", text)) for text in texts]
+    texts = [NORMALIZER.normalize_str(replace_surrogates(text)) for text in texts]
     counts = Counter()
     for text in texts:
         counts.update(text)

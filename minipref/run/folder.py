@@ -55,9 +55,15 @@ def newest_models() -> list[Path]:
         run.stat()
     except (OSError, ValueError):               # no such file, or one that names no folder
         raise InputError(file=LATEST, found="no run so far", expected="--model DIR, or train.py first") from None
-    models = [run / "model"] if (run / "model").is_dir() else sorted(run.glob("fold-*/model"))
+    if (run / "model").is_dir():
+        return [run / "model"]
+    models = sorted(run.glob("fold-*/model"))
     if not models:
         raise InputError(file=run, found="no model in the newest run", expected="--model DIR")
+    folds = read_manifest(run, "train.py").get("options", {}).get("folds")
+    if len(models) != folds:
+        raise InputError(file=run, found=f"the models of {len(models)} of {folds} folds",
+                         expected="all of them: resume the run, or choose with --model")
     return models
 
 
@@ -103,7 +109,7 @@ def lock_run(folder: str | Path, resume: bool = False, encoder: str | None = Non
     Of several processes rank 0 locks. The lock is on the folder itself and is the system's: it leaves no file behind
     and ends with the process, however that dies. Some network file systems have no locks; a line says so.
     Errors: `InputError` where another process has the folder, where it is not a run's, where the encoder lies in it,
-    which the run would write over, and where `resume` is False and there is a run to resume.
+    which the run would write over, and where `resume` is False and there is a run to resume or a trained model.
     """
     if encoder and Path(encoder).resolve().is_relative_to(Path(folder).resolve()):
         raise InputError(file=encoder, found="an encoder in the folder that this run would write its own model to",
@@ -129,6 +135,8 @@ def lock_run(folder: str | Path, resume: bool = False, encoder: str | None = Non
         check_own(folder)
         if not resume and has_checkpoint(folder):
             raise InputError(file=folder, found="a run that can be resumed", expected="--resume, or another folder")
+        if not resume and any((place / "model").is_dir() for place in (folder, *folder.glob("fold-*"))):
+            raise InputError(file=folder, found="a run's model, whose state is gone", expected="another folder")
         for part in (folder, *folder.glob("fold-*")):
             for place in (part, part / "model", part / "state"):
                 remove_stale_temporaries(place)

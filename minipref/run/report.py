@@ -45,7 +45,6 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
     """Score the best model beside the baselines, fit its blend, write model/, report.json and report.html.
 
     Without validation rows (--all-rows) the last parameters are written, unscored.
-
     `state` is train.py's `TrainState`. Returns the validation rows' logits in both orders, (rows, 2, 3).
     """
     options, config, pairs = setup.options, setup.config, setup.pairs
@@ -77,8 +76,7 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
                                       lengths[train_rows], options.seed,
                                       None if any(p is None for p in bayes_optimal) else np.array(bayes_optimal),
                                       surface_logits, blend)
-        temperature, weight = metrics.fit_blend(logits, surface_logits, labels[valid_rows]) if blend else (
-            metrics.fit_temperature(logits, labels[valid_rows]), 0.0)
+        temperature, weight = metrics.fit_blend(logits, surface_logits if blend else None, labels[valid_rows])
         surface = surface.times(weight) if weight else None
         probabilities = metrics.swap_averaged(logits, temperature, weight * surface_logits)
         summary |= scored | {"temperature": temperature, "surface_weight": weight}
@@ -205,7 +203,8 @@ prefers B or calls it a tie ({", ".join(f"{i} {label}" for i, label in enumerate
 
 Use: `minipref.load_judge(folder).compare(prompt, a, b)`, `python predict.py test.csv --model folder`, or
 `transformers.AutoModelForSequenceClassification.from_pretrained(folder)` on ids laid out as
-`[CLS] prompt [SEP] A [SEP] B [SEP]`. `minipref.json` holds the budgets and the temperature.
+`[CLS] prompt [SEP] A [SEP] B [SEP]`. `minipref.json` holds the budgets, the temperature and the regression on surface
+features; the first two use them, transformers computes the network's logits alone.
 
 It reproduces the preferences of its annotators, their preference for longer responses included. It does not check
 facts, and a probability of 0.6 is a weak preference.

@@ -74,6 +74,10 @@ def write_or_check_manifest(run: Path, options: argparse.Namespace, config: Trai
                    "valid": sha256_of(options.valid) if options.valid else None,
                    "encoder": folder.encoder_fingerprint(options.encoder), "precision": precision,
                    "minipref": __version__} | folder.machine_fingerprint(device)
+    twice = next((path for n, path in enumerate(options.train)
+                  if fingerprint["train"][n] in fingerprint["train"][:n]), None)
+    if twice:
+        raise InputError(file=twice, found="rows that another file of --train has as well", expected="each file once")
     if options.resume:
         folder.check_manifest(run, "train.py", asdict(config), fingerprint,
                               {name: vars(options)[name] for name in PATHS})

@@ -43,7 +43,7 @@ class StopSignal:
         is_second = {self.number, number} <= {signal.SIGINT, signal.SIGTERM}
         if is_second and (distributed.world_size() == 1 or time.monotonic() - self.since > 5):
             os._exit(128 + number)
-        self.number, self.since = number, time.monotonic()
+        self.number, self.since = self.number or number, time.monotonic()
         mute_closed_terminal()                 # after SIGHUP: or the next line of the log ends the run before its save
 
     def check(self, *_) -> None:

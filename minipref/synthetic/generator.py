@@ -162,7 +162,9 @@ def write_dataset(folder: str | Path, **arguments: int) -> dict[str, Path]:
 
 
 def write_files(folder: str | Path, train: SyntheticRows, test: SyntheticRows) -> dict[str, Path]:
-    """Write the four files of `write_dataset`; returns their paths. Errors: InputError for a file with other content.
+    """Write the four files of `write_dataset`; returns their paths.
+
+    Errors: InputError for a file that is there with other content.
     """
     truth = pd.DataFrame(np.concatenate([train.probabilities, test.probabilities]), columns=["p_a", "p_b", "p_tie"])
     truth.insert(0, "id", [*train.frame["id"], *test.frame["id"]])
@@ -198,8 +200,7 @@ def read_truth(train_files: Iterable[str | Path]) -> dict[str, np.ndarray]:
             a, b, tie = p = frame[["a", "b", "tie"]].to_numpy(dtype=np.float64).T
         except (OSError, ValueError, OverflowError):      # it cannot be read, or is no table of numbers
             continue
-        if not np.isfinite(p).all():
-            continue
-        if ((tie > 0) & (abs(a + b + tie - 1) < 1e-6) & (abs(a * b - (tie / TIE)**2) < 1e-6)).all():
+        if np.isfinite(p).all() and (
+                (tie > 0) & (abs(a + b + tie - 1) < 1e-6) & (abs(a * b - (tie / TIE)**2) < 1e-6)).all():
             truth |= dict(zip(frame["id"], p.T))
     return truth
