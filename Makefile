@@ -1,26 +1,26 @@
-# Everything runs in .venv, which the first command makes. `make help` lists the commands.
+# Every command runs in .venv, which the first one creates. `make help` lists the commands.
 PYTHON ?= python3
 ARGS ?=
 CSV ?= data/synthetic/test.csv
 CORPUS ?= corpus
 PY := .venv/bin/python
 
-help:        ## this list
+help:        ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
-train: .venv/runtime        ## train: on data/train.csv and weights/deberta-v3-small if they are there, else on what ships (ARGS=...)
+train: .venv/runtime        ## train on data/train.csv from weights/deberta-v3-small; without them, on synthetic rows from the bundled encoder (ARGS=...)
 	$(PY) train.py $(ARGS)
 
 predict: .venv/runtime      ## predict the rows of CSV=test.csv with the newest run's model; writes submission.csv
 	$(PY) predict.py $(CSV) $(ARGS)
 
-test: .venv/dev             ## the tests, a process for each core up to four
+test: .venv/dev             ## run the tests, one process per core, at most four
 	MINIPREF_REQUIRE=transformers,sentencepiece,sklearn $(PY) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-test-slow: .venv/dev        ## the proofs that take longer: full sizes, many kills
+test-slow: .venv/dev        ## run the slow tests: full-size models, hundreds of kills
 	MINIPREF_REQUIRE=transformers,sentencepiece,sklearn $(PY) -m pytest -m slow $(ARGS)
 
-lint: .venv/dev             ## ruff
+lint: .venv/dev             ## run ruff
 	$(PY) -m ruff check .
 
 weights: .venv/runtime      ## fetch microsoft/deberta-v3-small into weights/
@@ -29,31 +29,31 @@ weights: .venv/runtime      ## fetch microsoft/deberta-v3-small into weights/
 data: .venv/runtime         ## fetch the competition's labelled rows into data/
 	$(PY) -m minipref.hub data $(ARGS)
 
-parity: .venv/dev           ## layer by layer against transformers; writes docs/parity.md
+parity: .venv/dev           ## compare every layer with transformers; writes docs/parity.md
 	$(PY) benchmarks/parity.py $(ARGS)
 
-bench: .venv/dev            ## speed and memory beside transformers; writes docs/performance.md
+bench: .venv/dev            ## compare speed and memory with transformers; writes docs/performance.md
 	$(PY) benchmarks/bench.py $(ARGS)
 
-same-numbers: .venv/runtime  ## train at an old commit and here; every number has to be the same: ARGS=COMMIT
+same-numbers: .venv/runtime  ## train at an older commit and here, and compare every number: ARGS=COMMIT
 	$(PY) benchmarks/same_numbers.py $(ARGS)
 
-docs: .venv/dev             ## make every figure, generated table and notebook of README and docs again
+docs: .venv/dev             ## rebuild the figures, generated tables and notebooks of README and docs
 	$(PY) docs/build.py $(ARGS)
 
-pretrain: .venv/runtime     ## make the small encoder again from a folder of text: CORPUS=folder
+pretrain: .venv/runtime     ## pretrain a small encoder on a folder of text: CORPUS=folder
 	$(PY) -m minipref.pretrain --corpus $(CORPUS) $(ARGS)
 
 kill: .venv/dev             ## kill a training run hundreds of times and resume it; writes docs/reliability.md
 	$(PY) tests/killing.py $(ARGS)
 
-setup: .venv/dev            ## the environment with the test packages, and nothing else
+setup: .venv/dev            ## create the environment, with the test packages
 
 clean:       ## remove runs, caches and the synthetic dataset; weights and your data stay
 	rm -rf runs submission.csv data/synthetic .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-# Where this Python already has every pinned package, the environment takes them from there and needs no network.
+# If this Python already has every pinned package, .venv uses those and needs no network.
 .venv/runtime: requirements.txt
 	$(PYTHON) -m venv $$($(PYTHON) -m pip install --dry-run --no-index --quiet -r requirements.txt >/dev/null 2>&1 \
 		&& echo --system-site-packages) .venv

@@ -1,12 +1,12 @@
-"""Predict a CSV of pairs, or one pair: three probabilities each.
+"""Predict a CSV of pairs, or one pair: three probabilities for each.
 
     python predict.py test.csv                              writes submission.csv with the newest run's model
     python predict.py --model runs/a/model runs/b/model test.csv      the average of several models
     python predict.py --prompt "..." --a "..." --b "..."    one pair, printed
-    torchrun --standalone --nproc-per-node 4 -- predict.py test.csv   rows divided among four GPUs or processes
+    torchrun --standalone --nproc-per-node 4 -- predict.py test.csv   rows divided among four processes
 
-A CSV with label columns is scored as well. What is unusual here: the submission is checked before it is moved into
-place, so a file of that name is always a whole and valid one.
+A CSV with label columns is also scored. What is unusual here: the submission is checked before it is moved into place,
+so the output file is always complete and valid.
 """
 
 import argparse
@@ -30,21 +30,21 @@ from minipref.runtime import ArgumentParser, InputError, atomic_write, number, r
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="predict.py", description="Three probabilities for each pair of responses.")
+    parser = ArgumentParser(prog="predict.py", description="Predict P(A), P(B) and P(tie) for each pair.")
     add = parser.add_argument
     add_rows_or_pair(parser)
     add("--model", nargs="+", action="extend", metavar="DIR",
         help="trained models, averaged (default: the newest run's)")
-    add("--output", metavar="CSV", help="of the CSV's rows (default: submission.csv)")
+    add("--output", metavar="CSV", help="the submission (default: submission.csv)")
     add("--device", choices=runtime.DEVICES, default="auto")
     add("--precision", choices=runtime.PRECISIONS, default="auto")
-    add("--batch-tokens", type=number(int, 1), default=16_384, help="tokens of a batch, padding included")
-    add("--no-swap-average", action="store_true", help="predict each pair in one order only: half the time")
+    add("--batch-tokens", type=number(int, 1), default=16_384, help="tokens in a batch, including padding")
+    add("--no-swap-average", action="store_true", help="predict each pair in one order only, in half the time")
     add("--no-fast", action="store_true", help="run the plain model of minipref/model.py: same numbers, slower")
     options = parser.parse_args(arguments)
     files = [path for path in options.model or () if not os.path.isdir(path)]
     if options.csv is None and options.prompt is None and files and len(options.model) > 1:
-        options.csv = files[-1]                    # in `--model A B test.csv` argparse takes it for a model
+        options.csv = files[-1]                    # argparse reads `--model A B test.csv` as three models
         options.model.remove(options.csv)
     check_rows_or_pair(parser, options)
     if options.csv is None and options.output is not None:
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         with distributed.process_group():
             predict(parse_arguments(arguments))
 
-    return run_program("predict.py", body, "; a smaller --batch-tokens takes less", distributed.rank_suffix())
+    return run_program("predict.py", body, "; a smaller --batch-tokens takes less memory", distributed.rank_suffix())
 
 
 @keep_globals()
@@ -67,14 +67,14 @@ def predict(options: argparse.Namespace) -> None:
     precision = runtime.choose_precision(options.precision, device)
     folders = options.model or newest_models()
     if options.csv is not None:
-        runtime.check_writable(options.output, [options.csv, *folders])     # now, not after hours of work
+        runtime.check_writable(options.output, [options.csv, *folders])     # before hours of work
         runtime.check_replaceable(options.output, ",".join(["id", *LABEL_COLUMNS]), "a submission")
     judges = [load_judge(folder, device, precision, fast=not options.no_fast) for folder in folders]
     for folder, judge in zip(folders, judges):
         if judge.model.load_report.note:
             print(f"note: {folder}: {judge.model.load_report.note}")
     if options.csv is not None:
-        # A submission that goes to stdout has it for itself.
+        # A submission on stdout must not be mixed with messages.
         with contextlib.redirect_stdout(sys.stderr if runtime.standard_stream(options.output) == 1 else sys.stdout):
             print(f"model      {', '.join(map(str, folders))}")
             predict_file(judges, options)
@@ -86,8 +86,8 @@ def predict(options: argparse.Namespace) -> None:
 def predict_file(judges: list[Judge], options: argparse.Namespace) -> None:
     """Predict every row of the CSV and write the submission; print the scores if the rows are labelled.
 
-    All rows are read before the first is predicted: that costs their text's memory, and avoids losing hours to a bad
-    last row. Several processes predict every N-th row each.
+    All rows are read before the first is predicted, so a malformed last row cannot waste hours of work. Each of N
+    processes predicts every N-th row.
     """
     pairs = read_pairs(options.csv, labels="if present", unique_ids=True)
     print(f"rows       {options.csv}: {len(pairs):,}")

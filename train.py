@@ -1,13 +1,13 @@
 """Fine-tune DeBERTa-v3 on human preferences: options, data, model, loop, report.
 
-    python train.py                                     what `make train` does: real rows and weights if they are there
+    python train.py                                     as `make train`: the real rows and weights if they exist
     python train.py --train data/train.csv --encoder weights/deberta-v3-small --run runs/first
-    python train.py --resume --run runs/first           resume exactly where it stopped
-    torchrun --standalone --nproc-per-node 4 -- train.py   the same on four GPUs, or four shares of a CPU
+    python train.py --resume --run runs/first           resume a stopped run
+    torchrun --standalone --nproc-per-node 4 -- train.py   four processes, on four GPUs or on one CPU
 
-What is unusual here: the order of an epoch, and which rows have A and B swapped, are functions of (seed, epoch). So the
-whole state of a run is `TrainState`, the parameters, the optimizer and the random generators, and it can stop between
-any two steps and resume bit for bit. What saves, locks, logs and synchronises is in `minipref/run/`.
+What is unusual here: the order of the rows and the set of rows with A and B swapped are functions of (seed, epoch). The
+state of a run is therefore `TrainState`, the parameters, the optimizer and the random generators. A run can stop after
+any step and resume bit for bit. Saving, locking, logging and synchronisation are in `minipref/run/`.
 """
 
 import argparse
@@ -45,21 +45,21 @@ from minipref.tokenizer import load_tokenizer
 HERE = Path(__file__).resolve().parent
 REAL_WEIGHTS, BUNDLED_WEIGHTS = Path("weights/deberta-v3-small"), Path("weights/minipref-tiny")
 REAL_ROWS, SYNTHETIC_ROWS = Path("data/train.csv"), Path("data/synthetic/train.csv")
-PAD_MULTIPLE = 8                 # tokens: oneDNN compiles bfloat16 products by shape, and so has fewer to compile
-MAX_SKIPPED = 25                 # fp16 steps in a row that overflow before the run gives up
+PAD_MULTIPLE = 8                 # tokens: oneDNN compiles a bfloat16 product for each shape; this gives fewer shapes
+MAX_SKIPPED = 25                 # consecutive fp16 steps that may overflow before the run fails
 
 
 @dataclass
 class TrainState:
-    """What a resumed run needs beside the parameters, the optimizer, the scaler and the random generators."""
+    """The state of a run apart from the parameters, the optimizer, the scaler and the random generators."""
 
-    step: int = 0                # optimizer steps taken, those that overflowed included
+    step: int = 0                # optimizer steps taken, including those that overflowed
     last_eval: int = 0           # the step of the last evaluation
     best_loss: float = math.inf  # lowest validation log loss so far
     best_step: int = 0
-    best_weights: str = ""       # the SHA-256 of the parameters then, which model/ holds
+    best_weights: str = ""       # SHA-256 of the best parameters, which model/ holds
     evals_since_best: int = 0
-    loss_sum: float = 0.0        # of the training rows since the last evaluation
+    loss_sum: float = 0.0        # over the training rows since the last evaluation
     loss_rows: int = 0
     lr: float = 0.0              # of the last step
     skipped: int = 0             # fp16 steps that overflowed
@@ -71,11 +71,11 @@ class TrainState:
 
 def main(arguments: list[str] | None = None) -> int:
     def body() -> None:
-        with StopSignal() as stop, distributed.process_group():      # a signal may not cut off how the group ends
+        with StopSignal() as stop, distributed.process_group():      # a signal must not interrupt the end of the group
             train(resolve_options(parse_arguments(arguments)), stop)
 
-    return run_program("train.py", body, "; the same steps take less with a smaller --batch-size and --accumulate, or "
-                       "with --checkpoint-activations", distributed.rank_suffix())
+    return run_program("train.py", body, "; a smaller --batch-size with a larger --accumulate takes less memory, as "
+                       "does --checkpoint-activations", distributed.rank_suffix())
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
     classifier.classifier_dropout.p = config.head_dropout
     classifier.encoder.word_embeddings.weight.requires_grad_(not options.freeze_embeddings)
     model = ModelWithAuxiliaryHead(classifier, tokenizer.sep_id).to(device) if config.aux_loss else classifier
-    model = model if options.no_fast or options.compile else accelerate(model)     # the same numbers, faster
+    model = model if options.no_fast or options.compile else accelerate(model)     # same numbers, less time
     if options.checkpoint_activations:
         checkpoint_activations(classifier)
     forward = torch.compile(model, dynamic=True) if options.compile else model
@@ -184,7 +184,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
                 break
 
             # One optimizer step: the mean loss over all rows of its micro-batches, in all processes. Losses are sums
-            # over rows; `weight` is the number of processes, which DDP divides by, or 0 for a row of another's.
+            # over rows. `weight` is the number of processes, by which DDP divides, or 0 for another process's row.
             started = time.monotonic()
             epoch, step_in_epoch = divmod(state.step, steps_per_epoch)
             if epoch != batches_epoch:
@@ -215,7 +215,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
             check_step(state, step_loss, grad_norm, scaler, [train_rows[b] for b in micro_batches], setup.pairs)
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate
-            scaler.step(optimizer)                                         # leaves out a step that overflowed
+            scaler.step(optimizer)                                         # skips a step that overflowed
             scaler.update()
             state.step, state.lr = state.step + 1, lr
 
@@ -240,7 +240,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
 
 def check_step(state: TrainState, loss: float, grad_norm: float, scaler: torch.amp.GradScaler, rows: list[np.ndarray],
                pairs: list[Pair]) -> None:
-    """Count the step's loss, or count an overflow that the scaler leaves out. Errors: `RunError` for any other NaN."""
+    """Record the step's loss, or an overflow that the scaler skips. Errors: `RunError` for any other NaN."""
     if math.isfinite(grad_norm) and math.isfinite(loss):
         step_rows = sum(map(len, rows))
         state.skipped_in_a_row = 0
@@ -257,7 +257,7 @@ def check_step(state: TrainState, loss: float, grad_norm: float, scaler: torch.a
 
 def record_evaluation(state: TrainState, logits: np.ndarray, valid_rows: np.ndarray, setup: Setup,
                       steps_per_epoch: int, bar: tqdm) -> None:
-    """Score and log an evaluation, and note whether it is the best so far. Errors: `RunError` for logits of NaN."""
+    """Score and log an evaluation, and note whether it is the best so far. Errors: `RunError` for non-finite logits."""
     broken = valid_rows[~np.isfinite(logits).all(axis=(1, 2))]
     if len(broken):
         ids = ", ".join(setup.pairs[row].id for row in broken[:20])
@@ -281,10 +281,10 @@ def record_evaluation(state: TrainState, logits: np.ndarray, valid_rows: np.ndar
 
 
 def save_best(run: Path, state: TrainState, classifier: nn.Module, setup: Setup) -> None:
-    """Write model/ if the state just saved or loaded is that of the best evaluation.
+    """Write model/ if the state just saved or loaded belongs to the best evaluation.
 
-    Only after the state is saved: a run killed between the two finds the best parameters in its state and writes them
-    again. So model/ is never of an evaluation that the state does not know.
+    The state is saved first: after a kill between the two, the resumed run finds the best parameters in its state and
+    writes model/ again.
     """
     if distributed.is_main_process() and state.best_step == state.step == state.last_eval > 0:
         Judge(classifier, setup.tokenizer, setup.config.max_length).save(run / "model")
@@ -292,7 +292,7 @@ def save_best(run: Path, state: TrainState, classifier: nn.Module, setup: Setup)
 
 
 def end_reason(state: TrainState, total_steps: int, config: TrainConfig) -> str:
-    """Why the loop ends now; empty if it does not."""
+    """The reason to end the loop now, or an empty string."""
     if config.patience and state.evals_since_best >= config.patience:
         return f"no better log loss in {config.patience} evaluations"
     return f"all {config.epochs} epochs done" if state.step == total_steps else ""
@@ -301,37 +301,37 @@ def end_reason(state: TrainState, total_steps: int, config: TrainConfig) -> str:
 # --- options ----------------------------------------------------------------------------------------------------------
 
 def parse_arguments(arguments: list[str] | None) -> dict:
-    """The options given on the command line, and no others, so that --resume can tell which were given."""
+    """The options given on the command line, without defaults: --resume must know which ones the user gave."""
     parser = ArgumentParser(prog="train.py", description="Fine-tune DeBERTa-v3 on human preferences.",
                             argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("--train", nargs="+", metavar="CSV", help="labelled rows (default: data/train.csv, else the synthetic dataset)")
     add("--soft-labels", action="store_true", help="--train's label columns hold probabilities, not 0 and 1")
-    add("--valid", metavar="CSV", help="validate on these rows instead of a part of the training rows")
-    add("--encoder", metavar="DIR", help="config.json, model.safetensors and tokenizer in the Hugging Face layout")
+    add("--valid", metavar="CSV", help="validation rows (default: a part of the training rows)")
+    add("--encoder", metavar="DIR", help="folder with config.json, model.safetensors and a tokenizer")
     add("--run", metavar="DIR", help="the run's folder (default: runs/ and the time)")
     add("--recipe", type=recipe_name, metavar="NAME", help=f"preset of hyperparameters: {', '.join(sorted(RECIPES))}")
     add("--resume", action="store_true", help="resume the run in --run")
-    add("--folds", type=number(int, 2, 1000), help="train this many models, each validated on rows that it never saw")
-    add("--all-rows", action="store_true", help="train on every row; nothing is left to validate on")
+    add("--folds", type=number(int, 2, 1000), help="cross-validation: train N models, each validated on its own fold")
+    add("--all-rows", action="store_true", help="train on every row, without validation")
     for option in fields(TrainConfig):
         if option.metadata and option.name not in ("adam_eps", "clip"):
             allowed = dict(option.metadata)
             if "choices" not in allowed:
                 allowed["type"] = number(option.type, allowed.pop("lowest"), allowed.pop("highest"))
             add(f"--{option.name.replace('_', '-')}", **allowed)
-    add("--precision", choices=runtime.PRECISIONS, help="of the forward pass; parameters stay float32")
+    add("--precision", choices=runtime.PRECISIONS, help="precision of the forward pass; parameters stay float32")
     add("--device", choices=runtime.DEVICES)
-    add("--seed", type=number(int, 0, 2**63 - 1), help="of the split, the order, the swaps, the classifier and dropout")
-    add("--newline-token", action="store_true", help="line breaks become a token, which v3's vocabulary lacks")
-    add("--no-swap", action="store_true", help="do not exchange A and B at random in training")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="seed of split, row order, swaps, new weights and dropout")
+    add("--newline-token", action="store_true", help="add a token for line breaks, which v3's vocabulary lacks")
+    add("--no-swap", action="store_true", help="do not swap A and B at random in training")
     add("--freeze-embeddings", action="store_true", help="do not train the word embeddings")
-    add("--checkpoint-activations", action="store_true", help="less memory for a second forward pass")
+    add("--checkpoint-activations", action="store_true", help="recompute activations in backward: less memory")
     add("--compile", action="store_true", help="torch.compile the plain model")
     add("--no-fast", action="store_true", help="train the plain model of minipref/model.py: same numbers, slower")
     add("--no-blend", action="store_true", help="do not blend the model with a regression on surface features")
-    add("--save-every", type=number(float, 0), metavar="MINUTES", help="between saved states (default 10)")
-    add("--limit", type=number(int, 1), metavar="N", help="only the first N rows, for a quick trial")
+    add("--save-every", type=number(float, 0), metavar="MINUTES", help="time between saved states (default 10)")
+    add("--limit", type=number(int, 1), metavar="N", help="use only the first N rows")
     return vars(parser.parse_args(arguments))
 
 
@@ -342,7 +342,7 @@ DEFAULTS = {"valid": None, "folds": None, "limit": None, "precision": "auto", "d
 
 
 def resolve_options(overrides: dict) -> argparse.Namespace:
-    """All options of the run: those given, and for the others a default, or on --resume what the run was begun with."""
+    """All options of the run. Options not given have their default, or on --resume the value stored in the run."""
     if overrides.get("resume"):
         if "run" not in overrides:
             raise InputError(found="--resume without --run", expected="the folder of the run to resume")
@@ -369,7 +369,7 @@ def resolve_options(overrides: dict) -> argparse.Namespace:
 
 
 def hints(options: argparse.Namespace) -> tuple[str, str]:
-    """How to get the real encoder and rows, where a stand-in is used."""
+    """How to get the published encoder and real rows, where a substitute is used."""
     files = [Path(place) / "model.safetensors" for place in (options.encoder, HERE / BUNDLED_WEIGHTS)]
     is_bundled = all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False)
     return ("   (the small one that ships with minipref; the real one: make weights)" if is_bundled else "",

@@ -1,28 +1,28 @@
 """minipref: DeBERTa-v3 from scratch in PyTorch, applied to predicting human preferences.
 
-The files in the order in which they are best read:
+The files in reading order:
 
     model.py         the whole model: buckets, attention, encoder, classifier
-    config.py        its configuration, and what makes it v3
+    config.py        its configuration, and the facts that define v3
     checkpoint.py    the published file format, as a table of names
     tokenizer.py     text to ids;  sentencepiece_model.py  the vocabulary's file
-    data.py          a row to a padded batch;  layouts.py  the files in which people keep rows
+    data.py          rows to padded batches;  layouts.py  CSV, JSON lines and Parquet files
     recipes.py       hyperparameters and their sources
     optim.py         AdamW, the learning-rate schedule, clipping
     ../train.py      options, data, model, loop, report
-    metrics.py       scores, baselines, calibration;  surface.py  what can be counted, and its blend with the model
+    metrics.py       scores, baselines, calibration;  surface.py  a regression on length and layout, for the blend
     predictor.py     a trained model in use;  ../predict.py  the submission
 
-Side rooms, each of which can be skipped:
+Optional reading:
 
-    fast/            the same numbers, sooner: `accelerate(model)`
-    auxiliary.py     a second head that helps a small encoder to train
+    fast/            the same numbers in less time: `accelerate(model)`
+    auxiliary.py     a second head that helps to train a small encoder
     run/             state on disk, resume, signals, several processes, the report
-    pretrain/        how such an encoder is pretrained: replaced-token detection
-    explain/         what a head attends to, and token attributions for a prediction
+    pretrain/        pretraining by replaced-token detection
+    explain/         attention scores and token attributions for a prediction
     synthetic/       the synthetic dataset
     hub.py           fetches weights and data
-    runtime.py       what every command shares: errors, devices, atomic files
+    runtime.py       shared by all commands: errors, devices, atomic files
 """
 
 __version__ = "0.2.0"      # a run resumes only with the version that began it

@@ -1,8 +1,8 @@
 """An auxiliary head for training (deep supervision and self-distillation), discarded afterwards.
 
-[CLS] alone gives a weak training signal to the small bundled encoder: one label a row has to teach it which tokens
-belong to which response, and where to look, before it can use either. The auxiliary head classifies the same row from
-the mean hidden states of its three segments, and hands its gradient to every token. docs/experiments.md has its effect.
+[CLS] alone gives a weak training signal to the small bundled encoder: from one label a row it must learn which tokens
+belong to which response, and where to attend. The auxiliary head classifies the same row from the mean hidden states of
+its three segments, so every token receives a gradient. docs/experiments.md reports its effect.
 """
 
 import torch.nn.functional as F
@@ -22,27 +22,27 @@ class AuxiliaryHead(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.linear = nn.Linear(3 * config.hidden_size, len(LABELS))
-        nn.init.zeros_(self.linear.weight)                           # no gradient to the encoder before it has learnt
+        nn.init.zeros_(self.linear.weight)                           # no gradient to the encoder from an untrained head
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor, segment_ids: Tensor) -> Tensor:
-        # A power of two cancels exactly, and keeps float16's sums over a long segment below its maximum of 65,504.
+        # In float16 a sum over a long segment would exceed the maximum of 65,504. A power of two cancels exactly.
         is_in = F.one_hot(segment_ids, 4)[..., :3].to(x.dtype) * 2.0**-12        # (B, L, 3), the fourth is padding
         means = is_in.mT @ x / is_in.sum(dim=1)[..., None]                       # (B, 3, D)
         return self.linear(means.flatten(1))
 
 
 def segment_ids(input_ids: Tensor, sep_id: int) -> Tensor:
-    """0 for the tokens of the prompt, 1 for A's, 2 for B's, 3 for padding: the number of [SEP] before the token.
+    """0 for tokens of the prompt, 1 for A, 2 for B, 3 for padding: the number of [SEP] before the token.
 
-    A [SEP] belongs to the segment that it ends, and [CLS] to the prompt. Shapes: (B, L) -> (B, L) int64.
+    A [SEP] belongs to the segment that it ends, [CLS] to the prompt. Shapes: (B, L) -> (B, L) int64.
     """
     is_sep = (input_ids == sep_id).long()
     return is_sep.cumsum(dim=1) - is_sep
 
 
 class ModelWithAuxiliaryHead(nn.Module):
-    """The model in training. Shapes: input_ids, attention_mask (B, L) -> its logits (B, 3), the auxiliary head's."""
+    """The model in training. Shapes: input_ids, attention_mask (B, L) -> logits (B, 3), auxiliary logits (B, 3)."""
 
     def __init__(self, model: PreferenceModel, sep_id: int):
         super().__init__()
@@ -57,7 +57,7 @@ class ModelWithAuxiliaryHead(nn.Module):
 def aux_loss(logits: Tensor, aux_logits: Tensor, labels: Tensor) -> Tensor:
     """The auxiliary head's cross entropy plus KL(auxiliary head || model), summed over the rows.
 
-    The divergence reaches the model alone. Annotators disagree, so soft targets are less noisy than hard labels.
+    The divergence trains the model only. Annotators disagree, so soft targets are less noisy than hard labels.
     Shapes: (B, 3), (B, 3), (B,) int64 -> ().
     Paper: self-distillation (Zhang et al. 2019, arXiv 1905.08094), here from a lower layer to the last.
     """

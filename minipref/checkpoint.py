@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints in and out. The table below *is* the documentation of the file format.
+"""Load and save Hugging Face checkpoints. The table below *is* the documentation of the file format.
 
-Nothing is skipped silently. Every tensor of the body must be there with the right shape; what belongs to the
-pre-training heads or to another task's head is left out and counted; anything else is an error that names it.
+Nothing is skipped silently. Every tensor of the body must be present with the right shape. Tensors of the pre-training
+heads or of another task's head are skipped and counted. Any other tensor is an error that names it.
 """
 
 import re
@@ -17,8 +17,8 @@ from minipref.config import LABELS, EncoderConfig
 from minipref.model import Encoder, PreferenceModel, init_weights
 from minipref.runtime import InputError, atomic_write, check_folder, read_json, short_repr, write_json
 
-# minipref's name -> Hugging Face's name, `{}` for the layer's number. Each stands for a .weight and, but for the two
-# tables, a .bias: 3 + 3 tensors around the layers and 16 in each, 102 for v3-small's six.
+# minipref's name -> Hugging Face's name; `{}` is the layer's number. Each name stands for a .weight and a .bias (only a
+# .weight for the two embeddings): 6 tensors outside the layers and 16 in each, 102 for v3-small's six layers.
 BODY_NAMES = {
     "word_embeddings": "embeddings.word_embeddings",
     "word_norm": "embeddings.LayerNorm",
@@ -33,37 +33,37 @@ BODY_NAMES = {
     "layers.{}.ff_out": "encoder.layer.{}.output.dense",
     "layers.{}.ff_norm": "encoder.layer.{}.output.LayerNorm",
 }
-BODY_PREFIX = "deberta."               # in a classifier's file; an encoder's own file may go without
+BODY_PREFIX = "deberta."               # in a classifier's file; optional in an encoder's file
 HEAD_NAMES = {"pooler": "pooler.dense", "classifier": "classifier"}
 
 TASK_HEADS = ("pooler.", "classifier.", "qa_outputs.")     # of transformers' classes for DeBERTa-v3
 
-# How others name the classes: by one of these words, with fillers around it ('winner_model_a', 'A is better').
+# Class names in other files: one of these words, with fillers around it ('winner_model_a', 'A is better').
 CLASS_WORDS = {"a": 0, "1": 0, "b": 1, "2": 1} | dict.fromkeys(
     ("tie", "tied", "draw", "equal", "same", "both", "bothbad", "bad", "good", "neither"), 2)     # 'both bad' is a tie
 FILLERS = {"winner", "win", "wins", "won", "is", "better", "best", "prefer", "preferred", "chosen", "model", "response",
            "answer", "assistant", "option", "candidate", "completion", "output"}
 
 PRETRAINING_HEADS = ("lm_predictions.", "mask_predictions.", "cls.")
-LEFTOVERS = {  # in some published files, and of no use: name -> why
+LEFTOVERS = {  # unused tensors in some published files: name -> meaning
     "embeddings.position_ids": "a counter 0, 1, 2, ...",
-    "embeddings.position_embeddings.weight": "absolute positions, which v3 trained with but does not use at the input",
+    "embeddings.position_embeddings.weight": "absolute positions, used in pretraining only",
     "embeddings.word_embeddings._weight": "the discriminator's difference, already added to the word embeddings",
 }
 
 
 @dataclass
 class LoadReport:
-    """What became of every tensor of a checkpoint; `str()` is one line."""
+    """What was done with every tensor of a checkpoint; `str()` gives one line."""
 
     loaded: int = 0
     body: int = 0
     heads_skipped: list[str] = field(default_factory=list)      # of the pre-training heads
     leftovers_skipped: list[str] = field(default_factory=list)
-    classifier_skipped: list[str] = field(default_factory=list)   # only the encoder was asked for, or another task's
+    classifier_skipped: list[str] = field(default_factory=list)   # for `load_encoder`, or another task's head
     new: list[str] = field(default_factory=list)
-    other_task: str = ""           # what the file's head is for, if not for A, B and tie
-    note: str = ""                 # how the classes were read, if their names do not say it
+    other_task: str = ""           # the task of the file's head, if it is not A, B and tie
+    note: str = ""                 # how the classes were interpreted, if their names are ambiguous
 
     def __str__(self) -> str:
         parts = [f"loaded {self.loaded} of {self.body} body tensors"]
@@ -84,8 +84,8 @@ class LoadReport:
 def load_encoder(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Encoder:
     """The encoder of a Hugging Face folder (config.json and model.safetensors), in eval mode.
 
-    The folder may hold an encoder, a pre-training checkpoint or any task's head. `encoder.load_report` says what was
-    read and what was left out.
+    The folder may hold an encoder, a pre-training checkpoint or a model with any task's head. `encoder.load_report`
+    lists the tensors that were loaded and skipped.
     Errors: `InputError` for a folder, a config.json or a tensor that is missing, damaged or not DeBERTa-v3's.
     """
     check_folder(folder, "a Hugging Face folder with config.json and model.safetensors")
@@ -104,10 +104,10 @@ def load_classifier(folder: str | Path, dtype: torch.dtype = torch.float32, devi
                     ) -> PreferenceModel:
     """Encoder, pooler and head of a Hugging Face folder, in eval mode.
 
-    A file without `pooler.*` or `classifier.*` (the published one has neither), or with the head of another task, gets
-    fresh ones from torch's global generator, N(0, initializer_range): seed it first. `model.load_report` says which.
-    The classes A, B and tie are known by their names in config.json, and may be there in any order.
-    Errors: as `load_encoder`, and a head of other shapes than config.json says.
+    If the file has no `pooler.*` or `classifier.*` (the published one has neither), or has another task's head, they
+    are initialised from torch's global generator, N(0, initializer_range): seed it first. `model.load_report` names
+    them. The classes A, B and tie are identified by their names in config.json and may have any order.
+    Errors: as `load_encoder`; also for a head whose shapes contradict config.json.
     """
     check_folder(folder, "a Hugging Face folder with config.json and model.safetensors")
     folder = Path(folder)
@@ -136,7 +136,7 @@ def load_classifier(folder: str | Path, dtype: torch.dtype = torch.float32, devi
 
 
 def grow_embeddings(model: PreferenceModel, vocab_size: int) -> None:
-    """Append word embeddings, drawn as DeBERTa draws them, up to `vocab_size`; v3 has 99 free ones already."""
+    """Append word embeddings, initialised as in DeBERTa, up to `vocab_size`; v3 already has 99 unused ones."""
     encoder, old = model.encoder, model.encoder.word_embeddings
     if vocab_size > old.num_embeddings:
         encoder.config = replace(encoder.config, vocab_size=vocab_size)
@@ -159,7 +159,7 @@ def save_classifier(model: PreferenceModel, folder: str | Path) -> None:
 
 def write_checkpoint(tensors: dict[str, Tensor], config_fields: dict, folder: str | Path,
                      dtype: torch.dtype = torch.float32) -> None:
-    """Write tensors under their Hugging Face names, and config.json last: it is what makes a folder a checkpoint."""
+    """Write tensors under their Hugging Face names; config.json comes last, as the mark of a complete checkpoint."""
     folder = Path(folder)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     with atomic_write(folder / "model.safetensors") as temporary:
@@ -183,8 +183,8 @@ def _body_names(config: EncoderConfig) -> dict[str, str]:
 
 
 def _sort_tensors(checkpoint: "_Checkpoint", config: EncoderConfig) -> tuple[LoadReport, dict, list]:
-    """Decide what each tensor of the file is. Returns the report, {our name: file's name} of the body, and the names of
-    a task's head.
+    """Classify each tensor of the file. Returns the report, {our name: file's name} of the body, and the names of a
+    task head's tensors.
 
     Errors: `InputError` naming the tensor for a missing, misshapen or unknown one.
     """
@@ -227,11 +227,11 @@ def _check_shapes(checkpoint: "_Checkpoint", names: dict[str, str], module: nn.M
 def _class_order(fields: dict, head: list[str], checkpoint: "_Checkpoint", report: LoadReport) -> list[int]:
     """The rows of A, B and tie in the file's classifier; empty for another task's head, which `report` then describes.
 
-    transformers calls classes LABEL_0, LABEL_1, ... where nobody names them. Three of a sequence classifier are taken
-    for A, B and tie, the order of Kaggle's columns.
+    transformers names classes LABEL_0, LABEL_1, ... by default. Three such classes of a sequence classifier are taken
+    as A, B and tie, the order of Kaggle's columns.
     """
     if not any(name.startswith(("classifier.", "qa_outputs.")) for name in head):
-        return [0, 1, 2]                   # nothing to be put in order
+        return [0, 1, 2]                   # there is no order to find
     given, problem, architecture = fields.get("id2label"), fields.get("problem_type"), fields.get("architectures")
     rows = (*checkpoint.shapes.get("classifier.weight", ()), 0)[0]
     if given is None:
@@ -259,21 +259,21 @@ def _class_order(fields: dict, head: list[str], checkpoint: "_Checkpoint", repor
 
 
 def _class_of(name: str) -> int | None:
-    """The class that a name means; None where it has another word, or words for several classes."""
+    """The class that a name means; None for an unknown word or for words of several classes."""
     words = {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+|[0-9]+", name)} - FILLERS
     classes = {CLASS_WORDS.get(word) for word in words}
     return classes.pop() if len(classes) == 1 else None
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str) -> None:
-    """Give a module built on the meta device its parameters. float16 files are upcast here, tensor by tensor."""
+    """Give a module on the meta device its parameters. float16 files are converted here, tensor by tensor."""
     module.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
     for parameter in module.parameters():
         parameter.requires_grad_(True)
 
 
 class _Checkpoint:
-    """The tensors of `model.safetensors`, or of the several files that `model.safetensors.index.json` names."""
+    """The tensors of `model.safetensors`, or of the files that `model.safetensors.index.json` lists."""
 
     def __init__(self, path: Path, files: list[Path]):
         self.path = path
@@ -293,7 +293,7 @@ class _Checkpoint:
 
     def __exit__(self, *exception) -> None:
         self.home.clear()
-        self.files.clear()             # safetensors unmaps a file when its last user is gone
+        self.files.clear()             # safetensors unmaps a file after its last reference is gone
 
     def read(self, name: str) -> Tensor:
         try:
@@ -304,7 +304,7 @@ class _Checkpoint:
         if not tensor.is_floating_point():
             raise InputError(file=self.path, found=f"tensor {name} is of type {tensor.dtype}",
                              expected="float32, float16 or bfloat16")
-        if not all(torch.isfinite(end) for end in tensor.aminmax()):     # NaN comes through; no temporary tensors
+        if not all(torch.isfinite(end) for end in tensor.aminmax()):     # aminmax propagates NaN
             raise InputError(file=self.path, found=f"tensor {name} holds NaN or infinity",
                              expected="finite weights; the file is damaged or its training diverged")
         return tensor

@@ -1,9 +1,8 @@
-"""The encoder's configuration: a dozen numbers read from a Hugging Face `config.json`, and everything else refused.
+"""The encoder's configuration, read from a Hugging Face `config.json`.
 
-What is unusual here: DeBERTa-v2/v3 code usually has a switch for every variant that was ever tried (`if "c2p" in
-pos_att_type ...`). minipref implements the one that was released as v3, so the switches are *checked* once, in
-`from_json`, and never appear again. What differs from v3 in kind is an error that names the field; what differs in
-size (hidden size, layers, heads, buckets) is just another `EncoderConfig`.
+What is unusual here: DeBERTa-v2/v3 code usually has a switch for every variant (`if "c2p" in pos_att_type ...`).
+minipref implements only the released v3, so `from_json` *checks* these switches once and the model has none. A file of
+another variant is an error that names the field; sizes (hidden size, layers, heads, buckets) may differ.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,9 +12,9 @@ from minipref.runtime import InputError, read_json, short_repr
 
 LABELS = ("A", "B", "tie")
 
-# Field of config.json -> the only value v3 has for it. A field that is absent counts as `ABSENT_MEANS`.
+# Field of config.json -> the only value v3 has for it. An absent field has its value in `ABSENT_MEANS`.
 V3_FACTS = {
-    "model_type": "deberta-v2",         # v3 is v2's architecture, pretrained differently
+    "model_type": "deberta-v2",         # v3 has v2's architecture and another pretraining
     "relative_attention": True,
     "share_att_key": True,              # positions go through the layer's own query and key projections
     "norm_rel_ebd": "layer_norm",       # the relative embeddings are LayerNorm'ed before they are projected
@@ -26,12 +25,12 @@ V3_FACTS = {
     "hidden_act": "gelu",               # the exact one, with erf
     "pooler_hidden_act": "gelu",
 }
-ABSENT_MEANS = {  # transformers' own defaults, which is what the absence of a field means to whoever wrote the file
+ABSENT_MEANS = {  # transformers' defaults: the writer of the file relied on them
     "model_type": "deberta-v2", "relative_attention": False, "share_att_key": False, "norm_rel_ebd": "none",
     "pos_att_type": [], "position_biased_input": True, "type_vocab_size": 0, "conv_kernel_size": 0,
     "hidden_act": "gelu", "pooler_hidden_act": "gelu",
 }
-LARGEST = 1 << 22          # of any size: mDeBERTa's vocabulary has 250,101 ids, v2-xxlarge's MLP 6,144 units
+LARGEST = 1 << 22          # upper limit of any size; mDeBERTa's vocabulary has 250,101 ids
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class EncoderConfig:
         """Read a Hugging Face `config.json`.
 
         Errors: `InputError` naming the file and the field, for a file that is not a JSON object, a field of the
-        wrong type or range, and anything that is not v3-shaped.
+        wrong type or range, and any other variant than v3.
         """
         fields = read_json(path, "a Hugging Face folder with config.json and model.safetensors")
         _check_v3(fields, path)
@@ -87,7 +86,7 @@ class EncoderConfig:
         return config
 
     def _check_sizes(self, path: str | Path, head_size: int) -> None:
-        """The relations between sizes that no single field shows."""
+        """Check the relations between sizes."""
         if self.hidden_size % self.num_attention_heads:
             raise InputError(file=path, found=f"hidden_size {self.hidden_size} with num_attention_heads "
                              f"{self.num_attention_heads}", expected="a multiple of num_attention_heads")
@@ -103,7 +102,7 @@ class EncoderConfig:
                              expected=f"an id below vocab_size {self.vocab_size}")
 
     def to_json(self) -> dict:
-        """The same as the fields of a Hugging Face `config.json` for a three-way sequence classifier."""
+        """The fields of a Hugging Face `config.json` for a three-way sequence classifier."""
         sizes = asdict(self)
         max_distance = sizes.pop("max_distance")
         return {
@@ -121,7 +120,7 @@ class EncoderConfig:
 
 
 def _check_v3(fields: dict, path: str | Path) -> None:
-    """Refuse, by name, a configuration that is a different architecture from v3."""
+    """Errors: `InputError` naming the first field that describes another architecture than v3."""
     for name, wanted in V3_FACTS.items():
         found = fields.get(name, ABSENT_MEANS[name])
         if name == "pos_att_type":     # "p2c|c2p" in Microsoft's files, ["p2c", "c2p"] in newer ones
@@ -140,7 +139,7 @@ def _check_v3(fields: dict, path: str | Path) -> None:
 
 
 class _FieldReader:
-    """Numbers out of a JSON object, each checked for type and range; each error names its field."""
+    """Reads numbers from a JSON object and checks their type and range; errors name the field."""
 
     REQUIRED = object()
 

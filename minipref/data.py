@@ -1,17 +1,17 @@
 """From rows to padded batches.
 
-    row      id, prompt, response_a, response_b and, for training, three label columns: as `layouts.py` reads them
-    turns    each text cell is a JSON list of turns, or in a file of plain texts one turn
+    row      id, prompt, response_a, response_b and, for training, three label columns, from `layouts.py`
+    turns    each text cell is a JSON list of turns or, in a file of plain texts, one turn
     segments the token ids of prompt, A and B, each truncated to its share of the budget
-    batch    [CLS] prompt [SEP] A [SEP] B [SEP], rows of similar length together, padded to the longest
+    batch    [CLS] prompt [SEP] A [SEP] B [SEP] of rows of similar length, padded to the longest
 
 What is unusual here:
-- **Segments are truncated before they are joined**, so that a long prompt cannot push response B out of the sequence.
-  A segment that is too long keeps its head and its tail: its end shows whether a response was ever finished.
-- **Swapping A and B is free**: the budget treats the two responses alike, so one encoding serves both orders.
-- **The split is by prompt.** One row in six shares its prompt with another; split by row, the validation score lies.
-- **An epoch's order is a function of (seed, epoch)**, not of a generator's state: a resumed run needs just the number
-  of the batch it had reached.
+- **Segments are truncated before they are joined**, so a long prompt cannot push response B out of the sequence. A
+  segment that is too long keeps its head and its tail: the tail shows whether a response is complete.
+- **Swapping A and B is free**: the budget treats both responses alike, so one encoding serves both orders.
+- **The split is by prompt.** One row in six shares its prompt with another row. A split by row would put copies of a
+  prompt on both sides, and the validation score would be too good.
+- **An epoch's order is a function of (seed, epoch)**, so a resumed run needs only the number of the next batch.
 """
 
 import json
@@ -33,8 +33,8 @@ from minipref.tokenizer import Tokenizer, replace_surrogates
 
 SHARES = (1, 2, 2)                                                       # prompt : A : B
 SPECIALS = 4                                                             # [CLS] and three [SEP]
-NO_ANSWER = "(no answer)"                                                # what the model reads for a null turn
-LIST_START = re.compile(r"""\s*\[\s*(["'“‘\]]|null|None|nan)""")           # of a list of texts, well written or not
+NO_ANSWER = "(no answer)"                                                # the text that replaces a null turn
+LIST_START = re.compile(r"""\s*\[\s*(["'“‘\]]|null|None|nan)""")           # of a list of texts, valid JSON or not
 
 Turns = tuple[str | None, ...]
 
@@ -45,7 +45,7 @@ Turns = tuple[str | None, ...]
 class Pair:
     """One row: a prompt, two responses, and the annotator's choice (0 A, 1 B, 2 tie; None without labels).
 
-    With soft labels `target` holds the three probabilities, and `label` is the likeliest class.
+    For a soft label, `target` holds the three probabilities and `label` is the most probable class.
     """
 
     id: str
@@ -59,8 +59,8 @@ class Pair:
 def parse_turns(cell: str) -> Turns:
     """The turns in a text cell: the items of a JSON list, else the cell itself as one turn.
 
-    In a list, `null` is a missing turn (None), a string is its text, a number or `true` is the text that stands there,
-    and what is nested is its JSON. Nothing is an error: `42`, `{"a": 1}` and an empty cell are each one plain turn.
+    Items: `null` is a missing turn (None), a string its text; a number, a boolean or a nested value is kept as its
+    JSON text. No cell is an error: `42`, `{"a": 1}` and an empty cell are one plain turn each.
     """
     if cell.lstrip()[:1] != "[":
         return (cell,)
@@ -73,16 +73,16 @@ def parse_turns(cell: str) -> Turns:
 
 
 def mend(turns: Turns) -> Turns:
-    """The turns with U+FFFD for each lone surrogate: such a text could be neither tokenized nor written."""
+    """The turns with U+FFFD for each lone surrogate, which can be neither tokenized nor written to a file."""
     return tuple(turn and replace_surrogates(turn) for turn in turns)
 
 
 def to_pair(row: Sequence, number: int = 1) -> Pair:
-    """A row as Python code holds it: (prompt, response_a, response_b), each a text, a list of turns, or None.
+    """The pair of a Python row: (prompt, response_a, response_b), each a text, a list of turns, or None.
 
-    In a list of turns, None is a missing one. Texts are read as cells of a CSV, so as JSON lists where the prompt
-    begins as a JSON list of texts does; None, NaN and pandas' NA are empty cells.
-    Errors: `InputError` naming the row, which is the `number`th, and the column of anything else.
+    In a list of turns, None is a missing turn. Texts are parsed like the cells of a CSV: as JSON lists if the prompt
+    begins like a JSON list of texts. None, NaN and pandas' NA are empty cells.
+    Errors: `InputError` naming the row `number` and the column of any other value.
     """
     values = list(row) if isinstance(row, tuple | list | np.ndarray) else []
     if len(values) != len(TEXT_COLUMNS):
@@ -107,19 +107,19 @@ def to_pair(row: Sequence, number: int = 1) -> Pair:
 
 
 def _is_missing(value: object) -> bool:
-    """None, NaN of any kind, pandas' NA and NaT; without importing pandas."""
+    """Whether a value is None, NaN, or pandas' NA or NaT; without importing pandas."""
     return not isinstance(value, str) and str(value) in ("None", "nan", "<NA>", "NaT")
 
 
 def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = False, soft: bool = False) -> list[Pair]:
-    """The rows of a file in any of the layouts of `minipref.layouts`. Columns other than those needed are left alone.
+    """The rows of a file in any of the layouts of `minipref.layouts`. Other columns are ignored.
 
-    Text cells are JSON lists of turns if most prompts begin as a JSON list of texts does; else all are plain text, an
-    answer `[2, 4]` too. Cells that are not what they seem, or are mended, are counted and printed.
-    `labels`: "required", or "if present" (all three label columns, or none of them).
+    Text cells are JSON lists of turns if most prompts begin like a JSON list of texts; otherwise every cell is plain
+    text, including an answer `[2, 4]`. Malformed lists and broken characters are counted in a printed note.
+    `labels`: "required", or "if present" (all three label columns, or none).
     `soft`: the three label columns hold probabilities.
-    `unique_ids`: refuse an id that a submission could not hold: a blank one, a repeated one, one with a line's end.
-    Errors: `InputError` naming file, row (the header is not counted) and column for whatever does not fit.
+    `unique_ids`: refuse ids that a submission cannot hold: blank, repeated, or with a carriage return.
+    Errors: `InputError` naming file, row (the header is not counted) and column of the first invalid cell.
     """
     records = read_records(path, labels)
     if unique_ids:
@@ -161,7 +161,7 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
 
 
 def _note(path: str | Path, cells: list[tuple[int, str, str]], what: str) -> None:
-    """Print how many cells are unusual, and where the first is."""
+    """Print the number of such cells and the place of the first."""
     if cells:
         print(f"note: {path}: {len(cells):,} cell{'s' * (len(cells) > 1)} {what}; the first: row {cells[0][0]}, column "
               f"{cells[0][1]}")
@@ -206,7 +206,7 @@ def _one_hot(cells: list[str], path: str | Path, row: int) -> int:
 
 
 def character_counts(pairs: Sequence[Pair]) -> np.ndarray:
-    """How long each row's prompt, A and B are, all turns together. Shapes: N rows -> (N, 3) int64 characters."""
+    """Characters of each row's prompt, A and B, over all turns. Shapes: N rows -> (N, 3) int64."""
     return np.array([[sum(len(turn or "") for turn in turns) for turns in (p.prompt, p.response_a, p.response_b)]
                      for p in pairs])
 
@@ -214,15 +214,15 @@ def character_counts(pairs: Sequence[Pair]) -> np.ndarray:
 # --- splitting --------------------------------------------------------------------------------------------------------
 
 def prompt_key(prompt: Turns) -> str:
-    """What two rows with 'the same prompt' share: the turns, but for case, width of characters and white space."""
+    """A key that is equal for equal prompts: the turns without case, character width and extra white space."""
     return "\0".join(" ".join(unicodedata.normalize("NFKC", turn or "").casefold().split()) for turn in prompt)
 
 
 def split_by_prompt(prompts: Sequence[Turns], labels: Sequence[int], shares: Sequence[float], seed: int) -> np.ndarray:
-    """Deal rows out into parts of the given shares; rows with the same prompt stay together, labels stay balanced.
+    """Split rows into parts of the given shares. Rows with the same prompt stay together, and labels stay balanced.
 
-    `shares` (K,) are positive and sum to 1: (0.9, 0.1) for a validation split, (0.2,) * 5 for folds. Groups are dealt
-    largest first, in an order drawn from `seed`, each to the part that still lacks its labels most.
+    `shares` (K,) are positive and sum to 1: (0.9, 0.1) for a validation split, (0.2,) * 5 for folds. The groups of rows
+    are shuffled by `seed` and assigned largest first, each to the part that still lacks its labels most.
     Shapes: N prompts, N labels in 0..2 -> (N,) int64, the part of each row.
     """
     group_of: dict[str, int] = {}
@@ -244,10 +244,10 @@ def split_by_prompt(prompts: Sequence[Turns], labels: Sequence[int], shares: Seq
 # --- token ids --------------------------------------------------------------------------------------------------------
 
 def truncation_budgets(lengths: Sequence[int], room: int) -> list[int]:
-    """How many of its tokens each of prompt, A and B may keep, in `room` tokens together.
+    """How many tokens prompt, A and B may keep each, out of `room` tokens in all.
 
-    Shares are 1 : 2 : 2. What a short segment leaves unused is divided among the others in the same proportion; the odd
-    token goes to the prompt or stays unused, so that A and B are always treated alike.
+    Shares are 1 : 2 : 2. The unused tokens of a short segment are divided among the others in the same proportion. An
+    odd token goes to the prompt or stays unused, so A and B are always treated alike.
     """
     budgets, open_segments = list(lengths), {0, 1, 2}
     if sum(lengths) <= room:
@@ -275,7 +275,7 @@ def truncate_head_tail(ids: list[int], budget: int) -> list[int]:
 
 
 def segment_texts(turns: Turns) -> list[str]:
-    """A segment as texts to tokenize, one after the other. Several turns are numbered, so that they stay apart."""
+    """A segment as a list of texts to tokenize. Several turns are numbered, so that they stay separate."""
     texts = [NO_ANSWER if turn is None else turn for turn in turns]
     if len(texts) == 1:
         return texts
@@ -284,11 +284,11 @@ def segment_texts(turns: Turns) -> list[str]:
 
 @dataclass
 class TokenizedPairs:
-    """Rows as token ids: all segments one after the other in one array, and where each begins.
+    """Rows as token ids: all segments concatenated in one array, with the offsets of each.
 
     tokens (T,) int32; offsets (N, 4) int64: row n's prompt, A and B lie between offsets[n, 0..3]; labels (N,) int64,
-    -1 for none; num_truncated (N,) int64 counts the tokens that each row lost to truncation; targets (N, 3) float32
-    where a row's label is soft, else None.
+    -1 for none; num_truncated (N,) int64 counts the tokens removed from each row; targets (N, 3) float32 if any label
+    is soft, else None.
     """
 
     tokens: np.ndarray
@@ -303,7 +303,7 @@ class TokenizedPairs:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(N,) tokens of each row's whole sequence, the four special ones included."""
+        """(N,) tokens of each row's sequence, including the four special tokens."""
         return self.offsets[:, 3] - self.offsets[:, 0] + SPECIALS
 
     def segments(self, row: int) -> list[np.ndarray]:
@@ -311,7 +311,7 @@ class TokenizedPairs:
         return [self.tokens[begin[f]:begin[f + 1]] for f in range(3)]
 
     def truncation(self) -> str:
-        """One line: how many rows the budget has truncated, and by how much."""
+        """One line: how many rows were truncated, and by how much."""
         rows = self.num_truncated[self.num_truncated > 0]
         if not len(rows):
             return f"no row is longer than {self.max_length} tokens"
@@ -321,14 +321,14 @@ class TokenizedPairs:
                 f"{rows.max():,}")
 
     def take(self, rows: np.ndarray) -> "TokenizedPairs":
-        """Some of the rows, in the order given; the tokens are shared, not copied."""
+        """The given rows in the given order. The tokens are shared, not copied."""
         return TokenizedPairs(self.tokens, self.offsets[rows], self.labels[rows], self.num_truncated[rows],
                               self.max_length, None if self.targets is None else self.targets[rows])
 
 
 def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int, progress: bool = False
                  ) -> TokenizedPairs:
-    """Tokenize rows and truncate them to `max_length` tokens. Rows go in blocks, so that memory stays bounded."""
+    """Tokenize rows and truncate them to `max_length` tokens, in blocks of rows to limit memory."""
     if max_length < SPECIALS + 3:
         raise InputError(found=f"a maximum length of {max_length}", expected=f"at least {SPECIALS + 3} tokens")
     chunks, lengths, num_truncated = [], [], []
@@ -346,7 +346,7 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, max_length: int, p
     ends = np.cumsum(np.array(lengths, dtype=np.int64).reshape(-1)).reshape(-1, 3)
     offsets = np.column_stack([np.concatenate([[0], ends[:-1, 2]]), ends])
     labels = np.array([-1 if pair.label is None else pair.label for pair in pairs], dtype=np.int64)
-    targets = None                      # soft labels that are one-hot are labels like any other, bit for bit
+    targets = None                      # one-hot soft labels give the same bits as hard labels
     if any(pair.target and max(pair.target) < 1 for pair in pairs):
         one_hot = np.eye(3).tolist()
         targets = np.array([pair.target or one_hot[pair.label] for pair in pairs], dtype=np.float32)
@@ -364,10 +364,10 @@ def _encode_segments(segments: list[Turns], tokenizer: Tokenizer) -> Iterator[li
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Row numbers in shuffled batches of rows of similar length, another shuffle for each (seed, epoch).
+    """Row numbers in shuffled batches of rows of similar length; the order depends on (seed, epoch).
 
-    All rows are shuffled and taken in stretches of 50 batches; each stretch is sorted by length and cut into batches;
-    then the batches are shuffled. So there is little padding, and neighbours differ from epoch to epoch.
+    All rows are shuffled and divided into chunks of 50 batches. Each chunk is sorted by length and cut into batches.
+    Then the batches are shuffled. This keeps padding small, and each epoch has different batches.
     """
     random = np.random.default_rng([seed, 2, epoch])
     order = random.permutation(len(lengths))
@@ -381,12 +381,12 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
 
 
 def swap_mask(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """Which rows show B before A in this epoch: a fair coin for each. Shapes: -> (rows,) bool."""
+    """Which rows have A and B swapped in this epoch, each with probability 1/2. Shapes: -> (rows,) bool."""
     return np.random.default_rng([seed, 3, epoch]).random(rows) < 0.5
 
 
 def batches_by_tokens(lengths: np.ndarray, batch_tokens: int, most_rows: int = 256) -> Iterator[np.ndarray]:
-    """Row numbers, longest first, in batches of at most `batch_tokens` tokens with padding (or of a single row)."""
+    """Row numbers, longest first, in batches of at most `batch_tokens` tokens including padding (or of one row)."""
     order = np.argsort(-lengths, kind="stable")
     begin = 0
     while begin < len(order):
@@ -397,9 +397,9 @@ def batches_by_tokens(lengths: np.ndarray, batch_tokens: int, most_rows: int = 2
 
 def collate(tokenized: TokenizedPairs, rows: Iterable[int], swapped: Iterable[bool], tokenizer: Tokenizer,
             multiple_of: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """One padded batch. Where `swapped`, B stands before A, and the label is exchanged with them.
+    """One padded batch. Where `swapped`, B comes before A and the label is swapped too.
 
-    L is the longest sequence's length, rounded up to a multiple of `multiple_of`.
+    L is the length of the longest sequence, rounded up to a multiple of `multiple_of`.
     Shapes: -> input_ids (B, L) int64, attention_mask (B, L) bool, labels (B,) int64 (-1 for none), or soft ones (B, 3).
     """
     sequences, labels = [], []
@@ -423,5 +423,5 @@ def collate(tokenized: TokenizedPairs, rows: Iterable[int], swapped: Iterable[bo
 
 
 def swap_classes(probabilities: np.ndarray) -> np.ndarray:
-    """Probabilities (..., 3) of the answers in the other order: A and B change places, a tie stays one."""
+    """Probabilities or logits (..., 3) of the swapped pair: A and B change places."""
     return probabilities[..., [1, 0, 2]]

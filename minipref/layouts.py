@@ -1,10 +1,10 @@
-"""The files in which people keep preference rows, read as records in the columns of the competition.
+"""Read preference rows from several file formats as records with the competition's columns.
 
     file      CSV, JSON lines or Parquet (with pyarrow); CSV and JSON lines also in gzip, bzip2, xz or a zip of one file
     texts     prompt, response_a, response_b; or conversation_a and conversation_b, lists of {"role", "content"}
     labels    winner_model_a, winner_model_b, winner_tie; or winner: model_a, model_b, tie, tie (bothbad)
 
-What is unusual here: a file's first bytes say what it is, not its name.
+What is unusual here: the format is detected from the file's first bytes, not from its name.
 """
 
 import bz2
@@ -29,18 +29,18 @@ COLUMNS = {"id", "question_id", *TEXT_COLUMNS, *CONVERSATIONS, *LABEL_COLUMNS, "
 WINNERS = {"model_a": 0, "model_b": 1, "tie": 2, "tie (bothbad)": 2, "both_bad": 2}
 PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 SAVE_AS = "Excel saves it as 'CSV UTF-8 (comma delimited)'"
-LONGEST_CELL = 1 << 22       # characters; the competition's longest has some 50,000, and one of these tokenises in 12 s
+LONGEST_CELL = 1 << 22       # characters; such a cell takes 12 s to tokenize, the competition's longest has some 50,000
 
 
 def read_records(path: str | Path, labels: str = "required") -> list[dict]:
-    """Rows as {"id": text, prompt and responses: a cell's text or a list of turns, and the label columns as text}.
+    """Rows as dicts: "id" as text, prompt and responses as text or a list of turns, the label columns as text.
 
-    Another layout than the competition's CSV is said. `labels`: "required", or "if present".
-    Errors: `InputError` naming file, row (the header is not counted) and column for whatever does not fit.
+    A note names any other layout than the competition's CSV. `labels`: "required", or "if present".
+    Errors: `InputError` naming file, row (the header is not counted) and column of the first invalid value.
     """
     path, records = Path(path), []
     check_regular_file(path, "a CSV file")
-    limit = csv.field_size_limit(LONGEST_CELL)      # a module-wide setting; answers longer than its 131,072 exist
+    limit = csv.field_size_limit(LONGEST_CELL)      # module-wide; its default of 131,072 is too small for some answers
     try:
         kind, header, rows = _rows(path)
         layout = _Layout(header, path, labels, kind)
@@ -69,7 +69,7 @@ def read_records(path: str | Path, labels: str = "required") -> list[dict]:
 
 
 class _Layout:
-    """What columns a file has, and how a row of them becomes a record."""
+    """The columns of a file, and the conversion of its rows to records."""
 
     def __init__(self, header: Sequence[str], path: Path, labels: str, kind: str):
         self.path = path
@@ -124,7 +124,7 @@ class _Layout:
         return record
 
     def _conversation(self, row: int, column: str, value: str | list) -> tuple[list[str], list[str]]:
-        """The user's turns and the model's. A system prompt is a turn of the user's."""
+        """The user's turns and the model's turns. A system prompt counts as a user's turn."""
         try:
             turns = json.loads(value) if isinstance(value, str) else value
             texts = [(turn["role"], _content(turn["content"])) for turn in turns]
@@ -137,7 +137,7 @@ class _Layout:
 
 
 def _content(content: str | list) -> str:
-    """A turn's text; newer arena files have a list of parts."""
+    """The text of a turn; newer arena files have a list of parts."""
     if isinstance(content, str):
         return content
     return "\n".join(part["text"] for part in content if part["type"] == "text")
@@ -146,7 +146,7 @@ def _content(content: str | list) -> str:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 def _rows(path: Path) -> tuple[str, list[str], Iterator[dict]]:
-    """What a file is, its columns, and its rows as {column: value}, with only the columns that may be needed."""
+    """The format of a file, its columns, and its rows as {column: value}, with only the columns that may be needed."""
     with open(path, "rb") as file:
         start = file.read(4)
     if start == b"PAR1":
@@ -164,9 +164,9 @@ def _rows(path: Path) -> tuple[str, list[str], Iterator[dict]]:
 
 
 def _csv(path: Path) -> Iterator:
-    """The header, and then each row."""
+    """Yields the header, then each row."""
     with _open(path) as file:
-        # A line is read in parts of bounded length, so that one without an end costs no more.
+        # Lines are read in parts of bounded length, so a huge line cannot exhaust memory.
         reader = csv.reader(iter(lambda: file.readline(16 * LONGEST_CELL), ""), strict=True)
         header = next(reader, None)
         _check_header(header, path)
@@ -174,7 +174,7 @@ def _csv(path: Path) -> Iterator:
         places = {column: place for place, column in enumerate(header) if column in COLUMNS}
         row = 0
         for cells in reader:
-            if not cells:                       # a line with nothing on it, usually the last
+            if not cells:                       # an empty line, usually the last
                 continue
             row += 1
             if len(cells) != len(header):
@@ -225,9 +225,9 @@ def _parquet(path: Path) -> tuple[list[str], Iterator[dict]]:
 
 
 def _open(path: Path) -> io.TextIOWrapper:
-    """A file's text: UTF-8, or UTF-16 with its mark, packed or not.
+    """Open a file as text: UTF-8, or UTF-16 with a byte order mark, compressed or not.
 
-    Errors: `InputError` for a zip of no or several files; whatever unpacking raises.
+    Errors: `InputError` for a zip that does not hold one file; any exception of the decompression.
     """
     with open(path, "rb") as file:
         start = file.read(6)
