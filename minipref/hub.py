@@ -3,10 +3,10 @@
     python -m minipref.hub weights [--repo microsoft/deberta-v3-small] [--folder weights/deberta-v3-small]
     python -m minipref.hub data    [--repo lmsys/lmsys-arena-human-preference-55k] [--folder data]
 
-huggingface_hub downloads into its own cache: its retries, tokens, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE work as ever,
-and a file that is in the cache needs no network. A file of the cache is compared with its published hash, copied into
-the folder under a temporary name, and renamed: what is in the folder is complete, and nothing there is overwritten.
-`pytorch_model.bin` is a pickle, the only one that this project opens: once, to write the same tensors as safetensors.
+huggingface_hub downloads into its own cache, with its usual retries, tokens, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE. A
+cached file needs no network. Each file is compared with its published hash, copied into the folder under a temporary
+name, and renamed, so the folder holds only complete files. Existing files are never overwritten. `pytorch_model.bin` is
+a pickle, the only one that this project opens: once, to convert its tensors to safetensors.
 """
 
 import hashlib
@@ -36,11 +36,11 @@ HUB = "https://huggingface.co"
 WEIGHTS_REPO, WEIGHTS_FOLDER = "microsoft/deberta-v3-small", "weights/deberta-v3-small"
 DATA_REPO, DATA_FOLDER = "lmsys/lmsys-arena-human-preference-55k", "data"
 
-# Each row is one file, by the names that it may have, the preferred one first.
+# Each row is one file with its possible names, the preferred one first.
 WEIGHTS_FILES = (("config.json",), ("spm.model", "tokenizer.json"), ("model.safetensors", "pytorch_model.bin"))
-OPTIONAL = (("tokenizer_config.json",), ("added_tokens.json",), ("special_tokens_map.json",))   # of a changed tokenizer
+OPTIONAL = (("tokenizer_config.json",), ("added_tokens.json",), ("special_tokens_map.json",))   # of added tokens
 
-# The token ids of the published weights refer to this vocabulary. Another one would load, and give wrong results.
+# The published weights belong to this vocabulary. Another one would load and give wrong results.
 KNOWN_SHA256 = {(WEIGHTS_REPO, "spm.model"): "c679fbf93643d19aab7ee10c0b99e460bdbc02fedf34b92b05af343b4af586fd"}
 
 HINTS = {401: " (no such repository, or one that needs a login: set HF_TOKEN)",
@@ -48,14 +48,14 @@ HINTS = {401: " (no such repository, or one that needs a login: set HF_TOKEN)",
 
 
 class FetchError(InputError):
-    """A file could not be fetched. The message says why, and which files to put where by hand."""
+    """A file could not be fetched. The message gives the reason and the files to place by hand."""
 
 
 def fetch_weights(repo: str = WEIGHTS_REPO, folder: str | Path = WEIGHTS_FOLDER, log: Callable = print) -> Path:
     """Complete `folder` with an encoder's config, vocabulary and weights, for `load_encoder`; returns the folder.
 
-    Files that are there stay and are not fetched; a `pytorch_model.bin` is converted. `log` takes a line of progress.
-    Errors: FetchError; InputError for another vocabulary or a damaged file; OSError for a folder that is not writable.
+    Existing files are kept and not fetched; a `pytorch_model.bin` is converted. `log` is called with lines of progress.
+    Errors: FetchError; InputError for a wrong vocabulary or a damaged file; OSError for a folder that is not writable.
     """
     folder = Path(folder)
     missing = _missing(WEIGHTS_FILES, folder)
@@ -71,7 +71,7 @@ def fetch_weights(repo: str = WEIGHTS_REPO, folder: str | Path = WEIGHTS_FOLDER,
 
 
 def fetch_data(repo: str = DATA_REPO, folder: str | Path = DATA_FOLDER, log: Callable = print) -> Path:
-    """Bring the labelled rows into `folder`/train.csv; returns that path. Otherwise as `fetch_weights`."""
+    """Fetch the labelled rows into `folder`/train.csv; returns that path. Otherwise as `fetch_weights`."""
     rows = Path(folder) / "train.csv"
     if os.path.lexists(rows):
         log(f"{rows}: there, nothing to fetch")
@@ -83,14 +83,14 @@ def fetch_data(repo: str = DATA_REPO, folder: str | Path = DATA_FOLDER, log: Cal
 def convert_bin(bin_path: str | Path, safetensors_path: str | Path) -> None:
     """Write the tensors of a `torch.save`d state dict as safetensors: same names, same dtypes, same bits.
 
-    Nothing in the file is executed: `weights_only=True` builds tensors and containers and refuses every other object.
-    Errors: InputError where the file is damaged, is not a flat dict of dense tensors, or asks for code to be run.
+    No code in the file is executed: `weights_only=True` refuses every object but tensors and containers.
+    Errors: InputError if the file is damaged, is not a flat dict of dense tensors, or would execute code.
     """
     expected = "a state dict saved by torch.save, tensors and nothing else"
     check_regular_file(bin_path, expected)
     try:
         state = torch.load(bin_path, map_location="cpu", weights_only=True)
-    except Exception as error:   # a damaged or hostile pickle makes the unpickler fail in any way there is
+    except Exception as error:   # a damaged or hostile pickle can raise anything
         raise InputError(file=bin_path, found=f"refused ({_reason(error)})", expected=expected) from None
     if not isinstance(state, dict) or not state:
         raise InputError(file=bin_path, found=f"a {type(state).__name__}", expected=expected)
@@ -98,24 +98,24 @@ def convert_bin(bin_path: str | Path, safetensors_path: str | Path) -> None:
         if not (isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
                 and value.device.type == "cpu" and not value.is_quantized):
             raise InputError(file=bin_path, found=f"{short_repr(name)} is not a named dense tensor", expected=expected)
-    # Copies, because safetensors refuses tensors that share memory; metadata, because transformers wants to see it.
+    # Copies, because safetensors refuses tensors that share memory; metadata, because transformers requires it.
     tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     with atomic_write(safetensors_path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def _missing(wanted: tuple, folder: Path) -> list[tuple]:
-    """The rows of `wanted` of which `folder` has nothing: also what is no file is the user's, and stays."""
+    """The rows of `wanted` that `folder` lacks. Anything of that name counts, also a broken link: it is the user's."""
     return [names for names in wanted if not any(os.path.lexists(folder / name) for name in names)]
 
 
 def _fetch(repo: str, repo_type: str, wanted: Sequence[tuple], folder: Path, log: Callable) -> None:
-    """Bring one file for each row of `wanted` into `folder`, from one commit; all are found before one is copied."""
+    """Fetch one file for each row of `wanted`, all from one commit; copy them into `folder` once all are cached."""
     found, revision = [], "main"
     for names in wanted:
         try:
             found.append(_find(repo, repo_type, names, revision, log))
-            revision = found[-1].parent.name         # in the cache it is snapshots/COMMIT/NAME
+            revision = found[-1].parent.name         # the cache has snapshots/COMMIT/NAME
         except Exception as error:                   # the library, its HTTP client and hf_xet share no base class
             if names in OPTIONAL:
                 log(f"{names[0]} was not fetched, and most encoders need none: {_reason(error)}")
@@ -133,14 +133,14 @@ def _fetch(repo: str, repo_type: str, wanted: Sequence[tuple], folder: Path, log
 
 
 def _find(repo: str, repo_type: str, names: tuple, revision: str, log: Callable) -> Path:
-    """The first of `names` in the user's Hugging Face cache, else the first that the hub has, downloaded into it."""
+    """The first of `names` in the Hugging Face cache, else the first on the hub, downloaded into the cache."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Imported here, because the import reads HF_ENDPOINT and the like, and fails for a malformed one.
+    # Imported here, because the import reads HF_ENDPOINT and fails if it is malformed.
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import RemoteEntryNotFoundError
     for name in names:
         cached = try_to_load_from_cache(repo, name, repo_type=repo_type, revision=revision)
-        if isinstance(cached, str):                  # otherwise None, or a mark that the hub does not have the file
+        if isinstance(cached, str):                  # otherwise None, or a marker for a file that the hub lacks
             return Path(cached)
     with _warnings_to(log):
         for name in names:
@@ -151,7 +151,7 @@ def _find(repo: str, repo_type: str, names: tuple, revision: str, log: Callable)
 
 @contextmanager
 def _warnings_to(log: Callable) -> Iterator[None]:
-    """Let `log` have huggingface_hub's messages about retries, and make its warning of too little room an error."""
+    """Send huggingface_hub's messages about retries to `log`, and turn its warning of a full disk into an error."""
     logger, handler = logging.getLogger("huggingface_hub"), logging.Handler()
     handler.emit = lambda record: log(record.getMessage())
     before, logger.handlers = logger.handlers, [handler]
@@ -164,14 +164,14 @@ def _warnings_to(log: Callable) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    error = error.__cause__ or error                 # of a file that is not cached: why the hub could not be asked
+    error = error.__cause__ or error                 # for a file that is not cached, the cause is the network error
     if response := getattr(error, "response", None):
         return f"{response.status_code} {response.reason_phrase}{HINTS.get(response.status_code, '')}"
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
 
 
 def _install(source: Path, folder: Path, log: Callable) -> None:
-    """Copy a file into `folder`, a pytorch_model.bin as model.safetensors. A file that came there meanwhile is kept."""
+    """Copy a file into `folder`, a pytorch_model.bin as model.safetensors. An existing file is kept."""
     target = folder / source.name.replace("pytorch_model.bin", "model.safetensors")
     if os.path.lexists(target):
         log(f"{target}: put there during the download, and kept")
@@ -184,9 +184,9 @@ def _install(source: Path, folder: Path, log: Callable) -> None:
 
 
 def _verify(repo: str, path: Path) -> str:
-    """Compare a file with its published hash (huggingface_hub compares sizes only); returns what was compared.
+    """Compare a file with its published hash (huggingface_hub compares only sizes); returns the kind of hash.
 
-    The cache links a file to contents named by the hub's hash: sha256 for large files, git's blob sha1 for small ones.
+    In the cache a file is a link whose target is named by the hash: sha256 for large files, git's blob sha1 for small.
     """
     published = KNOWN_SHA256.get((repo, path.name)) or (Path(os.readlink(path)).name if path.is_symlink() else "")
     if len(published) == 64:

@@ -1,7 +1,7 @@
-"""Scores, the baselines that they must beat, calibration by temperature, and the conclusions drawn from them.
+"""Scores, baselines, calibration by temperature, and the conclusions drawn from them. All arithmetic is float64.
 
-What is unusual here: a score never stands alone. It is printed beside two trivial baselines (uniform, class prior) and
-a strong one (a logistic regression on lengths alone: annotators prefer longer responses). All is float64.
+What is unusual here: every score is printed next to two trivial baselines (uniform, class prior) and a strong one, a
+logistic regression on lengths alone (annotators prefer longer responses).
 """
 
 import math
@@ -13,18 +13,18 @@ from minipref.config import LABELS
 from minipref.surface import fit_surface, length_features, logistic_regression
 
 CLASSES = len(LABELS)
-BINS = 15              # of the calibration error, equally wide over the confidence 0..1
+BINS = 15              # of the calibration error, equally wide over confidences 0..1
 
 
 def evaluate(probabilities: np.ndarray, labels: np.ndarray) -> dict:
     """Score predictions against labels.
 
     Shapes: probabilities (N, 3) summing to 1, labels (N,) int in 0..2 -> a dict of plain numbers and lists:
-    `log_loss` (nats; the competition's score), `accuracy`, macro `precision`, `recall` and `f1` (0 where a class was
-    never predicted), `ece` (expected calibration error of the top class), `confusion` (3, 3; rows are truth, columns
-    prediction), `per_class` (precision, recall, f1 and support by label), `calibration` (per bin: confidence, accuracy,
-    rows), `clipped` (how many probabilities of true classes were raised to 2.2e-16, so that their logarithm is finite).
-    Errors: ValueError for shapes, labels or sums that do not fit.
+    `log_loss` (nats; the competition's score), `accuracy`, macro `precision`, `recall` and `f1` (0 for a class that is
+    never predicted), `ece` (expected calibration error of the top class), `confusion` (3, 3; rows are labels, columns
+    predictions), `per_class` (precision, recall, f1 and support by label), `calibration` (per bin: confidence,
+    accuracy, rows), `clipped` (how many probabilities of true classes were raised to 2.2e-16 to keep the log finite).
+    Errors: ValueError for wrong shapes, labels or sums.
     """
     p, y = _checked(probabilities, labels)
     rows = np.arange(len(y))
@@ -38,7 +38,7 @@ def evaluate(probabilities: np.ndarray, labels: np.ndarray) -> dict:
     precision = hits / np.maximum(guesses, 1)
     recall = hits / np.maximum(truths, 1)
     f1 = 2 * hits / np.maximum(truths + guesses, 1)
-    present = (truths + guesses) > 0                       # as scikit-learn: a class nobody names does not count
+    present = (truths + guesses) > 0                       # as in scikit-learn: classes that never occur do not count
     calibration, ece = _calibration(p.max(1), predicted == y)
     return {
         "rows": len(y),
@@ -68,7 +68,7 @@ def _checked(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray,
 
 
 def _calibration(confidence: np.ndarray, right: np.ndarray) -> tuple[list[dict], float]:
-    """Rows binned by the confidence in their top class: a bin's mean confidence should be its accuracy."""
+    """Mean confidence and accuracy in each bin of the top class's confidence, and the ECE."""
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     table, ece = [], 0.0
     for b in range(BINS):
@@ -90,7 +90,7 @@ def class_prior(labels: np.ndarray) -> np.ndarray:
 
 def baselines(train_lengths: np.ndarray, train_labels: np.ndarray, valid_lengths: np.ndarray, valid_labels: np.ndarray
               ) -> dict[str, dict]:
-    """What a model must beat, fitted on the training rows and scored on the validation rows.
+    """The baselines, fitted on the training rows and scored on the validation rows.
 
     Shapes: lengths (N, 3) in characters of prompt, A and B; labels (N,) -> {name: `evaluate`'s dict}.
     """
@@ -104,8 +104,8 @@ def baselines(train_lengths: np.ndarray, train_labels: np.ndarray, valid_lengths
 
 
 def is_constant(probabilities: np.ndarray) -> bool:
-    """Whether the predictions hardly vary between rows: the common failure of learning only the class prior. One row
-    cannot tell."""
+    """Whether predictions are almost equal for all rows: the common failure of learning only the class prior. False for
+    a single row."""
     return len(probabilities) > 1 and bool(np.std(probabilities, axis=0).max() < 0.01)
 
 
@@ -119,20 +119,21 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def swap_averaged(logits: np.ndarray, temperature: float, surface: np.ndarray | None = None) -> np.ndarray:
-    """Probabilities from the logits of one or both orders: each order's softmax at `temperature`, then their mean.
+    """Probabilities from the logits of one or both orders: the mean over the orders of softmax(logits / temperature).
 
-    `surface` is added to the logits of each order: those of the surface features, times their weight in the blend.
-    Shapes: logits (N, orders, 3), already turned so that the classes of every order agree; surface (N, 3) -> (N, 3).
+    `surface`, the weighted logits of the surface features, is added to the scaled logits of each order.
+    Shapes: logits (N, orders, 3), column 0 for the row's own A in every order; surface (N, 3) -> (N, 3).
     """
     logits = np.asarray(logits, dtype=np.float64) / temperature
     return softmax(logits if surface is None else logits + surface[:, None]).mean(1)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature, from 1/20 to 20, under which `swap_averaged` has the least log loss on these rows.
+    """The temperature from 1/20 to 20 that minimises the log loss of `swap_averaged` on these rows.
 
-    A weak prior, (log T)^2 / 2 over all rows together, keeps it finite where few rows are all right; from some
-    hundred rows on it moves nothing. Shapes: (N, orders, 3), (N,) -> float. A golden-section search over log T.
+    The penalty (log T)^2 / 2 on the sum of the losses keeps T finite if all of a few rows are predicted correctly; with
+    some hundred rows it has no effect. Found by golden-section search over log T.
+    Shapes: (N, orders, 3), (N,) -> float.
     Paper: Guo et al., On Calibration of Modern Neural Networks (arXiv 1706.04599).
     """
     def loss(log_t: float) -> float:
@@ -156,11 +157,11 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def fit_blend(logits: np.ndarray, surface: np.ndarray | None, labels: np.ndarray) -> tuple[float, float]:
-    """The temperature T and the weight w >= 0 under which softmax(logits / T + w * surface), averaged over the orders,
-    has the least log loss on these rows; without a surface `fit_temperature`'s and 0.
+    """The temperature T and weight w >= 0 that minimise the log loss of softmax(logits / T + w * surface), averaged
+    over the orders, on these rows. Without `surface`, `fit_temperature` and w = 0.
 
-    The penalties (log T)^2 / 2 and 2 w^2 over all rows together keep w at or near 0 where the surface features do not
-    help, and move little where some hundred rows say that they do.
+    The penalties (log T)^2 / 2 and 2 w^2 on the sum of the losses keep w near 0 if the surface features do not help.
+    With some hundred rows they have little effect.
     Shapes: (N, orders, 3), (N, 3), (N,) -> (T, w).
     """
     if surface is None:
@@ -185,9 +186,9 @@ def fit_blend(logits: np.ndarray, surface: np.ndarray | None, labels: np.ndarray
 
 def cross_fit(logits: np.ndarray, surface: np.ndarray | None, labels: np.ndarray, seed: int, folds: int = 5
               ) -> np.ndarray:
-    """Calibrated or, with the surface features' logits, blended probabilities, each fold's fitted on the other folds.
+    """Calibrated (or, with `surface`, blended) probabilities: each fold uses parameters fitted on the other folds.
 
-    A fit is slightly optimistic on its own rows; this is the estimate to report.
+    A fit is optimistic on its own rows, so scores are computed on these probabilities.
     Shapes: (N, orders, 3), (N, 3), (N,) -> (N, 3).
     """
     fold = np.random.default_rng([seed, 4]).permutation(len(labels)) % min(folds, len(labels))
@@ -205,13 +206,13 @@ def cross_fit(logits: np.ndarray, surface: np.ndarray | None, labels: np.ndarray
 def score_logits(logits: np.ndarray, labels: np.ndarray, lengths: np.ndarray, train_labels: np.ndarray,
                  train_lengths: np.ndarray, seed: int, bayes_optimal: np.ndarray | None = None,
                  surface: np.ndarray | None = None, blend: bool = False) -> dict:
-    """A model's validation scores beside the baselines on the same rows.
+    """A model's validation scores and the baselines on the same rows.
 
-    Shapes: logits (N, 2, 3) in both orders; labels (N,); lengths (N, 3) in characters of prompt, A and B; the same of
-    the M training rows; bayes_optimal (N, 3), the probabilities that the labels were drawn from, where they are known;
-    surface (N, 3), the surface features' logits. Returns `results`, {name: `evaluate`'s dict}; `final`, the name of the
-    score that counts; `swap_flips`, the share of rows whose predicted class depends on the order; and `conclusions`,
-    sentences. The calibrated and the blended scores are cross-fitted.
+    Shapes: logits (N, 2, 3) in both orders; labels (N,); lengths (N, 3) in characters of prompt, A and B; labels and
+    lengths of the M training rows; bayes_optimal (N, 3), the probabilities from which the labels were drawn, if known;
+    surface (N, 3), the logits of the surface features. Returns `results`, {name: `evaluate`'s dict}; `final`, the name
+    of the main score; `swap_flips`, the share of rows whose predicted class depends on the order; and `conclusions`,
+    a list of sentences. The calibrated and the blended scores are cross-fitted.
     """
     results = baselines(train_lengths, train_labels, lengths, labels)
     if surface is not None:
@@ -236,11 +237,10 @@ def swap_flips(logits: np.ndarray) -> float:
 
 
 def conclusions(probabilities: np.ndarray, raw: np.ndarray, labels: np.ndarray, results: dict[str, dict]) -> list[str]:
-    """What the scores mean, in sentences derived from them. `results` needs "class prior" and "length only".
+    """Sentences that compare the score with the baselines in `results`: "class prior", and the better of "length only"
+    and "surface features".
 
-    The score is compared with the better of "length only" and "surface features".
-
-    `raw` are the probabilities before the temperature, which may have flattened confident and worthless predictions.
+    `raw` are the probabilities before calibration: a high temperature can make useless predictions look constant.
     """
     score = evaluate(probabilities, labels)["log_loss"]
     prior = results["class prior"]["log_loss"]
@@ -263,17 +263,17 @@ def conclusions(probabilities: np.ndarray, raw: np.ndarray, labels: np.ndarray, 
 
 
 def results_text(scored: dict) -> str:
-    """`score_logits`'s result as the terminal shows it: the table, the final confusion matrix, the conclusions."""
+    """The result of `score_logits` as text: score table, confusion matrix of the main score, conclusions."""
     results, final = scored["results"], scored["final"]
     return "\n\n".join([score_table(results), confusion_table(results[final]), "\n".join(scored["conclusions"])])
 
 
 def score_folds(logits: list[np.ndarray], splits: list[tuple[np.ndarray, np.ndarray]], labels: np.ndarray,
                 lengths: np.ndarray, seed: int, features: np.ndarray, blend: bool) -> dict:
-    """Out-of-fold scores: every row predicted by the model that did not see it, beside baselines fitted likewise.
+    """Out-of-fold scores: every row is predicted by the model that was not trained on it. Baselines likewise.
 
     Shapes: per fold logits (rows, 2, 3) and (training rows, validation rows); labels (N,), lengths (N, 3) and surface
-    features (N, K) of all rows. Returns what `score_logits` does, and the `probabilities` (N, 3) of the rows in order.
+    features (N, K) of all rows. Returns the dict of `score_logits` and the rows' `probabilities` (N, 3).
     """
     held = np.concatenate([valid for _, valid in splits])
     truth = labels[held]
@@ -296,7 +296,7 @@ def score_folds(logits: list[np.ndarray], splits: list[tuple[np.ndarray, np.ndar
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 def score_table(results: dict[str, dict]) -> str:
-    """Results of `evaluate` under each other, a line each, as the terminal shows them."""
+    """A text table with one line for each result of `evaluate`."""
     width = max(len(name) for name in results) + 2
     lines = [" " * width + "log loss  accuracy  precision  recall      F1     ECE"]
     for name, r in results.items():
@@ -306,7 +306,7 @@ def score_table(results: dict[str, dict]) -> str:
 
 
 def confusion_table(result: dict) -> str:
-    """The confusion matrix: rows are the annotators' labels, columns the model's predictions."""
+    """The confusion matrix as text: rows are labels, columns predictions."""
     lines = ["label \\ prediction" + "".join(f"{label:>8}" for label in LABELS)]
     lines += [f"{label:<18}" + "".join(f"{count:8,}" for count in row)
               for label, row in zip(LABELS, result["confusion"])]

@@ -1,4 +1,4 @@
-"""DeBERTa-v3 and a three-way preference classifier, in plain PyTorch. Nothing here is optimised, and all of it runs.
+"""DeBERTa-v3 and a three-way preference classifier, in plain PyTorch without optimisations.
 
 BERT adds a position embedding to each token embedding. DeBERTa keeps the two apart: a token i has a content vector, a
 *distance* i - j has a vector of its own, and an attention score is the sum of three products:
@@ -9,7 +9,7 @@ BERT adds a position embedding to each token embedding. DeBERTa keeps the two ap
 What is unusual, compared with BERT or a GPT:
 - A bucket is one distance up to 128 tokens, and a range of distances beyond. One embedding table serves all layers.
 - The table goes through each layer's own q_proj and k_proj, biases included (`share_att_key` in config.json).
-- **The sign of p2c.** The paper (equation 4) has the distance j - i in the third term; the released weights mean i - j.
+- **The sign of p2c.** The paper (equation 4) has the distance j - i in the third term; the released weights use i - j.
 - The scale is sqrt(3 d), because three products of variance d are added.
 - Post-LayerNorm, no absolute positions, no token types, and a GELU pooler (BERT's is tanh).
 
@@ -36,26 +36,26 @@ def log_bucket(distance: Tensor, position_buckets: int = 256, max_distance: int 
         distance   0  1  2 ... 128 | 129 130 131 132 ... 150 ... 256 ... 511 and beyond     (256 buckets, 512)
         bucket     0  1  2 ... 128 | 129 130 131 131 ... 143 ... 192 ... 255
 
-    Negative distances mirror it. All of it is float64: `ceil` turns a rounding error into another bucket, and in
-    bfloat16 74 of the 1,023 distances would get a wrong one.
+    Negative distances mirror this. All of it is float64: `ceil` turns a rounding error into another bucket, and in
+    bfloat16 74 of the 1,023 distances would get a wrong bucket.
 
     Shapes: any int64 tensor -> int64 of the same shape, in -(position_buckets - 1)..position_buckets - 1.
-    Paper: none has the formula; Microsoft's code calls it `make_log_bucket_position`.
-    Differs: from max_distance on Microsoft clamps, and so do we; Hugging Face's formula runs on into untrained rows.
+    Paper: the formula is only in Microsoft's code, `make_log_bucket_position`.
+    Differs: Microsoft clamps from max_distance on, and so do we; Hugging Face goes on into untrained embeddings.
     """
     exact = position_buckets // 2
     distance = distance.clamp(1 - max_distance, max_distance - 1)
-    far = distance.abs().clamp(min=exact).double()                   # near distances would have a negative logarithm
+    far = distance.abs().clamp(min=exact).double()                   # a shorter one would have a negative logarithm
     reach = torch.tensor((max_distance - 1) / exact, dtype=torch.float64, device=distance.device)
-    # Where the ratio is a whole number (log 2 / log 8 * 3 is), rounding must not lift it into the next bucket.
+    # Where the ratio is a whole number (log 2 / log 8 * 3 = 1), rounding must not raise it to the next bucket.
     steps = torch.ceil(torch.log(far / exact) / torch.log(reach) * (exact - 1) - 1e-9).long()
     return torch.where(distance.abs() <= exact, distance, (exact + steps) * distance.sign())
 
 
 def distance_buckets(length: int, position_buckets: int, max_distance: int) -> Tensor:
-    """The bucket of every distance among `length` tokens, plus position_buckets: a row of the relative embeddings.
+    """For every distance among `length` tokens its row of the relative embeddings, bucket + position_buckets.
 
-    Row 0 would be bucket -position_buckets, which no distance has: it is never read, and its gradient is 0.
+    Row 0 is never used, and its gradient is 0: no distance has the bucket -position_buckets.
 
     Shapes: -> (2L - 1,) int64; entry i - j + L - 1 belongs to a query at i and a key at j.
     """
@@ -64,7 +64,7 @@ def distance_buckets(length: int, position_buckets: int, max_distance: int) -> T
 
 
 def relative_index(buckets: Tensor) -> Tensor:
-    """`distance_buckets` for pairs of tokens: [i, j] is the row of the distance i - j. Shapes: (2L - 1,) -> (L, L)."""
+    """`distance_buckets` for pairs of tokens: [i, j] is the row for the distance i - j. Shapes: (2L - 1,) -> (L, L)."""
     length = (len(buckets) + 1) // 2
     i = torch.arange(length, device=buckets.device)
     return buckets[i[:, None] - i[None, :] + length - 1]
@@ -74,11 +74,11 @@ def relative_index(buckets: Tensor) -> Tensor:
 
 def attention_by_definition(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor, attention_mask: Tensor,
                             position_buckets: int, max_distance: int) -> Tensor:
-    """Disentangled attention in three loops: slow, and the specification that everything faster is tested against.
+    """Disentangled attention in loops: slow, and the specification against which the faster forms are tested.
 
     Shapes: q, k, v (B, H, L, d); pos_q, pos_k (H, R, d); attention_mask (B, L) bool -> (B, H, L, d).
     Paper: DeBERTa (arXiv 2006.03654), equation 4 and algorithm 1.
-    Differs: the paper's third term reads bucket(j - i); the released weights mean bucket(i - j).
+    Differs: the paper's third term has bucket(j - i); the released weights use bucket(i - j).
     """
     B, H, L, d = q.shape
     out = torch.zeros_like(v)
@@ -105,32 +105,32 @@ def attention_scores(q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor, index: 
     Shapes: q, k (B, H, L, d); pos_q, pos_k (H, R, d); index (L, L) -> c2c, c2p, p2c (B, H, L, L) each.
     """
     scale = 1 / math.sqrt(3 * q.shape[-1])
-    q, pos_q = q * scale, pos_q * scale                              # first: in float16 the products could overflow
+    q, pos_q = q * scale, pos_q * scale                              # before products that could overflow in float16
     c2c = q @ k.mT                                                   # (B, H, L_i, L_j)
 
-    # Every query against every row of the table, then for each key the row that its distance selects.
+    # Multiply every query with every relative embedding, then gather for each key the one of its distance.
     every_row = q @ pos_k.mT                                         # (B, H, L_i, R)
     c2p = every_row.gather(-1, index.expand_as(c2c))                 # (B, H, L_i, L_j)
 
-    # The same for keys: a key j gathers over the queries i, so the index and the result are transposed.
+    # The same for keys. Rows of the product are keys, so the index and the result are transposed.
     every_row = k @ pos_q.mT                                         # (B, H, L_j, R)
     p2c = every_row.gather(-1, index.mT.expand_as(c2c.mT)).mT        # (B, H, L_i, L_j)
     return c2c, c2p, p2c
 
 
 def masked_softmax(scores: Tensor, attention_mask: Tensor) -> Tensor:
-    """Softmax over the keys that are tokens, in float32 also under autocast. Only keys are masked: what a padding
-    query attends to is never read.
+    """Softmax over the keys that are not padding, in float32 even under autocast. Padding queries are not masked: their
+    outputs are unused.
 
     Shapes: scores (B, H, L, L), attention_mask (B, L) bool -> (B, H, L, L), float32 (float64 for float64 scores).
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    lowest = torch.finfo(scores.dtype).min                           # not -inf: a row of padding would become NaN
+    lowest = torch.finfo(scores.dtype).min                           # not -inf, which gives NaN if all keys are padding
     return torch.softmax(scores.masked_fill(~attention_mask[:, None, None, :], lowest), dim=-1)
 
 
 class DisentangledSelfAttention(nn.Module):
-    """One layer's attention with its output projection.
+    """Disentangled attention with its output projection.
 
     Shapes: x (B, L, D), attention_mask (B, L) bool, rel_embeddings (R, D), buckets (2L - 1,) -> (B, L, D).
     """
@@ -152,7 +152,7 @@ class DisentangledSelfAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2))                     # (B, L, D)
 
     def project(self, x: Tensor, rel_embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Tokens and distances go through the same two projections.
+        """Tokens and relative embeddings share the query and key projections.
 
         Shapes: (B, L, D), (R, D) -> q, k, v (B, H, L, d), pos_q, pos_k (H, R, d).
         """
@@ -175,7 +175,7 @@ class DisentangledSelfAttention(nn.Module):
 # --- encoder ----------------------------------------------------------------------------------------------------------
 
 class EncoderLayer(nn.Module):
-    """Attention, then a two-layer MLP, each with dropout, a residual connection and LayerNorm after it (post-LN).
+    """Attention and a two-layer MLP, each followed by dropout, a residual connection and LayerNorm (post-LN).
 
     Shapes: x (B, L, D), attention_mask (B, L) bool, rel_embeddings (R, D), buckets (2L - 1,) -> (B, L, D).
     """
@@ -195,13 +195,13 @@ class EncoderLayer(nn.Module):
         return self.ff_norm(x + self.dropout(self.feed_forward(x)))
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return self.ff_out(F.gelu(self.ff_in(x)))                    # the exact GELU, the one with erf
+        return self.ff_out(F.gelu(self.ff_in(x)))                    # the exact GELU, with erf
 
 
 class Encoder(nn.Module):
     """DeBERTa-v3 without a head.
 
-    Shapes: input_ids (B, L) int64, attention_mask (B, L) bool or 0/1 -> (B, L, D); rows of padding have no meaning.
+    Shapes: input_ids (B, L) int64, attention_mask (B, L) bool or 0/1 -> (B, L, D); padding has no meaning.
     Errors: IndexError for an id outside the vocabulary.
     """
 
@@ -222,7 +222,7 @@ class Encoder(nn.Module):
         return last
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Iterator[Tensor]:
-        """The embeddings and then each layer's output, one at a time: N + 1 of (B, L, D)."""
+        """Yields the embeddings, then each layer's output: N + 1 tensors of (B, L, D)."""
         attention_mask = attention_mask.bool()
         x = self.embed(input_ids, attention_mask)
         yield x
@@ -232,11 +232,11 @@ class Encoder(nn.Module):
             yield x
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Word embeddings, normalised, with padding zeroed. Shapes: (B, L), (B, L) bool -> (B, L, D)."""
+        """Normalised word embeddings, 0 for padding. Shapes: (B, L), (B, L) bool -> (B, L, D)."""
         return self.dropout(self.word_norm(self.word_embeddings(input_ids)) * attention_mask[..., None])
 
     def relative_table(self, length: int) -> tuple[Tensor, Tensor]:
-        """The normalised relative embeddings, and the row of each distance. Shapes: -> (R, D), (2L - 1,) int64."""
+        """The normalised relative embeddings, and the row for each distance. Shapes: -> (R, D), (2L - 1,) int64."""
         table = self.rel_norm(self.rel_embeddings.weight)
         buckets = distance_buckets(length, self.config.position_buckets, self.config.max_distance)
         return table, buckets.to(table.device)                       # computed on the CPU: MPS has no float64
@@ -245,8 +245,8 @@ class Encoder(nn.Module):
 # --- classifier -------------------------------------------------------------------------------------------------------
 
 class PreferenceModel(nn.Module):
-    """Which of two responses a person prefers, from `[CLS] prompt [SEP] A [SEP] B [SEP]` in one sequence, so that every
-    layer compares the responses. The published checkpoint has no pooler and no classifier; both start fresh.
+    """Predicts which of two responses a person prefers, from `[CLS] prompt [SEP] A [SEP] B [SEP]`. Both responses are
+    in one sequence so that every layer can compare them. The published checkpoint has no pooler and no classifier.
 
     Shapes: input_ids (B, L) int64, attention_mask (B, L) bool or 0/1 -> logits (B, 3): A, B, tie.
     """
@@ -269,20 +269,20 @@ class PreferenceModel(nn.Module):
         return self.classify(cls)
 
     def last_states(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What the last layer reads, and what it makes of [CLS]. Shapes: -> (B, L, D), (B, D)."""
+        """The input of the last layer, and its output for [CLS]. Shapes: -> (B, L, D), (B, D)."""
         x = last = None
         for state in self.encoder.hidden_states(input_ids, attention_mask):
             x, last = last, state
         return x, last[:, 0]
 
     def classify(self, cls: Tensor) -> Tensor:
-        """The logits for [CLS]'s last hidden state. Shapes: (B, D) -> (B, 3)."""
+        """Logits from the last hidden state of [CLS]. Shapes: (B, D) -> (B, 3)."""
         pooled = F.gelu(self.pooler(self.pooler_dropout(cls)))                   # (B, D)
         return self.classifier(self.classifier_dropout(pooled))                  # (B, C)
 
 
 def init_weights(module: nn.Module, std: float) -> None:
-    """Fresh weights as DeBERTa draws them, from torch's global generator: N(0, std), biases 0, LayerNorms 1 and 0."""
+    """Initialise as DeBERTa does, from torch's global generator: weights N(0, std), biases 0, LayerNorms 1 and 0."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, std=std)

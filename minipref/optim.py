@@ -1,9 +1,9 @@
-"""AdamW, the learning rate's course, and gradient clipping, written out.
+"""AdamW, the learning-rate schedule and gradient clipping.
 
-Unusual here: the word table is 98 of v3-small's 142 million parameters, and AdamW's arithmetic is trivial beside the
-memory it touches. Done tensor by tensor, each of its eight elementwise operations streams the whole table through
-the processor again. Done piece by piece, a piece of the parameter, its gradient and its two moments stay in the cache
-while all eight pass over them, and memory is read once.
+What is unusual here: AdamW is limited by memory bandwidth, and the word embeddings are 98 of v3-small's 142 million
+parameters. Applied to whole tensors, each of AdamW's eight elementwise operations reads them from memory again. The
+update therefore runs piece by piece: a piece of the parameter, its gradient and its two moments stay in the cache for
+all eight operations, so memory is read once.
 """
 
 import math
@@ -26,11 +26,11 @@ class AdamW(torch.optim.Optimizer):
         v <- beta2 * v + (1 - beta2) * g * g                 mean of their squares
         p <- p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    m and v start at zero; dividing by 1 - beta^t takes that bias out again.
+    m and v start at zero; dividing by 1 - beta^t corrects that bias.
 
-    Paper: Loshchilov and Hutter, Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2, without the
-    schedule multiplier, which is folded into lr.
-    Errors: ValueError for a hyper-parameter out of range, RuntimeError for a sparse gradient.
+    Paper: Loshchilov and Hutter, Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2.
+    Differs: lr includes the paper's schedule multiplier.
+    Errors: ValueError for a hyperparameter out of range, RuntimeError for a sparse gradient.
     """
 
     def __init__(self, params_or_groups: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
@@ -72,9 +72,9 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _in_pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Equal tensors, cut into the same flat pieces of memory. What is small or has gaps comes whole."""
+    """Tensors of one shape, cut into the same flat pieces. Small or non-contiguous ones are not cut."""
     if tensors[0].numel() <= PIECE or not all(t.is_contiguous() for t in tensors) or tensors[0].is_cuda:
-        return [tensors]                   # a GPU has no cache to fit into, and pays for every launch
+        return [tensors]                   # on a GPU every kernel launch costs more than the cache saves
     return zip(*(t.view(-1).split(PIECE) for t in tensors))
 
 
@@ -84,14 +84,14 @@ EMBEDDINGS = re.compile(r"\b(word|rel)_(embeddings|norm)\.")
 
 def decay_groups(model: nn.Module, weight_decay: float, peak_lr: float = 0.0, head_lr: float = 0.0,
                  layer_decay: float = 1.0) -> list[dict]:
-    """Parameters in groups with the same weight decay and the same `peak_lr`; frozen ones are in none.
+    """Groups of trainable parameters with the same weight decay and the same `peak_lr`.
 
-    Matrices and tables decay, biases and LayerNorms do not: they have no scale that a product elsewhere could undo, so
-    pulling them to zero changes the function instead of regularising it.
+    Weight matrices and embeddings decay. Biases and LayerNorms do not: shrinking them changes the function instead of
+    regularising it.
 
-    The last layer's peak is `peak_lr`, each layer's below it is `layer_decay` times that of the next, and the
-    embeddings' is one step below the first layer's: what pretraining taught the lower layers is more general. The head
-    starts fresh and may learn at its own `head_lr`; 0 means `peak_lr`.
+    The last layer's peak learning rate is `peak_lr`. Each lower layer has `layer_decay` times the rate of the layer
+    above it, and the embeddings count as one more layer at the bottom: lower layers hold more general features. The new
+    head has `head_lr`, or `peak_lr` if that is 0.
     Paper: layer-wise decay: ELECTRA (arXiv 2003.10555), appendix B; before it ULMFiT (arXiv 1801.06146), section 3.2.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -111,9 +111,9 @@ def decay_groups(model: nn.Module, weight_decay: float, peak_lr: float = 0.0, he
 
 
 def cosine_with_warmup(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:
-    """The learning rate at `step`, counted from 0: up in a straight line, then down along half a cosine.
+    """The learning rate at `step`, counted from 0: linear warmup, then half a cosine down to 0.
 
-    The same numbers as transformers' `get_cosine_schedule_with_warmup`, as a function without state.
+    The same numbers as transformers' `get_cosine_schedule_with_warmup`, as a pure function.
     """
     if step < warmup_steps:                                             # 1. warming up, from 0
         return peak_lr * step / warmup_steps
@@ -124,7 +124,7 @@ def cosine_with_warmup(step: int, total_steps: int, warmup_steps: int, peak_lr: 
 
 
 def linear_with_warmup(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:
-    """The same with a straight line down, as in Microsoft's fine-tuning and `get_linear_schedule_with_warmup`."""
+    """The same with a linear decrease, as in Microsoft's fine-tuning and `get_linear_schedule_with_warmup`."""
     if step < warmup_steps:
         return peak_lr * step / warmup_steps
     return peak_lr * max(0.0, (total_steps - step) / max(total_steps - warmup_steps, 1))
@@ -132,16 +132,16 @@ def linear_with_warmup(step: int, total_steps: int, warmup_steps: int, peak_lr: 
 
 def learning_rates(schedule: str, step: int, total_steps: int, warmup_steps: int, peaks: Iterable[float]
                    ) -> list[float]:
-    """The learning rate of each group of parameters at `step`, by its peak."""
+    """The learning rates at `step` for several peak values."""
     rate = {"cosine": cosine_with_warmup, "linear": linear_with_warmup}[schedule]
     return [rate(step, total_steps, warmup_steps, peak) for peak in peaks]
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scale all gradients together so that their joint L2 norm is at most `max_norm`; return the norm before.
+    """Scale all gradients so that their joint L2 norm is at most `max_norm`; return the norm before scaling.
 
-    A norm that is not finite is returned as it is, with the gradients untouched: the caller must not step on them.
+    If the norm is not finite the gradients are left unchanged, and the caller must skip the step.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:

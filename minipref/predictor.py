@@ -1,7 +1,7 @@
-"""A trained model in use: its weights, tokenizer, budget and temperature as one object that compares responses.
+"""A trained model in use: `Judge` holds weights, tokenizer, budget and temperature, and compares responses.
 
-What is unusual here: annotators and models alike have a position bias. Each pair is predicted in both orders, the
-prediction for the swapped pair is mapped back (A and B exchanged), and the two are averaged.
+What is unusual here: annotators and models have a position bias. Each pair is predicted in both orders, the prediction
+for the swapped pair is mapped back (A and B exchanged), and the two are averaged.
 """
 
 import argparse
@@ -23,16 +23,16 @@ from minipref.runtime import ArgumentParser, InputError, autocast, check_folder,
 from minipref.surface import FEATURES, LogisticRegression, surface_features
 from minipref.tokenizer import Tokenizer, load_tokenizer
 
-SETTINGS = "minipref.json"        # in a model's folder, beside config.json: what its training chose
-ROWS_AT_ONCE = 4096               # that are tokenized, and sorted by length, together
-MAX_LENGTH = 1 << 16              # tokens; far beyond any use, and still a size that a machine can refuse politely
+SETTINGS = "minipref.json"        # in a model's folder, next to config.json: max_length, temperature, blend
+ROWS_AT_ONCE = 4096               # tokenized and sorted by length together
+MAX_LENGTH = 1 << 16              # tokens; far beyond any use, and small enough for a clear out-of-memory error
 
 
 class Judge:
-    """Predicts how likely a person prefers A, prefers B or calls it a tie.
+    """Predicts the probabilities that a person prefers A, prefers B, or calls it a tie.
 
-    `temperature` divides the logits; `surface`, where there is one, adds those of the surface features, already times
-    their weight in the blend; `max_length` is the budget of the whole sequence in tokens.
+    `temperature` divides the logits; the logits of `surface`, a regression on surface features scaled by its weight in
+    the blend, are added; `max_length` is the budget of the whole sequence in tokens.
     """
 
     def __init__(self, model: PreferenceModel, tokenizer: Tokenizer, max_length: int, temperature: float = 1.0,
@@ -42,16 +42,16 @@ class Judge:
 
     def compare(self, prompt: str | Sequence[str | None], response_a: str | Sequence[str | None],
                 response_b: str | Sequence[str | None]) -> tuple[float, float, float]:
-        """(p_a, p_b, p_tie) of one pair, read as a row of `compare_many` is."""
+        """(p_a, p_b, p_tie) of one pair; the arguments are those of a row of `compare_many`."""
         return tuple(self.compare_many([(prompt, response_a, response_b)])[0].tolist())
 
     def compare_many(self, rows: Iterable[tuple], batch_tokens: int = 16_384, swap_average: bool = True,
                      progress: Callable[[int], object] | None = None) -> np.ndarray:
         """Probabilities of many pairs (prompt, response_a, response_b). Shapes: N rows -> (N, 3) float64.
 
-        Each of the three is a list of turns (texts, None for a missing one), or a text; where the prompt is the text of
-        a JSON list, all three texts are read as cells of a CSV, in which None or NaN is an empty one (`to_pair`).
-        Errors: `InputError` for any other row, or where the model's arithmetic overflows.
+        Each of the three is a text or a list of turns, in which None is a missing turn. If the prompt is the text of a
+        JSON list, all three texts are parsed like the cells of a CSV (`to_pair`).
+        Errors: `InputError` for any other row, or if the model's arithmetic overflows.
         """
         pairs = [row if isinstance(row, Pair) else to_pair(row, n) for n, row in enumerate(rows, 1)]
         if not pairs:
@@ -59,7 +59,7 @@ class Judge:
         blocks = [pairs[begin:begin + ROWS_AT_ONCE] for begin in range(0, len(pairs), ROWS_AT_ONCE)]
         orders = (False, True) if swap_average else (False,)
         logits = []
-        with ThreadPoolExecutor(1) as executor:             # tokenizes the next block while this one is predicted
+        with ThreadPoolExecutor(1) as executor:             # tokenizes the next block during prediction of this one
             coming = executor.submit(encode_pairs, blocks[0], self.tokenizer, self.max_length)
             for following in (*blocks[1:], None):
                 tokenized = coming.result()
@@ -74,7 +74,7 @@ class Judge:
         return swap_averaged(logits, self.temperature, self.surface_logits(pairs))
 
     def surface_logits(self, pairs: Sequence[Pair]) -> np.ndarray | None:
-        """What the blend adds to the logits of each row. Shapes: N pairs -> (N, 3)."""
+        """The logits that the blend adds to each row. Shapes: N pairs -> (N, 3)."""
         return None if self.surface is None else self.surface.logits(surface_features(pairs))
 
     def save(self, folder: str | Path) -> None:
@@ -90,10 +90,9 @@ class Judge:
 
 def load_judge(folder: str | Path, device: torch.device | str = "cpu", precision: str = "fp32", fast: bool = True
                ) -> Judge:
-    """A trained model's folder, as train.py writes it: weights, tokenizer, budget, temperature.
+    """Load a trained model's folder, written by train.py: weights, tokenizer, budget, temperature.
 
-    The model is accelerated unless `fast` is False. Errors: `InputError` for whatever is missing, damaged, or does not
-    fit together.
+    The model is accelerated unless `fast` is False. Errors: `InputError` for missing, damaged or inconsistent files.
     """
     folder = Path(folder)
     check_folder(folder, "a trained model's folder, like runs/NAME/model")
@@ -109,14 +108,14 @@ def load_judge(folder: str | Path, device: torch.device | str = "cpu", precision
 
 
 def refuse_other_task(model: PreferenceModel, folder: str | Path) -> None:
-    """Errors: `InputError` for the folder of a classifier that was trained for something else."""
+    """Errors: `InputError` for a classifier that was trained for another task."""
     if model.load_report.other_task:
         raise InputError(file=folder, found=f"a head for: {model.load_report.other_task}",
                          expected=f"a head for {', '.join(LABELS)}; train.py --encoder trains one on this encoder")
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: str | Path) -> None:
-    """Errors: `InputError` for a tokenizer with ids that the word embeddings do not have."""
+    """Errors: `InputError` for a tokenizer with more ids than there are word embeddings."""
     if tokenizer.vocab_size > vocab_size:
         raise InputError(file=folder, found=f"a tokenizer of {tokenizer.vocab_size:,} ids and {vocab_size:,} word "
                          "embeddings", expected="a tokenizer and a model that belong together")
@@ -157,12 +156,12 @@ def _read_surface(path: Path, stored: dict | None) -> LogisticRegression | None:
 def predict_logits(model: PreferenceModel, tokenized: TokenizedPairs, tokenizer: Tokenizer, batch_tokens: int,
                    most_rows: int = 256, precision: str = "fp32", orders: Sequence[bool] = (False, True),
                    progress: Callable[[int], object] | None = None, together: bool = False) -> np.ndarray:
-    """Logits of every row in each order asked for (False as it stands, True with A and B exchanged).
+    """Logits of every row in each of `orders` (False as given, True with A and B swapped).
 
-    Longest rows go first: a batch has little padding, and memory peaks at once. Logits of the swapped order are mapped
-    back: column 0 is always the row's own A. `progress` is called after each batch with its number of rows. With
-    `together` the processes of a run (run/distributed.py) share the batches, all return all logits, and `progress` is
-    called equally often in each.
+    Longest rows come first: batches have little padding, and memory peaks in the first batch. Logits of the swapped
+    order are mapped back, so column 0 is always the row's own A. `progress` is called after each batch with its number
+    of rows. With `together`, the processes of a run (run/distributed.py) share the batches, all return all logits, and
+    `progress` is called equally often in each.
     Shapes: N rows -> (N, orders, 3) float64.
     """
     was_training = model.training
@@ -185,16 +184,16 @@ def predict_logits(model: PreferenceModel, tokenized: TokenizedPairs, tokenizer:
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 def add_rows_or_pair(parser: ArgumentParser) -> None:
-    """The arguments that say what to predict: a CSV, or one pair."""
+    """Add the arguments for a CSV or one pair."""
     parser.add_argument("csv", nargs="?", metavar="CSV", help="rows with id, prompt, response_a, response_b")
-    parser.add_argument("--prompt", metavar="TEXT", help="one pair instead of a CSV")
+    parser.add_argument("--prompt", metavar="TEXT", help="predict one pair instead of a CSV")
     parser.add_argument("--a", metavar="TEXT")
     parser.add_argument("--b", metavar="TEXT")
     parser.text_options = ("--prompt", "--a", "--b")
 
 
 def check_rows_or_pair(parser: ArgumentParser, options: argparse.Namespace) -> None:
-    """Errors: `InputError` for neither or both."""
+    """Errors: `InputError` unless there is either a CSV or a pair."""
     pair = [options.prompt, options.a, options.b]
     if options.csv is None and None in pair:
         parser.error("neither a CSV nor all of --prompt, --a and --b")

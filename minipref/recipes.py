@@ -1,6 +1,6 @@
-"""The hyperparameters of a fine-tuning run, and four named presets: each value with its source.
+"""The hyperparameters of a fine-tuning run and four named presets, with a source for each value.
 
-`train.py --recipe NAME` chooses a preset; each of its options overrides one value.
+`train.py --recipe NAME` chooses a preset; other options override single values.
 """
 
 import math
@@ -13,7 +13,7 @@ from minipref.runtime import check_folder
 
 
 def _between(lowest: float, highest: float, help: str, default=MISSING):
-    """A hyperparameter with what train.py's option of the same name allows and says."""
+    """A hyperparameter, with the limits and the help text of its option in train.py."""
     return field(default=default, metadata={"lowest": lowest, "highest": highest, "help": help})
 
 
@@ -21,13 +21,13 @@ def _between(lowest: float, highest: float, help: str, default=MISSING):
 class TrainConfig:
     """The hyperparameters that change a run's result."""
 
-    epochs: int = _between(1, 10**4, "passes over the training rows")
-    batch_size: int = _between(1, 10**9, "rows of one forward and backward pass, over all processes")
-    eval_batch_size: int = _between(1, 10**9, "the same for evaluation")
-    lr: float = _between(0, 1e30, "learning rate at the peak")
+    epochs: int = _between(1, 10**4, "epochs over the training rows")
+    batch_size: int = _between(1, 10**9, "rows of a micro-batch, over all processes")
+    eval_batch_size: int = _between(1, 10**9, "rows of a batch in evaluation")
+    lr: float = _between(0, 1e30, "peak learning rate")
     warmup: float = _between(0, 10**9, "steps of warmup; below 1, a fraction of all steps")
-    weight_decay: float = _between(0, 1, "AdamW's, on matrices and embeddings")
-    adam_beta2: float = _between(0, 0.999999, "AdamW's average of squared gradients, over 1 / (1 - beta2) steps")
+    weight_decay: float = _between(0, 1, "weight decay of matrices and embeddings")
+    adam_beta2: float = _between(0, 0.999999, "AdamW's decay rate of the mean of squared gradients")
     adam_eps: float = _between(0, 1, "added to AdamW's denominator")
     clip: float = _between(0, 10**9, "maximum L2 norm of all gradients together")
     head_dropout: float = _between(0, 0.999, "dropout before the classifier")
@@ -35,20 +35,20 @@ class TrainConfig:
     evals_per_epoch: int = _between(1, 10**4, "evaluations per epoch")
     max_length: int = _between(8, 1 << 16, "tokens of prompt and responses together")
     accumulate: int = _between(1, 10**9, "micro-batches per optimizer step", default=1)
-    valid_fraction: float = _between(0.001, 0.9, "fraction of the rows that validates", default=0.1)
-    head_lr: float = _between(0, 1e30, "learning rate of the fresh head at the peak; 0: the same", default=0.0)
-    layer_decay: float = _between(0.01, 1, "a layer's learning rate, over that of the next layer", default=1.0)
+    valid_fraction: float = _between(0.001, 0.9, "fraction of the rows used for validation", default=0.1)
+    head_lr: float = _between(0, 1e30, "peak learning rate of the new head; 0: as --lr", default=0.0)
+    layer_decay: float = _between(0.01, 1, "ratio of a layer's learning rate to the next layer's", default=1.0)
     label_smoothing: float = _between(0, 0.999, "share of each label spread over all three classes", default=0.0)
-    aux_loss: float = _between(0, 1000, "weight of the auxiliary head's loss; 0: no such head", default=0.0)
+    aux_loss: float = _between(0, 1000, "weight of the auxiliary head's loss; 0: no auxiliary head", default=0.0)
     schedule: str = field(default="cosine", metadata={"choices": ("cosine", "linear"), "help": "of the learning rate"})
-    swap: bool = True          # exchange A and B in half of the rows, drawn anew each epoch
+    swap: bool = True          # swap A and B in half of the rows, drawn anew each epoch
 
     def steps_per_epoch(self, rows: int) -> int:
-        """Optimizer steps in an epoch of `rows` training rows; its last batch and last step may be smaller."""
+        """Optimizer steps in an epoch of `rows` training rows; the last step may have fewer rows."""
         return math.ceil(math.ceil(rows / self.batch_size) / self.accumulate)
 
     def warmup_steps(self, total_steps: int) -> int:
-        """Steps of warmup, as `warmup` says them."""
+        """Steps of warmup."""
         return round(self.warmup * total_steps) if self.warmup < 1 else round(self.warmup)
 
 
@@ -89,7 +89,7 @@ RECIPES: dict[str, dict[str, tuple[int | float | str, str]]] = {   # preset -> h
         "aux_loss": (0.0, MNLI),
         "schedule": ("linear", MNLI),
     },
-    "competition": {                                      # for the published weights; nothing of it is measured here
+    "competition": {                                      # for the published weights; not measured here
         "epochs": (3, f"{ELECTRA}; not measured here"),
         "batch_size": (32, f"{DEBERTA}: 16 to 64; not measured here"),
         "eval_batch_size": (32, "has no influence on the result beyond rounding"),
@@ -127,7 +127,7 @@ RECIPES: dict[str, dict[str, tuple[int | float | str, str]]] = {   # preset -> h
 
 
 def recipe_name(text: str) -> str:
-    """The --recipe argument's type for argparse."""
+    """argparse type of --recipe."""
     if text == "seed":
         print("note: the recipe 'seed' is now called 'baseline'")
         return "baseline"
@@ -147,7 +147,7 @@ RECIPE_RULES = {"tiny": f"the default below a hidden size of {SMALLEST_PUBLISHED
 
 
 def default_recipe(encoder: str | Path) -> str:
-    """The preset for an encoder's folder, by the encoder's size. Errors: `InputError` without a config.json."""
+    """The preset for the encoder in a folder, by its hidden size. Errors: `InputError` without a config.json."""
     check_folder(encoder, "a Hugging Face folder with config.json and model.safetensors")
     hidden_size = EncoderConfig.from_json(Path(encoder) / "config.json").hidden_size
     return "tiny" if hidden_size < SMALLEST_PUBLISHED else "baseline"

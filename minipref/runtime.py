@@ -1,4 +1,4 @@
-"""What every command shares: one way to fail, devices and precision, and files that are written whole or not at all."""
+"""Shared by all commands: errors and exit codes, devices and precision, atomic file writes."""
 
 import argparse
 import contextlib
@@ -20,19 +20,19 @@ from typing import BinaryIO, TextIO
 import torch
 from safetensors import SafetensorError
 
-MAX_JSON_BYTES = 32 << 20       # a config.json has a thousand, the index of a large checkpoint a million
+MAX_JSON_BYTES = 32 << 20       # a config.json has about 1,000, the index of a large checkpoint 1,000,000
 FORBIDDEN = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef" + "".join(   # in HTML or XML
     f"{chr(plane + 0xfffe)}{chr(plane + 0xffff)}" for plane in range(0, sys.maxunicode, 1 << 16)) + "]")
-TEMPORARY = ".minipref-tmp-"    # how the names of our temporary folders begin; tempfile adds eight characters
+TEMPORARY = ".minipref-tmp-"    # prefix of our temporary folders; tempfile adds eight characters
 
 
 # --- errors and commands ----------------------------------------------------------------------------------------------
 
 class InputError(Exception):
-    """What a user gave is wrong: exit code 2.
+    """The user's input is wrong: exit code 2.
 
-    The message is one line that says where (file, row, column), what was found and what was expected, as far as
-    each applies. A row is the record's number in the file, the header not counted: the first record is row 1.
+    The message is one line with the place (file, row, column), what was found and what was expected, as far as known.
+    Rows are counted from 1, without the header.
     """
 
     def __init__(self, *, found: str, expected: str = "", file: str | Path | None = None,
@@ -47,11 +47,11 @@ class InputError(Exception):
 
 
 class RunError(Exception):
-    """A run failed although its input has the right form: exit code 1. The message is one line."""
+    """A run failed with valid input: exit code 1. The message is one line."""
 
 
 class Stopped(Exception):
-    """A signal stopped the run, and its state is saved: exit code 128 + the signal's number."""
+    """A signal stopped the run and its state is saved: exit code 128 + the signal's number."""
 
     def __init__(self, signal_number: int):
         super().__init__("stopped; the state is saved")
@@ -68,16 +68,16 @@ def exit_code(problem: BaseException) -> int:
 
 
 def run_program(name: str, body: Callable[[], None], out_of_memory_advice: str = "", process: str = "") -> int:
-    """Run a command's body and return its exit code: one line and no traceback for anything a user can cause.
+    """Run a command's body and return its exit code. Errors that a user can cause give one line and no traceback.
 
-    A note that the body added to an exception (`add_note`) becomes part of its line. `process` follows the name where
-    the error is that of this process alone.
+    Notes of an exception (`add_note`) become part of its line. `process` follows the name in errors that concern only
+    this process.
     """
     with escape_unencodable():
         try:
             body()
         except Stopped as problem:
-            with contextlib.suppress(OSError):                 # whoever read it may have got the same signal
+            with contextlib.suppress(OSError):                 # the reader of a pipe may have got the same signal
                 print("; ".join([str(problem), *getattr(problem, "__notes__", [])]))
             return exit_code(problem)
         except (InputError, RunError, OSError, RuntimeError, KeyboardInterrupt) as problem:
@@ -100,9 +100,9 @@ def run_program(name: str, body: Callable[[], None], out_of_memory_advice: str =
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, but for a wrong argument it raises `InputError`: one line, as for every other mistake."""
+    """argparse, but a wrong argument raises `InputError`, so the message is one line like all others."""
 
-    text_options: tuple[str, ...] = ()      # the next argument is their value: argparse takes '-x' for an option
+    text_options: tuple[str, ...] = ()      # their value may begin with '-', which argparse takes for an option
 
     def parse_args(self, arguments: Sequence[str] | None = None, namespace=None):
         others, texts = [], {}
@@ -125,7 +125,7 @@ def number(kind: type, lowest: float, highest: float = 10**9) -> Callable[[str],
     """An argument's type for argparse: an int or float within bounds."""
     def parse(text: str):
         value = kind(text)
-        if not lowest <= value <= highest:          # NaN is not, either
+        if not lowest <= value <= highest:          # also false for NaN
             raise ValueError
         return value
     parse.__name__ = f"number from {lowest} to {highest}"
@@ -133,21 +133,21 @@ def number(kind: type, lowest: float, highest: float = 10**9) -> Callable[[str],
 
 
 def short_repr(value: object, limit: int = 60) -> str:
-    """`value` as an error message may quote it: its repr on one line, cut to `limit` characters."""
+    """The repr of `value` for an error message, cut to `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
 
 
 def html_text(text: str) -> str:
-    """`text` as a page or a figure may hold it: escaped, and U+FFFD for each character that HTML or XML forbids."""
+    """`text` escaped for HTML or SVG, with U+FFFD for each character that HTML or XML forbids."""
     return html.escape(FORBIDDEN.sub("\ufffd", text))
 
 
 @contextlib.contextmanager
 def escape_unencodable() -> Iterator[None]:
-    """Let print() take any text: a character that the terminal's encoding lacks is printed as its number."""
+    """Let print() accept any text: characters that the terminal's encoding lacks are printed as escapes."""
     before = [(stream, stream.errors) for stream in (sys.stdout, sys.stderr)
-              if hasattr(stream, "reconfigure")]       # pytest and notebooks put streams of their own there
+              if hasattr(stream, "reconfigure")]       # pytest and notebooks replace the streams
     for stream, _ in before:
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -155,15 +155,15 @@ def escape_unencodable() -> Iterator[None]:
     finally:
         for stream, errors in before:
             try:
-                stream.reconfigure(errors=errors)              # it flushes
+                stream.reconfigure(errors=errors)              # this flushes
             except OSError:
                 _mute(stream)
 
 
 def mute_closed_terminal() -> None:
-    """Let print() go nowhere where the terminal was closed: each would be an OSError. For signal handlers, too."""
+    """Discard output if the terminal was closed: each print() would raise OSError. Safe in signal handlers."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # a stream without a file, as a notebook's
+        with contextlib.suppress(AttributeError, ValueError):  # a stream without a file, as in a notebook
             try:
                 os.write(stream.fileno(), b"")
             except OSError:
@@ -180,7 +180,7 @@ DEVICES, PRECISIONS = ("auto", "cpu", "cuda", "mps"), ("auto", "fp32", "bf16", "
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU where there is one. Errors: `InputError` for a device that this machine does not have."""
+    """The device; `auto` takes a GPU if there is one. Errors: `InputError` for a device that this machine lacks."""
     have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if have[kind])
@@ -191,8 +191,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where products in it are fast (GPUs since Ampere, CPUs with AMX or AVX-512 bf16), else fp16 on an
-    older CUDA GPU, else fp32. Never fp16 on a CPU: it works there, at a thirtieth of float32's speed.
+    """The precision. `auto`: bf16 if its products are fast (GPUs since Ampere, CPUs with AMX or AVX-512 bf16), fp16 on
+    older CUDA GPUs, else fp32. On a CPU fp16 has a thirtieth of float32's speed.
     """
     if name != "auto":
         return name
@@ -204,20 +204,20 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """The context in which a forward pass runs in `precision`; parameters stay float32 whatever it is."""
+    """The context of a forward pass in `precision`; parameters stay float32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 def is_out_of_memory(problem: RuntimeError) -> bool:
-    """Whether a GPU or the system has no more memory to give."""
-    messages = "can't allocate memory", "not enough memory"              # of the CPU's allocator, which has no class
+    """Whether a GPU or the system ran out of memory."""
+    messages = "can't allocate memory", "not enough memory"              # the CPU's allocator has no error class
     return isinstance(problem, torch.OutOfMemoryError) or any(message in str(problem) for message in messages)
 
 
 def is_compile_failure(problem: RuntimeError) -> bool:
-    """Whether torch.compile cannot do its work here. Its errors go by their modules, whose import takes seconds."""
+    """Whether torch.compile failed. Its errors are known by their modules, whose import would take seconds."""
     modules = "torch._dynamo.", "torch._inductor."
     return type(problem).__module__.startswith(modules) or "torch.compile" in str(problem)
 
@@ -225,9 +225,9 @@ def is_compile_failure(problem: RuntimeError) -> bool:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 def check_regular_file(path: str | Path, expected: str) -> None:
-    """Refuse what is not a regular file: a folder, or a pipe or device that would keep us waiting without end.
+    """Check that `path` is a regular file. Reading a pipe or a device could block for ever.
 
-    Errors: `InputError` that says what is there instead.
+    Errors: `InputError` that names what `path` is instead.
     """
     try:
         mode = os.stat(path).st_mode
@@ -241,7 +241,7 @@ def check_regular_file(path: str | Path, expected: str) -> None:
 
 
 def check_folder(path: str | Path, expected: str) -> None:
-    """Refuse what is not a folder. Errors: `InputError`; for a name like the Hub's, it says how to fetch the files."""
+    """Check that `path` is a folder. Errors: `InputError`; for a Hub-like name it has the command that fetches it."""
     path = Path(path)
     if not path.is_dir():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()) and not path.parent.is_dir():
@@ -250,9 +250,9 @@ def check_folder(path: str | Path, expected: str) -> None:
 
 
 def read_json(path: str | Path, expected: str) -> dict:
-    """The JSON object in a small file; `expected` says where it should be found.
+    """The JSON object in a small file; `expected` describes the file in error messages.
 
-    Errors: `InputError` for what is no such file, before it costs memory or time.
+    Errors: `InputError` for any other content, and for a file that is too large, before reading all of it.
     """
     check_regular_file(path, expected)
     try:
@@ -269,10 +269,10 @@ def read_json(path: str | Path, expected: str) -> dict:
 
 
 def check_writable(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
-    """Try now whether `atomic_write(path)` will work later, without a change to what is there.
+    """Check that `atomic_write(path)` can work later, without changing anything.
 
-    Errors: `InputError` for a folder, without permission, and for a file of `inputs` (files or folders), by whatever
-    name: link or spelling.
+    Errors: `InputError` for a folder, for a missing permission, and for a file that is one of `inputs` or lies in one,
+    also through a link.
     """
     try:
         for source in inputs if os.path.exists(path) else ():
@@ -290,7 +290,7 @@ def check_writable(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
 
 
 def check_replaceable(path: str | Path, mark: str, kind: str) -> None:
-    """Errors: `InputError` for a file that is there, has something in it, and is not of the kind, known by its mark."""
+    """Errors: `InputError` for an existing, non-empty file that does not contain `mark`, so is not of this kind."""
     if not os.path.isfile(path):
         return
     with open(path, "rb") as file:
@@ -301,20 +301,20 @@ def check_replaceable(path: str | Path, mark: str, kind: str) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path; on success it is flushed to disk and takes the place of `path`, or of what that links to.
+    """Yield a temporary path; on success it is flushed to disk and renamed to `path`, or to the target of that link.
 
-    Whatever happens inside the block or to the process, `path` holds its old content or the new one, whole: a rename
-    within one folder is atomic, and the flush comes before it so that a power cut cannot reorder the two. On an
-    exception the temporary file is removed; after a SIGKILL `remove_stale_temporaries` removes it. A pipe or a device
-    stays what it is: the finished content is written into it.
-    Errors: OSError for whatever keeps the file from being written, safetensors' own error turned into one.
+    At any time `path` holds the complete old or the complete new content: a rename within one folder is atomic, and the
+    flush comes first so that a power cut cannot reorder the two. On an exception the temporary file is removed; after a
+    SIGKILL `remove_stale_temporaries` removes it. If `path` is a pipe or a device, the finished content is written to
+    it.
+    Errors: OSError if the file cannot be written, also in place of safetensors' own error.
     """
     target, is_stream = _destination(path)
     with _temporary(target, is_stream) as temporary:
-        usual = temporary.stat().st_mode      # what the umask gives a new file; safetensors makes its own private
+        usual = temporary.stat().st_mode      # permissions by the umask; safetensors creates private files
         try:
             yield temporary
-        except SafetensorError as problem:    # how a full disk is reported by `save_file`
+        except SafetensorError as problem:    # raised by `save_file` when the disk is full
             raise OSError(f"{path}: {problem}") from None
         if is_stream:
             with open(temporary, "rb") as file, _open_stream(target) as stream:
@@ -328,7 +328,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def standard_stream(path: str | Path) -> int | None:
-    """1 where `path` is what stdout writes to, 2 for stderr, by whatever name; else None."""
+    """1 if `path` is the file or terminal of stdout, 2 for stderr, else None."""
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):    # no such file yet, or a closed stream
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):
@@ -337,10 +337,10 @@ def standard_stream(path: str | Path) -> int | None:
 
 
 def _destination(path: str | Path) -> tuple[Path, bool]:
-    """What a write to `path` has to reach, links followed, and whether it is a stream: a pipe or a device."""
+    """The target of a write to `path`, links followed, and whether it is a stream (a pipe or a device)."""
     try:
         mode = os.stat(path).st_mode
-    except FileNotFoundError:                 # a new file, or the missing end of a link
+    except FileNotFoundError:                 # a new file, or the missing target of a link
         return Path(os.path.realpath(path)), False
     if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or standard_stream(path):
         return Path(path), True
@@ -350,7 +350,7 @@ def _destination(path: str | Path) -> tuple[Path, bool]:
 
 
 def _open_stream(path: Path) -> BinaryIO:
-    """A stream to write to; stdout goes on where it is, and no terminal becomes the process's own."""
+    """Open a stream for writing. stdout keeps its position; O_NOCTTY: no terminal becomes the controlling one."""
     if descriptor := standard_stream(path):
         (sys.stdout if descriptor == 1 else sys.stderr).flush()
         return open(os.dup(descriptor), "wb")
@@ -359,7 +359,7 @@ def _open_stream(path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def _temporary(target: Path, is_stream: bool) -> Iterator[Path]:
-    """An empty file in a folder of its own beside `target`, gone at the end: safetensors has temporary files, too."""
+    """An empty file in a temporary folder next to `target`. A folder, because safetensors has temporary files too."""
     if not is_stream:
         target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=None if is_stream else target.parent,
@@ -370,16 +370,13 @@ def _temporary(target: Path, is_stream: bool) -> Iterator[Path]:
 
 
 def remove_stale_temporaries(folder: str | Path) -> None:
-    """Remove what killed processes left half-written in `folder`, known by the name that only we give.
-
-    Only for a folder in which nobody else is writing now.
-    """
+    """Remove the temporary folders that killed processes left in `folder`. No other process may be writing there."""
     for leftover in Path(folder).glob(f"{TEMPORARY}????????"):
-        shutil.rmtree(leftover, ignore_errors=True)       # leaves a link or a file of that name alone
+        shutil.rmtree(leftover, ignore_errors=True)       # does not remove a link or a file of that name
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. Windows has no such call, and no need of it."""
+    """Make a rename in `folder` durable. Windows needs no such call."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -395,7 +392,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write `value` as indented JSON, atomically. NaN and infinity, which JSON cannot represent, are an error."""
+    """Write `value` as indented JSON, atomically. Errors: ValueError for NaN and infinity, which JSON lacks."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

@@ -1,11 +1,11 @@
 """Reads `spm.model`, the file of a sentencepiece model, without the sentencepiece package.
 
 The file is a protobuf message, described in
-https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto. Of its fields minipref needs three:
+https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto. minipref needs three of its fields:
 
     pieces            text, score (a log probability) and type of each piece; the id of a piece is its position
     trainer_spec      to check that this is a Unigram model
-    normalizer_spec   two switches for spaces, and the character map: rules such as 'ﬁ' -> 'fi', stored as a trie
+    normalizer_spec   two switches for spaces, and the character map: a trie of rules such as 'ﬁ' -> 'fi'
 """
 
 import math
@@ -23,7 +23,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)   # sentencep
 BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 MODEL_TYPES = {1: "Unigram", 2: "BPE", 3: "word", 4: "character"}
 
-# Limits for hostile files; the comments say what v3 has.
+# Limits for hostile files. The comments give the values of v3.
 MAX_PIECES = 1 << 20          # 128,000
 MAX_PIECE_LENGTH = 128        # characters; 32
 MAX_PIECES_BYTES = 3 << 20    # all pieces together, in UTF-8; 1,074,318
@@ -34,7 +34,7 @@ MAX_RULE_BYTES = 128          # either side of a rule of the character map
 
 @dataclass
 class Vocabulary:
-    """What a tokenizer file says, whichever format it has. Entry i of the three lists belongs to id i."""
+    """The content of a tokenizer file of either format. Entry i of the three lists belongs to id i."""
 
     pieces: list[str]
     scores: list[float]                            # log probabilities of the pieces of type NORMAL
@@ -42,10 +42,10 @@ class Vocabulary:
     normalizers: list[Callable[[str], str]]        # applied in this order
     remove_extra_whitespaces: bool                 # strip spaces, and collapse runs of them
     add_dummy_prefix: bool                         # put a space in front of the text
-    added_tokens: list[dict] = field(default_factory=list)   # of tokenizer.json, in its own form
+    added_tokens: list[dict] = field(default_factory=list)   # of tokenizer.json, as dicts
 
     def check(self) -> None:
-        """Refuse what sentencepiece refuses to load, and absurd sizes. Errors: ValueError."""
+        """Errors: ValueError for a vocabulary that sentencepiece would not load, or of absurd size."""
         for id, (piece, score, type) in enumerate(zip(self.pieces, self.scores, self.types)):
             if not 0 < len(piece) <= MAX_PIECE_LENGTH:
                 raise ValueError(f"piece {id} has {len(piece):,} characters")
@@ -57,7 +57,7 @@ class Vocabulary:
             raise ValueError(f"{self.types.count(UNKNOWN)} unknown pieces instead of one")
         if NORMAL not in self.types:
             raise ValueError("no piece for text")
-        if (size := len("".join(self.pieces).encode())) > MAX_PIECES_BYTES:   # encode() refuses surrogates
+        if (size := len("".join(self.pieces).encode())) > MAX_PIECES_BYTES:   # encode() raises for surrogates
             raise ValueError(f"pieces of {size:,} bytes together")
         [(piece, count)] = Counter(self.pieces).most_common(1)
         if count > 1:
@@ -92,7 +92,7 @@ def read_sentencepiece_model(data: bytes) -> Vocabulary:
             trainer.update(read_fields(value))
         elif key == NORMALIZER:
             normalizer.update(read_fields(value))
-    # Protobuf cannot tell a file that is cut off between two fields from a smaller model.
+    # In protobuf, a file that is cut off between two fields is a valid smaller message.
     if not found >= {PIECE, TRAINER, NORMALIZER}:
         raise ValueError("damaged or cut off: it lacks its pieces, its trainer_spec or its normalizer_spec")
 
@@ -129,7 +129,7 @@ def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:
-    """The number that begins at `at`, seven bits a byte with the lowest first, and the position after it."""
+    """The number at position `at`, seven bits a byte, lowest first, and the position after it."""
     number = 0
     for shift in range(0, 70, 7):
         if at >= len(message):
@@ -153,8 +153,8 @@ class CharacterMap:
         self.rules = _read_rules(data)
         self._longest = max(map(len, self.rules), default=0)
         self._single = str.maketrans({source: target for source, target in self.rules.items() if len(source) == 1})
-        # Every rule of several characters needs one of these after the first. They are combining marks for the most
-        # part, so few texts contain any.
+        # A rule of several characters needs one of these after the first. Most are combining marks, so few texts
+        # contain any.
         later = sorted({character for source in self.rules for character in source[1:]})
         self._later = re.compile(f"[{''.join(map(re.escape, later))}]" if later else "(?!)")   # (?!) never matches
 
@@ -174,16 +174,16 @@ class CharacterMap:
 
 
 def _read_rules(data: bytes) -> dict[str, str]:
-    """The rules of a precompiled_charsmap: four bytes with the size of a trie, the trie, and the targets, each of which
-    ends with a zero byte. Errors: ValueError.
+    """The rules of a precompiled_charsmap: four bytes with the size of a trie, the trie, and the zero-terminated
+    targets. Errors: ValueError.
 
     The trie is a double array (Darts-clone) over the UTF-8 bytes of the sources, in units of 32 bits:
     - the child of a node for byte b is the unit at `base ^ b`, if the label of that unit is b;
     - the base of a unit is its own position ^ its offset;
     - if a source ends at a unit, its leaf bit is set, and the unit at its base holds the position of the target.
 
-    Nodes may share children, so a damaged trie may have cycles. Limits for the length of a source and for the number of
-    steps end the walk.
+    Nodes may share children, so a damaged trie may have cycles. Limits for the length of a source and the number of
+    steps end the traversal.
     """
     size = int.from_bytes(data[:4], "little")
     if size % 4 or not 0 < size <= min(len(data) - 4, MAX_TRIE_BYTES):

@@ -1,11 +1,12 @@
-"""What can be counted in a pair without reading it, and a logistic regression on the counts.
+"""Surface features of a pair (lengths, list items, digits, ...) and a logistic regression on them.
 
-Annotators prefer longer responses, and answers that are the same are ties. A small model fine-tuned on a thousand rows
-learns less than these counts tell, and truncation hides the lengths from it; so its logits are blended with the
+Annotators prefer longer responses, and identical responses are ties. A small model fine-tuned on a thousand rows learns
+less than these features show, and truncation hides the lengths from it. Its logits are therefore blended with the
 regression's (`metrics.fit_blend`).
 
-What is unusual here: the regression is fitted on both orders of every pair, so it treats A and B alike. The features
-beyond length have a strong prior: with a thousand rows they hardly count, with fifty thousand they count in full.
+What is unusual here: the regression is fitted on both orders of every pair, so it treats A and B alike. Features other
+than length have a strong penalty: they have little effect with a thousand rows and their full effect with fifty
+thousand.
 """
 
 import re
@@ -47,8 +48,8 @@ def logistic_regression(features: np.ndarray, labels: np.ndarray, penalty: float
                         ) -> LogisticRegression:
     """Fit softmax regression with an L2 penalty on the weights of standardised features.
 
-    Shapes: features (N, K), labels (N,), penalty () or (K,). The loss is convex and L-BFGS reaches its minimum from
-    zero, so there is no seed.
+    The loss is convex and L-BFGS starts at zero, so there is no seed.
+    Shapes: features (N, K), labels (N,), penalty () or (K,).
     """
     mean, spread = features.mean(0), features.std(0)
     spread[spread == 0] = 1
@@ -73,7 +74,7 @@ def logistic_regression(features: np.ndarray, labels: np.ndarray, penalty: float
 # --- features ---------------------------------------------------------------------------------------------------------
 
 def length_features(lengths: np.ndarray) -> np.ndarray:
-    """Features of a pair that depend on its lengths alone.
+    """Features of a pair that depend only on its lengths.
 
     Shapes: lengths (N, 3) in characters of prompt, A and B -> (N, 5): the log ratio of A to B, its absolute value, and
     the three log lengths.
@@ -84,7 +85,7 @@ def length_features(lengths: np.ndarray) -> np.ndarray:
 
 
 def surface_features(pairs: Sequence[Pair]) -> np.ndarray:
-    """Each row's `FEATURES`, counted on its whole text. Shapes: N pairs -> (N, K)."""
+    """Each row's `FEATURES`, from its untruncated text. Shapes: N pairs -> (N, K)."""
     a, b = (np.log1p(np.array([counts(turns) for turns in texts], dtype=np.float64).reshape(-1, len(COUNTS)))
             for texts in ([pair.response_a for pair in pairs], [pair.response_b for pair in pairs]))
     identical = [pair.response_a == pair.response_b for pair in pairs]
@@ -102,7 +103,7 @@ def counts(turns: Turns) -> list[int]:
 
 def fit_surface(features: np.ndarray, labels: np.ndarray) -> LogisticRegression:
     """The regression on `surface_features`, fitted on the rows in both orders. Shapes: (N, K), (N,)."""
-    # The log ratios change their sign when A and B change places, the others stay.
+    # Swapping A and B changes the sign of the log ratios and leaves the other features unchanged.
     signs = np.array([-1.0] * len(COUNTS) + [1.0] * (len(FEATURES) - len(COUNTS)))
     swapped = swap_classes(np.eye(len(LABELS)))[labels].argmax(1)
     return logistic_regression(np.concatenate([features, features * signs]), np.concatenate([labels, swapped]),

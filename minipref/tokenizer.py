@@ -1,14 +1,13 @@
-"""Text to ids: the ids of sentencepiece, from `spm.model` or `tokenizer.json`, without sentencepiece.
+"""Text to the token ids of sentencepiece, from `spm.model` or `tokenizer.json`, without the sentencepiece package.
 
-DeBERTa-v3 has a Unigram vocabulary of 128,000 pieces, and its weights know only the ids that sentencepiece gives. There
-are four steps:
+DeBERTa-v3 has a Unigram vocabulary of 128,000 pieces and was pretrained on the ids of sentencepiece. The four steps:
 
     1. normalize: NFKC and a little more, by the character map in spm.model; collapse runs of spaces, strip the ends
     2. pre-tokenize: put a space in front, write each space as '▁', split before each '▁'
     3. segment each word: of all ways to split it into pieces, the one with the highest sum of scores (Viterbi)
     4. byte fallback: a character that no piece covers becomes its UTF-8 bytes, which are the pieces <0x00> .. <0xFF>
 
-Step 3 is the Unigram model of the `tokenizers` library. The other steps differ from that library, and so from
+Step 3 uses the Unigram model of the `tokenizers` library. The other steps differ from that library, and therefore from
 transformers, in two ways:
 
 - *A special token typed by a user stays text.* In the library '[SEP]' in a text becomes the id that ends a segment, and
@@ -20,13 +19,13 @@ transformers, in two ways:
 
 transformers 5 drops the character map and byte fallback altogether.
 
-*Added tokens*, those of transformers' `add_tokens`, come first, as in transformers. A text is split at them, the
-longest at each place, and each part between them goes through the four steps alone. A token with the flag `normalized`
-is looked for after step 1, any other before it. Special tokens are not among them: they stay text.
+*Added tokens* (transformers' `add_tokens`) are matched first, as in transformers. A text is split at them, the longest
+match at each place, and the parts between them go through the four steps separately. A token with the flag `normalized`
+is matched after step 1, any other before it. Special tokens are not matched: they stay text.
 
-One difference from sentencepiece remains. It sums scores in float32 from the start of the text; here each word has a
-float64 sum of its own. Where the sums of two segmentations are equal, or differ by less than float32's rounding, the
-other one may be chosen: 'BBBBB' is 'BB' 'BBB' or 'BBB' 'BB'.
+Differs: sentencepiece sums scores in float32 from the start of the text; here each word has its own float64 sum. If the
+scores of two segmentations differ by less than float32's rounding, the other one may be chosen: 'BBBBB' is 'BB' 'BBB'
+or 'BBB' 'BB'.
 """
 
 import base64
@@ -59,23 +58,23 @@ SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 SPACES = re.compile(" {2,}")
 SURROGATE = re.compile("[\ud800-\udfff]")
 CACHED_WORDS = 1 << 17
-CACHED_WORD_LENGTH = 64    # longer words are not cached: few of them come again
+CACHED_WORD_LENGTH = 64    # longer words are not cached: few of them recur
 MAX_FILE_BYTES = {"spm.model": 8 << 20, "tokenizer.json": 32 << 20}   # larger files are refused before they are read
 
 
 def replace_surrogates(text: str) -> str:
-    """The text with U+FFFD for each lone surrogate, half of a UTF-16 pair. A complete pair becomes its character."""
+    """The text with U+FFFD for each lone surrogate (half of a UTF-16 pair). A complete pair becomes its character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if SURROGATE.search(text) else text
 
 
 def load_tokenizer(folder: str | Path) -> "Tokenizer":
     """The tokenizer of a folder: from its `spm.model`, or from its `tokenizer.json` if it has no spm.model.
 
-    A tokenizer.json that transformers 5 made has lost the character map, so its ids are not quite v3's. Added tokens
-    are read from every file that transformers writes them into, beside spm.model too.
+    A tokenizer.json written by transformers 5 lacks the character map, so some ids differ from v3's. Added tokens are
+    read from all files in which transformers stores them.
 
-    Errors: InputError if there is neither; or InputError with the file's name, if it cannot be read, is damaged, or is
-    not a Unigram model. A damaged spm.model is an error even if there is a tokenizer.json beside it.
+    Errors: InputError if both files are missing, or if the file is damaged or not a Unigram model. A damaged spm.model
+    is an error even if there is a tokenizer.json.
     """
     folder = Path(folder)
     check_folder(folder, "a folder with spm.model or tokenizer.json")
@@ -96,10 +95,10 @@ def load_tokenizer(folder: str | Path) -> "Tokenizer":
 
 
 def _read_added_tokens(folder: Path, beside: str) -> list[dict]:
-    """The added tokens in a folder's other files than `beside`, each a dict with id, content and flags.
+    """The added tokens in all files of a folder except `beside`, each a dict with id, content and flags.
 
-    added_tokens.json has no flags: transformers' slow tokenizers write it, and look for tokens before normalization.
-    Errors: InputError for a file of another form, and for settings and special tokens that v3 does not have.
+    added_tokens.json has no flags: it is written by transformers' slow tokenizers, which match before normalization.
+    Errors: InputError for a malformed file, and for settings and special tokens that v3 does not have.
     """
     def read(name: str) -> dict:
         return read_json(folder / name, "a JSON file of a tokenizer") if os.path.lexists(folder / name) else {}
@@ -132,16 +131,16 @@ def _read_added_tokens(folder: Path, beside: str) -> list[dict]:
 class Tokenizer:
     """Text to ids and back, for one vocabulary. `load_tokenizer` and `train_vocabulary` create it.
 
-    `pad_id`, `cls_id`, `sep_id`, `unk_id`, `mask_id`: the caller places these ids. No text encodes to them, except to
-    `unk_id` in a vocabulary without byte pieces. A special token that the file lacks gets the next free id: for v3 that
+    `pad_id`, `cls_id`, `sep_id`, `unk_id`, `mask_id`: the caller inserts these ids. No text encodes to them, except to
+    `unk_id` in a vocabulary without byte pieces. A special token that the file lacks gets the next free id; for v3 that
     is [MASK], 128000.
-    `vocab_size`: the number of ids, special tokens included.
-    `fingerprint`: the sha256 of the file and of added tokens from other files, in hex.
+    `vocab_size`: the number of ids, including special tokens.
+    `fingerprint`: SHA-256 of the file and of added tokens from other files, in hex.
     """
 
     def __init__(self, name: str, data: bytes, added_tokens: Sequence[dict] = ()):
-        """`data`: the bytes of a file with the name `name`. `added_tokens`: those that the file may lack, each with id,
-        content and the flags of transformers. Errors: ValueError that says what is wrong with them.
+        """`data`: the bytes of the file `name`. `added_tokens`: tokens that the file may lack, each with id, content
+        and the flags of transformers. Errors: ValueError.
         """
         self._name, self._data, self._added_tokens = name, data, added_tokens
         self._vocabulary = vocabulary = read_sentencepiece_model(data) if name == "spm.model" else _read_json(data)
@@ -164,21 +163,21 @@ class Tokenizer:
 
         byte_ids = {piece: id for id, piece in enumerate(pieces) if types[id] == BYTE}
         self._byte_ids = [byte_ids[piece] for piece in BYTE_PIECES] if byte_ids else []
-        # Only pieces for text keep their names. The score 0 keeps the others out of the lowest score, from which the
-        # library derives the score of an unknown character.
+        # Only pieces for text keep their names. The library derives the score of an unknown character from the lowest
+        # score, so the other pieces get the score 0.
         named = [(piece, score) if type == NORMAL else (f" {id}", 0.0)
                  for id, (piece, score, type) in enumerate(zip(pieces, scores, types))]
         self._unigram = Unigram(named, self.unk_id, byte_fallback=False)
-        # Words are independent if no piece reaches from one into the next, and no run of unknown characters does.
+        # Words are independent if no piece and no run of unknown characters can span two of them.
         text_pieces = {piece for piece, type in zip(pieces, types) if type == NORMAL}
         self._splits_words = SPACE in text_pieces and not any(SPACE in piece[1:] for piece in text_pieces)
         self._segment_cached = functools.lru_cache(CACHED_WORDS)(self._segment)
 
-        before, after = {}, {}     # content -> id of the added tokens that are looked for before and after step 1
+        before, after = {}, {}     # content -> id of the added tokens that are matched before and after step 1
         for content, token in in_text.items():
             normalized = token.get("normalized", True)
             flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
-            if normalized and self._normalize(content) != content:     # '\n' would be nothing, which is everywhere
+            if normalized and self._normalize(content) != content:     # '\n' would become '', which matches everywhere
                 flags.append("normalized (and normalization changes it)")
             if flags:
                 raise ValueError(f"the added token {short_repr(content)} with the flag {' and '.join(flags)}")
@@ -191,7 +190,7 @@ class Tokenizer:
         return Tokenizer, (self._name, self._data, self._added_tokens)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens; none for a text that is empty or consists of spaces."""
+        """The ids of a text, without special tokens. No ids for an empty text or one of spaces."""
         ids = []
         for raw in _split(self._mend(text), *self._before) if text != "" else ():
             for part in [raw] if isinstance(raw, int) else _split(self._normalize(raw), *self._after):
@@ -203,11 +202,11 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text. It starts no threads or processes, so it can itself run in several."""
+        """`encode` for each text. It starts no threads or processes, so it can be called from several."""
         return [self.encode(text) for text in texts]
 
     def _mend(self, text: str) -> str:
-        """The text with its surrogates joined or replaced."""
+        """The text with surrogate pairs joined and lone surrogates replaced."""
         if not isinstance(text, str):
             raise TypeError(f"a text must be a str, not {short_repr(text)}")
         return replace_surrogates(text)
@@ -216,12 +215,12 @@ class Tokenizer:
         """Step 1."""
         for normalize in self._vocabulary.normalizers:
             text = normalize(text)
-        if self._vocabulary.remove_extra_whitespaces:   # sentencepiece strips '▁' at the end, even one of the text
+        if self._vocabulary.remove_extra_whitespaces:   # sentencepiece also strips a '▁' of the text
             text = SPACES.sub(" ", text).lstrip(" ").rstrip(f" {SPACE}")
         return text
 
     def _pre_tokenize(self, text: str) -> list[str]:
-        """Step 2; the whole text is one word if its words are not independent."""
+        """Step 2. The whole text is one word if words are not independent."""
         has_space = self._vocabulary.remove_extra_whitespaces and text[:1] in ("", " ")   # after an added token
         text = ((" " if self._vocabulary.add_dummy_prefix and not has_space else "") + text).replace(" ", SPACE)
         if not self._splits_words:
@@ -232,7 +231,7 @@ class Tokenizer:
     def _segment(self, word: str) -> tuple[int, ...]:
         """Steps 3 and 4 for one word."""
         ids, utf8 = [], word.encode()
-        for token in self._unigram.tokenize(word):   # adjacent unknown characters are one token
+        for token in self._unigram.tokenize(word):   # adjacent unknown characters form one token
             if token.id == self.unk_id and self._byte_ids:
                 start, end = token.offsets           # in bytes
                 ids += [self._byte_ids[byte] for byte in utf8[start:end]]
@@ -248,9 +247,9 @@ class Tokenizer:
         return [self._vocabulary.pieces[id] for id in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The ids as readable text: bytes are joined to characters, special tokens are written by their names.
+        """The ids as text. Bytes become characters (U+FFFD if they are not UTF-8), special tokens their names.
 
-        Normalization is not undone. Bytes that are not UTF-8 become U+FFFD. Errors: IndexError.
+        Normalization is not undone. Errors: IndexError.
         """
         parts = []
         for id, piece in zip(ids, self.tokens(ids)):
@@ -260,7 +259,7 @@ class Tokenizer:
         return text.removeprefix(" ") if self._vocabulary.add_dummy_prefix else text
 
     def with_token(self, content: str) -> "Tokenizer":
-        """This tokenizer with an added token that texts may contain, at the next free id; itself if it has it."""
+        """This tokenizer with an added token at the next free id. Returns itself if it already has the token."""
         if content in self._before[0] or content in self._after[0]:
             return self
         mask = {"id": self.mask_id, "content": "[MASK]", "normalized": False, "special": True}     # spm.model lacks it
@@ -268,9 +267,9 @@ class Tokenizer:
         return Tokenizer(self._name, self._data, [*self._added_tokens, *added])
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's file, byte for byte as it was read, and a tokenizer_config.json for transformers.
+        """Write the tokenizer's file with its original bytes, and a tokenizer_config.json for transformers.
 
-        Errors: InputError if that is not possible, or if the folder has an `spm.model` that would be read instead.
+        Errors: InputError if that fails, or if the folder has an `spm.model` that would be read instead.
         """
         folder = Path(folder)
         if self._name != "spm.model" and os.path.lexists(folder / "spm.model"):
@@ -279,7 +278,7 @@ class Tokenizer:
         if self._name == "spm.model":
             config = {"tokenizer_class": "DebertaV2Tokenizer", "vocab_type": "spm", "do_lower_case": False,
                       "split_by_punct": False}
-        else:   # the class that uses a tokenizer.json as it is; DebertaV2Tokenizer builds its own pipeline
+        else:   # DebertaV2Tokenizer would ignore the pipeline in tokenizer.json
             config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         for role in ("pad", "cls", "sep", "unk", "mask"):
             config[f"{role}_token"] = self._vocabulary.pieces[getattr(self, f"{role}_id")]
@@ -287,7 +286,7 @@ class Tokenizer:
             config["added_tokens_decoder"] = {str(token["id"]): {
                 "content": token["content"], **{flag: bool(token.get(flag, flag == "normalized")) for flag in
                                                 ("lstrip", "normalized", "rstrip", "single_word", "special")}}
-                for token in self._added_tokens[::-1]}                     # the first of equals counts
+                for token in self._added_tokens[::-1]}                     # the first of duplicates is used
         try:
             for name, data in ((self._name, self._data),
                                ("tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())):
@@ -298,14 +297,14 @@ class Tokenizer:
 
 
 def _split(text: str, ids: dict[str, int], pattern: re.Pattern) -> list[str | int]:
-    """The parts of a text between the added tokens of `ids`, and the tokens' ids."""
+    """A text as parts between added tokens, and the ids of these tokens."""
     return [ids.get(part, part) for part in pattern.split(text) if part] if ids else [text]
 
 
 def _place_added_tokens(vocabulary: Vocabulary, tokens: Sequence[dict]) -> dict[str, dict]:
-    """Append new tokens to the vocabulary; returns those that a text may contain, by content, the first of equals.
+    """Append new tokens to the vocabulary; returns those that are matched in texts, by content.
 
-    Errors: ValueError for one that has neither the place of its piece nor the next.
+    Errors: ValueError for a token whose id is neither that of its piece nor the next free one.
     """
     pieces, types, in_text = vocabulary.pieces, vocabulary.types, {}
     for token in tokens:
@@ -319,7 +318,7 @@ def _place_added_tokens(vocabulary: Vocabulary, tokens: Sequence[dict]) -> dict[
         if is_new:
             pieces.append(content)
             vocabulary.scores.append(0.0)
-            types.append(CONTROL)                 # for the Unigram model: it must not produce the token
+            types.append(CONTROL)                 # the Unigram model must not produce it
         elif not (0 <= id < len(pieces) and pieces[id] == content):
             raise ValueError(f"the added token {short_repr(token)}, which is neither a piece nor has the next id")
         if token.get("special"):
@@ -331,7 +330,7 @@ def _place_added_tokens(vocabulary: Vocabulary, tokens: Sequence[dict]) -> dict[
 
 # --- tokenizer.json, the format of the tokenizers library ---
 
-TRANSFORMERS_5_SPACES = r"\s{2,}|[\n\r\t]"   # transformers 5 writes this in the place of v3's character map
+TRANSFORMERS_5_SPACES = r"\s{2,}|[\n\r\t]"   # written by transformers 5 instead of v3's character map
 
 
 def _read_json(data: bytes) -> Vocabulary:
@@ -356,7 +355,7 @@ def _read_json(data: bytes) -> Vocabulary:
                 raise ValueError(f"entry {id} of the vocab is {short_repr(entry)}, not [piece, score]")
 
     match _steps_of(file.get("pre_tokenizer"), "pretokenizers"):
-        case [{"type": "Metaspace", "replacement": "▁"} as metaspace]:   # older files have add_prefix_space alone
+        case [{"type": "Metaspace", "replacement": "▁"} as metaspace]:   # older files have only add_prefix_space
             scheme = metaspace.get("prepend_scheme")
             prefix = scheme != "never" and bool(metaspace.get("add_prefix_space", True))
             if scheme == "first" and any(isinstance(token, dict) and not token.get("special") for token in added):
@@ -368,7 +367,7 @@ def _read_json(data: bytes) -> Vocabulary:
 
 
 def _read_normalizer(node: object) -> tuple[list[Callable[[str], str]], bool]:
-    """The normalizers of a Vocabulary, and its remove_extra_whitespaces, which includes Strip. Errors: ValueError."""
+    """The normalizers and remove_extra_whitespaces of a Vocabulary. Errors: ValueError."""
     steps, remove_extra_whitespaces = [], False
     for step in _steps_of(node, "normalizers"):
         match step:

@@ -1,15 +1,15 @@
-"""The same numbers, sooner: `accelerate(model)` makes a plain model of `model.py` fast, in place and from outside.
+"""The same numbers in less time: `accelerate(model)` optimises a plain model of `model.py` in place.
 
-Each class below replaces one plain class and overrides only what is faster. `accelerate` gives the modules that exist
-these classes, so parameters, state_dict, hooks and optimizers stay what they are. What is faster:
+Each class below overrides the slow methods of one plain class. `accelerate` assigns these classes to existing modules,
+so parameters, state_dict, hooks and optimizers stay the same. The optimisations:
 
-    attention      in blocks without a gather, and a hand-written backward pass (attention.py)
-    feed-forward   its activations are recomputed in the backward pass; dropout keeps a seed, not a mask (layers.py)
-    table          only the relative embeddings that a sequence's length can reach are projected
-    last layer     a classifier reads [CLS] alone, so the last layer computes [CLS] alone
+    attention      in blocks without a gather, with a hand-written backward pass (attention.py)
+    feed-forward   activations are recomputed in the backward pass; dropout stores a seed, not a mask (layers.py)
+    table          only the relative embeddings within the sequence's length are projected
+    last layer     a classifier uses only [CLS], so the last layer computes only [CLS]
 
-On an accelerator the attention runs in one batched form instead. For torch.compile take the plain model: the compiler
-fuses its gathers and cannot see into a hand-written backward pass.
+On a GPU the attention of all heads is computed in one batch instead. torch.compile needs the plain model: the compiler
+fuses its gathers, but cannot optimise a hand-written backward pass.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ __all__ = ["accelerate", "checkpoint_activations", "tune_malloc"]
 
 
 class FastSelfAttention(plain.DisentangledSelfAttention):
-    """With `cls_only` the queries are [CLS] alone. Shapes: as the plain one's; with `cls_only` -> (B, 1, D)."""
+    """With `cls_only` the only query is [CLS]. Shapes: as the plain class; with `cls_only` -> (B, 1, D)."""
 
     def forward(self, x: Tensor, attention_mask: Tensor, rel_embeddings: Tensor, buckets: Tensor,
                 cls_only: bool = False) -> Tensor:
@@ -41,7 +41,7 @@ class FastSelfAttention(plain.DisentangledSelfAttention):
 
 
 class FastLayer(plain.EncoderLayer):
-    """Shapes: as the plain one's; with `cls_only` -> (B, 1, D)."""
+    """Shapes: as the plain class; with `cls_only` -> (B, 1, D)."""
 
     def forward(self, x: Tensor, attention_mask: Tensor, rel_embeddings: Tensor, buckets: Tensor,
                 cls_only: bool = False) -> Tensor:
@@ -55,7 +55,7 @@ class FastLayer(plain.EncoderLayer):
 
 class FastEncoder(plain.Encoder):
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, cls_only: bool = False) -> Iterator[Tensor]:
-        """As the plain one's; with `cls_only` the last is (B, 1, D), that of [CLS]."""
+        """As the plain class; with `cls_only` the last state is that of [CLS], (B, 1, D)."""
         attention_mask = attention_mask.bool()
         x = self.embed(input_ids, attention_mask)
         yield x
@@ -65,7 +65,7 @@ class FastEncoder(plain.Encoder):
             yield x
 
     def relative_table(self, length: int) -> tuple[Tensor, Tensor]:
-        """Only the rows that `length` tokens can reach. Shapes: -> (R', D) with R' <= R, (2 * length - 1,) int64."""
+        """Only the rows for distances below `length`. Shapes: -> (R', D) with R' <= R, (2 * length - 1,) int64."""
         buckets = plain.distance_buckets(length, self.config.position_buckets, self.config.max_distance)
         lowest, highest = int(buckets[0]), int(buckets[-1])              # buckets never descend
         table = self.rel_norm(self.rel_embeddings.weight[lowest:highest + 1])
@@ -85,10 +85,10 @@ FAST = {plain.DisentangledSelfAttention: FastSelfAttention, plain.EncoderLayer: 
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Make every encoder and classifier inside `model` fast, in place; return it.
+    """Accelerate every encoder and classifier in `model`, in place; return `model`.
 
-    Parameters and outputs stay the same, up to rounding. In training mode on a CPU, dropout draws other masks than
-    the plain model's from the same seed. Before torch.compile or DDP wrap the model, not after.
+    Parameters stay the same, and outputs are the same up to rounding. In training mode on a CPU, dropout draws other
+    masks from the same seed. Call it before DDP wraps the model.
     """
     for module in list(model.modules()):
         if type(module) is plain.Encoder:
@@ -100,9 +100,9 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def checkpoint_activations(model: plain.PreferenceModel) -> None:
-    """Recompute each layer in the backward pass instead of keeping its activations: less memory, a second forward.
+    """Recompute each layer in the backward pass instead of storing its activations: less memory, more time.
 
-    Works with the plain and the fast layers.
+    Works with plain and fast layers.
     """
     for layer in model.encoder.layers:
         layer.forward = partial(_recomputed, layer.forward)

@@ -1,37 +1,37 @@
 """Disentangled attention without a gather, and without an L x L matrix kept for the backward pass.
 
-The plain form in `model.py` multiplies every query with all R relative embeddings and then gathers, for each pair of
-tokens, the one that its distance selects. The gather is what makes DeBERTa slow: it reads and writes L x L elements one
-by one, twice per head, and autograd keeps them all. Three observations remove it.
+The plain form in `model.py` multiplies every query with all R relative embeddings, then gathers for each pair of tokens
+the product for its distance. The gather is the slow part of DeBERTa: it reads and writes L x L single elements, twice
+per head, and autograd keeps them all. Three observations remove it.
 
-**1. A table laid out by distance needs no index.** (Transformer-XL's relative shift.) L tokens have 2L - 1 distances.
+**1. A table ordered by distance needs no index.** (Transformer-XL's relative shift.) L tokens have 2L - 1 distances.
 Let t[m] be the embedding of the distance L - 1 - m, so that distances descend. One matrix product,
-T[i, m] = q_i . t[m], gives every query's score with every distance, and a key at j needs the one at m = j - i + L - 1.
-In memory, where row i of T starts at i * (2L - 1), it lies at
+T[i, m] = q_i . t[m], gives every query's score for every distance; the key at j needs m = j - i + L - 1. Row i of T
+starts at i * (2L - 1) in memory, so this element is at
 
     i * (2L - 1) + j - i + L - 1  =  (L - 1) + i * (2L - 2) + j * 1:
 
-a matrix with strides (2L - 2, 1), which is a view of T (`relative_shift`). p2c is the same with queries and keys
-exchanged, transposed. A tile of c queries needs only L + c - 1 distances.
+a matrix with strides (2L - 2, 1), which is a view of T (`relative_shift`). p2c is the transpose of the same with
+queries and keys exchanged. A tile of c queries needs only L + c - 1 distances.
 
-**2. One head at a time fits into the cache.** A block of scores, about a megabyte, is made, used and overwritten;
-main memory sees only q, k, v and the result.
+**2. One head at a time fits into the cache.** A block of scores, about a megabyte, is computed, used and overwritten.
+Only q, k, v and the result are in main memory.
 
-**3. The backward pass can recompute the scores.** A block holds whole rows, so its softmax can be recomputed from q, k
-and the table alone. With S the scores, P = softmax(S), Z the dropout mask (0 or 1 / keep), O = (P * Z) V the result and
-dO the incoming gradient:
+**3. The backward pass can recompute the scores.** A block holds complete rows, so its softmax can be recomputed from q,
+k and the table. With S the scores, P = softmax(S), Z the dropout mask (0 or 1 / keep), O = (P * Z) V the result and dO
+the incoming gradient:
 
     dV = (P * Z)^T dO         dP = (dO V^T) * Z         dS = P * (dP - rowsum(P * dP))
 
     dq_i = scale * sum_j dS[i, j] (k_j + pos_k[i - j])         dpos_k[m] = scale * sum_(i - j = m) dS[i, j] q_i
     dk_j = scale * sum_i dS[i, j] (q_i + pos_q[i - j])         dpos_q[m] = scale * sum_(i - j = m) dS[i, j] k_j
 
-The sums over one distance are matrix products again: write dS into the `relative_shift` of a zeroed T; the formulas are
-then T times the table, and T transposed times the queries. Textbooks take the row sum over O * dO. It is the same
-number, but only the sum over P * dP makes a lone token's gradients exactly 0.
+The sums over one distance are also matrix products: write dS into the `relative_shift` of a zeroed T; the formulas are
+then T times the table, and T transposed times the queries. The row sum over O * dO, as in the literature, is the same
+number up to rounding, but only the sum over P * dP makes the gradients of a single token exactly 0.
 
 Dropout draws from its own generator, seeded from torch's global one. The backward pass seeds it again, so no mask is
-kept, and a resumed or recomputed pass repeats it.
+stored, and a recomputed forward pass gives the same mask.
 """
 
 import math
@@ -50,19 +50,19 @@ LANES = 32               # widths of products are rounded up to a multiple of th
 
 
 def select_backend(device: torch.device) -> str:
-    """Which form computes the attention: "blocks" or "batched".
+    """The implementation of the attention: "blocks" or "batched".
 
-    On a CPU blocks, whatever the length: they stay in its cache. On an accelerator the batched form: starting a kernel
-    costs more than a block's work, so all heads go at once.
+    Blocks stay in the cache of a CPU. On a GPU, launching a kernel costs more than the work of a block, so all heads
+    are computed in one batch.
     """
     return "blocks" if device.type == "cpu" else "batched"
 
 
 def fast_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor, attention_mask: Tensor,
                    buckets: Tensor, dropout: float = 0.0) -> Tensor:
-    """Disentangled attention in the form that suits the device.
+    """Disentangled attention, implemented for the device of q.
 
-    Shapes: q (B, H, L, d), or (B, H, 1, d) for [CLS] alone; the rest as in `blockwise_attention` -> that of q.
+    Shapes: q (B, H, L, d), or (B, H, 1, d) for [CLS] alone; the rest as in `blockwise_attention` -> the shape of q.
     """
     if q.shape[2] < k.shape[2]:
         attention = cls_attention
@@ -73,7 +73,7 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor
 
 def cls_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: Tensor, attention_mask: Tensor,
                   buckets: Tensor, dropout: float = 0.0) -> Tensor:
-    """Disentangled attention of the first token only. With one query there is one distance a key, and no square:
+    """Disentangled attention of the first token only. With one query each key has one distance, so no L x L table:
     score[j] = k_j . (q + pos_q[0 - j]) + q . pos_k[0 - j].
 
     Shapes: q (B, H, 1, d), the rest as in `blockwise_attention` -> (B, H, 1, d).
@@ -107,7 +107,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: T
                         buckets: Tensor, dropout: float = 0.0) -> Tensor:
     """Disentangled attention in blocks, with dropout on the probabilities. Differentiable once.
 
-    Queries past the last token of all sequences that are worked on together are not computed; their result is 0.
+    Queries after the last token of all sequences of a block are not computed; their result is 0.
 
     Shapes: q, k, v (B, H, L, d); pos_q, pos_k (H, R, d); attention_mask (B, L) bool; buckets (2L - 1,) int64, the row
     of each distance as `model.distance_buckets` returns it; dropout a rate in [0, 1) -> (B, H, L, d).
@@ -117,7 +117,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: T
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """The arguments are those of `blockwise_attention`, and the seed of its dropout."""
+    """The arguments are those of `blockwise_attention` and the seed of its dropout."""
 
     @staticmethod
     @without_autocast
@@ -169,7 +169,7 @@ class _BlockwiseAttention(torch.autograd.Function):
                 d_table_q[block.head, :, near] += d_table
 
             dq[block.at_queries] = d_queries
-            if block.first == 0:                     # mostly the only block, and writing costs less than adding
+            if block.first == 0:                     # usually the only block, and writing is cheaper than adding
                 dk[block.at_keys], dv[block.at_keys] = d_keys, d_values
             else:
                 dk[block.at_keys] += d_keys
@@ -183,7 +183,7 @@ class _BlockwiseAttention(torch.autograd.Function):
 
 
 class Block(NamedTuple):
-    """The queries first..first + m - 1 of one head, in G rows of the batch, against those rows' n keys."""
+    """The queries first..first + m - 1 and the n keys of one head, in G sequences of the batch."""
 
     head: int
     batch: slice
@@ -197,24 +197,24 @@ class Block(NamedTuple):
 
     @property
     def at_queries(self) -> tuple:
-        """Where in (B, H, L, d) the queries are."""
+        """The index of the queries in (B, H, L, d)."""
         return self.batch, self.head, slice(self.first, self.first + self.queries.shape[1])
 
     @property
     def at_keys(self) -> tuple:
-        """Where in (B, H, L, d) the keys and values are."""
+        """The index of the keys and values in (B, H, L, d)."""
         return self.batch, self.head, slice(0, self.keys.shape[1])
 
     def query_tiles(self) -> list[tuple[slice, slice]]:
-        """The queries in tiles: which of the m, and the columns of table_k that these meet."""
+        """The tiles of the m queries, each with its columns of table_k."""
         return tiles(self.first, self.queries.shape[1], 0, self.keys.shape[1], self.L, self.keys.dtype)
 
     def key_tiles(self) -> list[tuple[slice, slice]]:
-        """The keys in tiles: which of the n, and the columns of table_q that these meet."""
+        """The tiles of the n keys, each with its columns of table_q."""
         return tiles(0, self.keys.shape[1], self.first, self.queries.shape[1], self.L, self.keys.dtype)
 
     def compute_probs(self, padding: Tensor | None, space: "Workspace") -> None:
-        """Fill `probs` with softmax(c2c + c2p + p2c); `padding` (G, 1, n) marks the keys that are none."""
+        """Fill `probs` with softmax(c2c + c2p + p2c). `padding` (G, 1, n) marks the keys that are padding."""
         scores, (m, n) = self.probs, self.probs.shape[1:]
         for tile, near in self.key_tiles():
             scores[:, :, tile] = tile_scores(self.keys[:, tile], self.table_q[:, near], m, space).mT      # p2c
@@ -223,14 +223,14 @@ class Block(NamedTuple):
             scores[:, tile] += tile_scores(self.queries[:, tile], self.table_k[:, near], n, space)        # c2p
         if padding is not None:
             scores.masked_fill_(padding, torch.finfo(scores.dtype).min)
-        torch.softmax(scores, -1, out=scores)              # of bfloat16 too it is computed in float32, then rounded
+        torch.softmax(scores, -1, out=scores)              # also for bfloat16 computed in float32, then rounded
 
 
 def blocks(q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor, attention_mask: Tensor, buckets: Tensor,
            space: "Workspace") -> Iterator[Block]:
-    """Every block of the attention, its probabilities computed; the order depends on the batch only.
+    """Yields every block of the attention with its probabilities; the order depends only on the batch.
 
-    Any block's `probs` are overwritten by the next one's.
+    The next block overwrites `probs`.
     """
     (H, L, d), most = q.shape[1:], BLOCK_BYTES // q.itemsize
     scale = 1 / math.sqrt(3 * d)
@@ -254,9 +254,9 @@ def is_one_block(L: int, dtype: torch.dtype) -> bool:
 
 
 def token_groups(attention_mask: Tensor, most_scores: int) -> list[tuple[slice, int, Tensor | None]]:
-    """Neighbouring rows of the batch that are worked on together: the rows, n, and which of their n keys are padding.
+    """Groups of consecutive sequences for one block: the slice of the batch, n, and which of the n keys are padding.
 
-    n is the position after the last token of the longest row. Where all keys up to there are tokens no mask is made.
+    n is the length of the longest sequence. The mask is None if no key is padding.
     """
     B, L = attention_mask.shape
     ends = (attention_mask * torch.arange(1, L + 1, device=attention_mask.device)).amax(1).tolist()
@@ -273,12 +273,12 @@ def token_groups(attention_mask: Tensor, most_scores: int) -> list[tuple[slice, 
 
 
 def table_width(L: int) -> int:
-    """E: the columns of a table by distance, one for each distance among L tokens and room for rounding up."""
+    """E, the columns of a table by distance: one per distance among L tokens, and space for rounding up."""
     return 2 * L - 1 + 2 * LANES
 
 
 def by_distance(pos: Tensor, buckets: Tensor) -> Tensor:
-    """The relative table's vectors laid out by distance, one a column. Shapes: (H, R, d), (2L - 1,) -> (H, d, E)."""
+    """Relative embeddings ordered by distance, one per column. Shapes: (H, R, d), (2L - 1,) -> (H, d, E)."""
     table = pos.new_zeros(len(pos), pos.shape[2], table_width((len(buckets) + 1) // 2))
     table[:, :, :len(buckets)] = pos.transpose(0, 1).index_select(0, buckets).permute(1, 2, 0)
     return table
@@ -289,18 +289,18 @@ def tiles(start: int, count: int, others_start: int, others: int, L: int, dtype:
            ) -> list[tuple[slice, slice]]:
     """Cut `count` positions from `start` on into tiles of c, for products with a table by distance.
 
-    Column m of the table belongs to a position a of the tile and one b of the others with m = b - a + L - 1. All a
-    and b together need c + others - 1 columns: short tiles waste few of them, long ones make fewer products.
+    Column m of the table belongs to a position a of the tile and a position b of the others with m = b - a + L - 1.
+    Together they need c + others - 1 columns. Short tiles waste fewer of them, long tiles need fewer products.
 
-    Returns for each tile where it lies among the `count`, and the columns.
+    Returns for each tile its slice of the `count` positions and its slice of the columns.
     """
-    # Measured at 128 to 2,048 tokens. A bfloat16 product has less to compute and so can afford less overhead.
+    # Measured at 128 to 2,048 tokens. bfloat16 products are faster, so overhead weighs more and tiles are longer.
     c = min(max(others // 4, 64), 128) if dtype.itemsize > 2 else min(max(others, 64), 512)
     found = []
     for a in range(0, count, c):
         b = min(a + c, count)
         width = -(-(b - a + others - 1) // LANES) * LANES
-        if width % 512 == 0:         # rows a power of two apart compete for the same lines of the cache
+        if width % 512 == 0:         # rows at a distance of a power of two compete for the same cache lines
             width += LANES
         column = others_start - (start + b) + L
         found.append((slice(a, b), slice(column, column + width)))
@@ -308,7 +308,7 @@ def tiles(start: int, count: int, others_start: int, others: int, L: int, dtype:
 
 
 def tile_scores(tile: Tensor, table: Tensor, others: int, space: "Workspace") -> Tensor:
-    """What each position of a tile scores with each of the others. Shapes: (G, c, d), (d, width) -> (G, c, others)."""
+    """The scores of a tile's positions with all others. Shapes: (G, c, d), (d, width) -> (G, c, others)."""
     G, c, _ = tile.shape
     product, relative_shift = space.product("product", G, c, table.shape[1], others)
     torch.mm(tile.flatten(0, 1), table, out=product)
@@ -316,7 +316,7 @@ def tile_scores(tile: Tensor, table: Tensor, others: int, space: "Workspace") ->
 
 
 def tile_backward(d_scores: Tensor, tile: Tensor, table: Tensor, space: "Workspace") -> tuple[Tensor, Tensor]:
-    """The gradients of `tile_scores`: the tile's and the table's.
+    """The gradients of `tile_scores` for the tile and the table.
 
     Shapes: (G, c, others), (G, c, d), (d, width) -> (G, c, d), (d, width).
     """
@@ -327,17 +327,17 @@ def tile_backward(d_scores: Tensor, tile: Tensor, table: Tensor, space: "Workspa
 
 
 def relative_shift(product: Tensor, others: int) -> Tensor:
-    """The view of a tile's products with a table in which entry (a, b) is product[a, b - a + c - 1].
+    """The view of a tile's products with a table whose entry (a, b) is product[a, b - a + c - 1].
 
     Shapes: (G, c, width), contiguous, width >= others + c - 1 -> (G, c, others).
     """
     G, c, width = product.shape
-    assert product.is_contiguous() and width >= others + c - 1           # or the strides below would be wrong
+    assert product.is_contiguous() and width >= others + c - 1           # required by the strides below
     return product.as_strided((G, c, others), (c * width, width - 1, 1), product.storage_offset() + c - 1)
 
 
 class Workspace:
-    """Buffers that every block uses again, so that they stay in the cache and memory is not asked for anew."""
+    """Buffers that all blocks share, so that they stay in the cache and are allocated once."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
@@ -345,7 +345,7 @@ class Workspace:
         self.products: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A contiguous tensor that holds anything; for the same name it is the same memory."""
+        """A contiguous, uninitialised tensor; the same memory for the same name."""
         size = math.prod(shape)
         if name not in self.buffers or len(self.buffers[name]) < size:
             self.buffers[name] = torch.empty(size, dtype=self.dtype)
@@ -354,7 +354,7 @@ class Workspace:
     def product(self, name: str, G: int, c: int, width: int, others: int) -> tuple[Tensor, Tensor]:
         """A tile's products with a table, (G * c, width), and their `relative_shift`, (G, c, others).
 
-        New ones are zero, and stay so outside the relative_shift where only these are written.
+        New products are zero, and stay zero outside the relative_shift if only that is written.
         """
         key = name, G, c, width, others
         if key not in self.products:

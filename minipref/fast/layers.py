@@ -1,7 +1,7 @@
-"""Dropout and the feed-forward with less memory and time than torch's own, and the same results.
+"""Dropout and feed-forward with less memory and time than torch's own, and the same results.
 
-Drawing random numbers costs as much as a good part of the matrix products on a CPU, and the feed-forward's hidden
-vectors, four times as wide as any other, are most of what a training step has to keep.
+On a CPU, random numbers for dropout take a large part of the time of the matrix products. The feed-forward's hidden
+activations, four times as wide as the others, take most of the memory of a training step.
 """
 
 import ctypes
@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PIECE = 1 << 17          # elements worked on at once: 512 KB of float32 stay in a core's second-level cache
-SLICE = 2048             # tokens whose hidden vectors are worked on at once
+PIECE = 1 << 17          # elements per step: 512 KB of float32 stay in a core's second-level cache
+SLICE = 2048             # tokens per step of the feed-forward
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # of glibc's malloc.h
 
 
 class DropoutMask:
-    """Zeros and ones for dropout, a fraction `keep` of ones; the same seed gives the same sequence.
+    """Dropout masks of zeros and ones, with a fraction `keep` of ones; the same seed gives the same sequence.
 
-    16 random bits decide on each, so `keep` is 1 - rate to within 1e-5, and dividing by it is exact. numpy's generator
-    makes them six times as fast as torch's bernoulli_, which uses a whole double for each.
+    Each element uses 16 random bits, so `keep` is 1 - rate to within 1e-5, and dividing by it is exact. numpy's
+    generator is six times as fast as torch's bernoulli_, which draws a double for each element.
     """
 
     def __init__(self, rate: float, seed: int):
@@ -32,7 +32,7 @@ class DropoutMask:
         self.random = np.random.Generator(np.random.SFC64(seed))
 
     def fill(self, out: Tensor) -> Tensor:
-        """The next zeros and ones, written into `out`, a contiguous tensor on the CPU."""
+        """Write the next zeros and ones into `out`, a contiguous tensor on the CPU."""
         words = self.random.integers(0, 2**64 - 1, -(-out.numel() // 4), np.uint64, endpoint=True)
         numbers = torch.from_numpy(words.view(np.int16))[:out.numel()].view_as(out)
         return torch.ge(numbers, self.dropped - 2**15, out=out)
@@ -44,7 +44,7 @@ def draw_seed() -> int:
 
 
 class FastDropout(nn.Dropout):
-    """`nn.Dropout` that on a CPU keeps a seed for the backward pass in place of the mask."""
+    """`nn.Dropout` that on a CPU stores a seed for the backward pass instead of the mask."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.p > 0 and x.device.type == "cpu":
@@ -53,7 +53,7 @@ class FastDropout(nn.Dropout):
 
 
 class _Dropout(torch.autograd.Function):
-    """x with elements set to 0 with probability `rate`, and the others divided by 1 - rate."""
+    """Sets elements of x to 0 with probability `rate` and divides the others by 1 - rate."""
 
     @staticmethod
     def forward(ctx, x, rate, seed):
@@ -62,7 +62,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out):
-        return _Dropout.apply(d_out, ctx.rate, ctx.seed), None, None     # dropout is linear: its own derivative
+        return _Dropout.apply(d_out, ctx.rate, ctx.seed), None, None     # dropout is linear and diagonal
 
 
 def _drop(x: Tensor, rate: float, seed: int) -> Tensor:
@@ -75,7 +75,7 @@ def _drop(x: Tensor, rate: float, seed: int) -> Tensor:
 
 
 def without_autocast(function: Callable) -> Callable:
-    """For the halves of an autograd.Function: products in the precision of their inputs, whatever surrounds them."""
+    """Decorator for forward and backward of an autograd.Function: computes in the precision of the inputs."""
     @wraps(function)
     def wrapped(ctx, x, *others):
         with torch.autocast(x.device.type, enabled=False):
@@ -84,10 +84,10 @@ def without_autocast(function: Callable) -> Callable:
 
 
 def feed_forward(x: Tensor, ff_in: nn.Linear, ff_out: nn.Linear) -> Tensor:
-    """`ff_out(gelu(ff_in(x)))` with the exact GELU, the one with erf.
+    """`ff_out(gelu(ff_in(x)))` with the exact GELU, with erf.
 
-    Training keeps the hidden vectors before the GELU and recomputes those after it. Without gradients a slice of the
-    tokens at a time is worked on, which stays in the cache.
+    Training stores the hidden activations before the GELU and recomputes those after it. Without gradients the tokens
+    are processed in slices that stay in the cache.
 
     Shapes: x (B, L, D) -> (B, L, D).
     """
@@ -116,26 +116,25 @@ class _GeluLinear(torch.autograd.Function):
         d_rows, hidden = d_out.flatten(0, -2), F.gelu(x).flatten(0, -2)
         d_weight = (d_rows.mT @ hidden).to(weight.dtype) if ctx.needs_input_grad[1] else None
         d_bias = d_rows.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        del hidden                                                       # its memory is wanted for d_hidden
+        del hidden                                                       # frees memory for d_hidden
         d_hidden = d_out @ weight.to(x.dtype)
         torch.ops.aten.gelu_backward.grad_input(d_hidden, x, grad_input=d_hidden)
         return d_hidden, d_weight, d_bias
 
 
 def cast_for_autocast(x: Tensor) -> Tensor:
-    """x in autocast's precision, where autocast is on: for several products of one tensor, each of which would convert
-    it again."""
+    """x in autocast's precision, if autocast is on. Otherwise each of several products would convert x again."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def tune_malloc(mmap_threshold: int = 8 << 20, trim_threshold: int = 64 << 20) -> None:
-    """Let every freed tensor of `mmap_threshold` bytes go back to the system at once; programs call it at their start.
+    """Return every freed tensor of at least `mmap_threshold` bytes to the system at once. Without glibc, do nothing.
 
-    glibc keeps freed blocks of up to 32 MB for later use. A training step frees activations in another order than it
-    allocates them, and a quarter of its peak would be holes. Smaller blocks stay, up to `trim_threshold` bytes at the
-    heap's end: glibc, once one threshold is set by hand, would return all but 128 KB and fault in thousands of zeroed
-    pages a step. Without glibc nothing happens.
+    By default glibc keeps freed blocks of up to 32 MB. A training step frees activations in another order than it
+    allocates them, so fragmentation would take a quarter of its peak memory. Smaller blocks are kept, up to
+    `trim_threshold` bytes at the end of the heap. This threshold must be set too: setting the other one disables
+    glibc's adaptive value, and the default of 128 KB would cause thousands of page faults a step.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,16 +1,17 @@
 """Pretraining from scratch: replaced-token detection with gradient-disentangled embedding sharing (GDES).
 
-The files in the order in which they are best read:
+The files in reading order:
 
-    objective.py     what makes v3 v3: generator, discriminator, the shared word embeddings, the two losses
+    objective.py     v3's objective: generator, discriminator, shared word embeddings, the two losses
     corpus.py        text to documents, token ids and packed windows
-    evaluation.py    held-out metrics, and the baselines beside them
+    evaluation.py    held-out metrics and their baselines
     loop.py          the run: forward, backward, clip, schedule, step
+    vocabulary.py    a Unigram vocabulary trained on the corpus
     __main__.py      the options
 
     python -m minipref.pretrain --corpus CORPUS [CORPUS ...] --output runs/pretrain
-    python -m minipref.pretrain --corpus CORPUS --encoder weights/minipref-tiny      starts from a trained encoder
-    python -m minipref.pretrain --resume --output runs/pretrain                      resumes exactly where it stopped
+    python -m minipref.pretrain --corpus CORPUS --encoder weights/minipref-tiny      start from a trained encoder
+    python -m minipref.pretrain --resume --output runs/pretrain                      resume a stopped run
 """
 
 from minipref.pretrain.corpus import Corpus, PackedWindows, load_corpus, read_corpus

@@ -1,10 +1,10 @@
-"""Text in: documents, token ids, and packed windows.
+"""The corpus: documents, token ids, and packed windows.
 
-Unusual here:
-- Nothing is padded. Documents are packed into windows `[CLS] paragraph [SEP] paragraph [SEP] para`. Batch k of a run
-  depends on k and the seed alone, so a resumed run needs no position in the data.
-- Most steps use short windows, which are cheap, and every tenth uses long ones. Short windows never see a distance
-  beyond their length, and a relative embedding that no gradient ever reached is noise.
+What is unusual here:
+- There is no padding. Documents are packed into windows `[CLS] paragraph [SEP] paragraph [SEP] para`. Batch k depends
+  only on k and the seed, so a resumed run needs no position in the data.
+- Most steps use short windows, which are cheap; every tenth step uses long ones, which train the relative embeddings of
+  longer distances.
 """
 
 import functools
@@ -49,7 +49,7 @@ class Corpus:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """A SHA-256 of the ids and of the documents' boundaries, which decide how an epoch is shuffled."""
+        """SHA-256 of the ids and of the document boundaries, which determine the shuffling."""
         documents = self.train + self.heldout
         boundaries = np.array([len(self.train), *map(len, documents)])
         return hashlib.sha256(np.concatenate(documents).tobytes() + boundaries.tobytes()).hexdigest()
@@ -57,9 +57,9 @@ class Corpus:
 
 def load_corpus(paths: Sequence[str | Path], heldout_share: float, tokenizer: str | Path | None, vocab_size: int
                 ) -> Corpus:
-    """Read, hold documents out, and tokenize: with the tokenizer of a folder, or with a vocabulary trained here.
+    """Read documents, hold some out, and tokenize with a folder's tokenizer or a vocabulary trained here.
 
-    Errors: `InputError` naming what cannot be read, or for too little text.
+    Errors: `InputError` for a file that cannot be read, or for too little text.
     """
     documents = read_corpus(paths)
     train = [document for document in documents if not is_held_out(document, heldout_share)]
@@ -119,7 +119,7 @@ def _parse_jsonl(path: Path, text: str) -> list[str]:
 
 
 def is_held_out(document: str, share: float) -> bool:
-    """Whether a document is held out for evaluation. Its own hash decides, so copies never fall into both parts."""
+    """Whether a document is held out for evaluation. Its hash decides, so copies are never in both parts."""
     first = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()[:8]
     return int.from_bytes(first) < share * 2**64
 
@@ -127,8 +127,8 @@ def is_held_out(document: str, share: float) -> bool:
 def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndarray]:
     """Each document's ids, with [SEP] after every paragraph. Shapes: one int32 array a document.
 
-    Why not after the document alone: if [SEP] only ever separated unrelated texts, an encoder would have no reason to
-    attend across it, and in fine-tuning it separates a prompt from its responses.
+    In fine-tuning [SEP] separates a prompt from its responses. If in pretraining it only separated unrelated documents,
+    the encoder would not learn to attend across it.
     """
     paragraphs = [[part for part in BLANK_LINES.split(document) if part.strip()] for document in documents]
     flat, at_once = list(itertools.chain.from_iterable(paragraphs)), 4096
@@ -141,10 +141,10 @@ def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndar
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 class PackedWindows:
-    """Documents packed into windows of one length: [CLS], then a slice of all documents in a row.
+    """Documents packed into windows of one length: [CLS], then a slice of the concatenated documents.
 
-    An epoch shuffles the documents, concatenates them, cuts windows, and shuffles the windows. `batch(k)` depends on k
-    and the seed alone.
+    Each epoch shuffles the documents, concatenates them, cuts windows, and shuffles the windows. `batch(k)` depends
+    only on k and the seed.
     """
 
     def __init__(self, documents: list[np.ndarray], length: int, batch_size: int, seed: int, cls_id: int):
@@ -158,7 +158,7 @@ class PackedWindows:
         self._epoch, self._rows = -1, None
 
     def batch(self, number: int) -> Tensor:
-        """The batch of this number, from 0. Shapes: -> (B, L) int64."""
+        """Batch `number`, counted from 0. Shapes: -> (B, L) int64."""
         epoch, place = divmod(number, self.batches_per_epoch)
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, self.length, epoch])

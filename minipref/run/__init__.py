@@ -1,9 +1,10 @@
-"""What makes a run trustworthy: state on disk, resume, signals, several processes, logs and the final report.
+"""Everything around the training loop: saved state, resume, signals, several processes, logs, the final report.
 
-    state.py         save and restore everything that the next step depends on
+    state.py         save and restore the complete training state
     folder.py        the run's folder: its lock, its manifest, its logs
-    signals.py       stop on SIGINT or SIGTERM where the state can be saved
-    distributed.py   several processes that take the same steps
-    log.py           what a run prints
-    report.py        the page and the model card at the end
+    setup.py         hyperparameters, split, and the manifest
+    signals.py       stop on SIGINT or SIGTERM after a complete step
+    distributed.py   data-parallel training in several processes
+    log.py           the messages of a run
+    report.py        the report page and the model card
 """

@@ -1,30 +1,28 @@
-"""Several processes, one run: which rows each gets, what they sum, and how they take the same decisions.
+"""Data-parallel training in several processes: sharding, reductions, and common decisions.
 
-    torchrun --standalone --nproc-per-node 4 -- train.py ...    four GPUs of this machine, or four shares of its cores
+    torchrun --standalone --nproc-per-node 4 -- train.py ...    four processes, on four GPUs or on one CPU
 
-torchrun starts the same program N times and gives each a number, its rank. Every rank holds the whole model and the
-whole optimizer and sees its own rows of every batch; gradients are summed, so all take the same step. The sums are
-PyTorch's: DistributedDataParallel (DDP), over NCCL between GPUs and over gloo between CPUs. Without torchrun, or with
-one process, each function below returns what it was given.
+torchrun starts N processes with ranks 0 to N - 1. Each rank holds the whole model and optimizer and computes its own
+rows of every batch. Gradients are summed by PyTorch's DistributedDataParallel (DDP), with NCCL between GPUs and gloo
+between CPUs, so all ranks take the same step. In a single process, each function below returns its argument.
 
-**Gradients are weighted by rows.** A step's loss is the sum over all its rows divided by their number, wherever they
-are. DDP averages over *ranks* instead: with 8 rows on 3 processes (3, 3 and 2) a row of the smallest shard would count
-for 1.5 others. So every rank divides by the rows of the whole step, and multiplies by N what DDP will divide by N. A
-rank without a row (an epoch's last batch may have fewer rows than there are ranks) computes one row with weight 0,
-because DDP waits for gradients from every rank.
+**Gradients are weighted by rows.** A step's loss is the mean over all its rows on all ranks. DDP averages over *ranks*
+instead: with 8 rows on 3 processes (3, 3 and 2) a row of the smallest shard would count 1.5 times. So every rank
+divides by the rows of the whole step and multiplies by N, which cancels DDP's division by N. A rank without a row (the
+last batch of an epoch may have fewer rows than there are ranks) computes one row with weight 0, because DDP waits for
+gradients from every rank.
 
 **Evaluation shards whole batches.** Each rank writes its rows' logits into an array of zeros, and the arrays are added.
-x + 0 is exact: no row is predicted twice, and the sum is bit for bit what one process computes with the same weights.
+x + 0 is exact, so the sum has the same bits as the logits of a single process with the same weights.
 
-**Every rank takes the same decisions**, or one would wait for ever in a sum that the others never enter. Most follow
-from numbers that are the same everywhere: the norm of the summed gradients, the gathered logits. Where they are not (a
-signal reaches one process first, clocks differ) the ranks take the maximum: `all_reduce_max`. Only rank 0 writes files
-and has its output shown.
+**Every rank takes the same decisions**; otherwise a rank could wait for ever in a reduction that the others skip. Most
+decisions depend on numbers that all ranks share, such as the gradient norm. For the others (signals, clocks) the ranks
+use the maximum: `all_reduce_max`. Only rank 0 writes files and prints.
 
-**What is equal for 1 and N processes**: the split, the rows of every step and their order, the swaps, the learning
-rates, the number of steps; without dropout the weights too, up to the order of additions. Dropout differs: each rank
-draws its own. A run that is stopped and resumed with as many processes still ends as if it had not been: every rank's
-generator is saved.
+**The same for 1 and N processes**: the split, the rows of every step and their order, the swaps, the learning rates,
+the number of steps; without dropout also the weights, up to the order of additions. Dropout differs between ranks. A
+run that is stopped and resumed with the same number of processes gives the same result as an uninterrupted one, because
+the random generator of every rank is saved.
 """
 
 import contextlib
@@ -42,18 +40,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minipref.runtime import InputError, RunError, Stopped, exit_code
 
-# How long a rank waits for another. torchrun sees at once that a process has died; this is for the longest that rank 0
-# works alone: tokenizing, writing a checkpoint to a slow disk.
+# How long a rank waits for another. torchrun detects a dead process at once; this allows for the longest work of rank 0
+# alone, such as writing a checkpoint to a slow disk.
 TIMEOUT = timedelta(hours=1)
 
 
 def world_size() -> int:
-    """How many processes the run has."""
+    """The number of processes."""
     return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """The number of this process, from 0."""
     return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
@@ -63,21 +61,21 @@ def is_main_process() -> bool:
 
 
 def is_local_main() -> bool:
-    """Whether this process reports what all processes of its machine find alike, such as a missing file."""
+    """Whether this process reports errors that occur in all processes of a machine, such as a missing file."""
     return world_size() == 1 or os.environ["LOCAL_RANK"] == "0"
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Within this block the processes that torchrun started are one group, and only rank 0 prints to stdout.
+    """Within this block torchrun's processes form a group, and only rank 0 prints to stdout.
 
-    Errors: `RunError` where another process of the group is gone. What all processes meet alike (`InputError`,
-    `RunError`, `Stopped`) is raised in one of them and ends the others with the same exit code, so it is reported once.
+    Errors: `RunError` if another process of the group has ended. `InputError`, `RunError` and `Stopped`, which occur in
+    all processes, are raised in one; the others exit with the same code. So each is reported once.
     """
     if world_size() == 1:
         yield
         return
-    # Tensors on the CPU go over gloo even beside GPUs: decisions and logits need not wait for a GPU's queue.
+    # CPU tensors use gloo even with GPUs, so decisions and logits do not wait for a GPU's queue.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     with contextlib.ExitStack() as at_the_end:
         at_the_end.callback(dist.destroy_process_group)
@@ -102,7 +100,7 @@ def process_group() -> Iterator[None]:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process, where `device` says GPU. Errors: `InputError` where there is not one for each."""
+    """The GPU of this process, if `device` is a GPU. Errors: `InputError` for more processes than GPUs."""
     if world_size() == 1 or device.type == "cpu":
         return device
     here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -116,23 +114,21 @@ def local_device(device: torch.device) -> torch.device:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
-    """The same forward pass, after whose backward pass every rank has the average of all ranks' gradients.
-
-    The weights become rank 0's everywhere.
+    """Wrap the model in DDP: the backward pass averages the gradients over all ranks. Copies rank 0's weights to all.
     """
     if world_size() == 1:
         return model
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True)    # no second copy of all gradients
+                                   gradient_as_bucket_view=True)    # avoids a second copy of the gradients
 
 
 def gradient_sync(model: nn.Module, now: bool):
-    """The context of a forward and backward pass; with `now` False gradients stay on their rank and add up there."""
+    """The context of a forward and backward pass; with `now` False gradients accumulate on their rank."""
     return contextlib.nullcontext() if now or world_size() == 1 else model.no_sync()
 
 
 def seed_rank(seed: int) -> None:
-    """Let this rank's dropout draw its own numbers; rank 0 keeps the generator that one process would have."""
+    """Give each rank its own dropout. Rank 0 keeps the generator of a single-process run."""
     if not is_main_process():
         torch.manual_seed(int(np.random.SeedSequence([seed, 5, rank()]).generate_state(1, np.uint64)[0]))
 
@@ -140,7 +136,7 @@ def seed_rank(seed: int) -> None:
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 def shard(items: Sequence) -> Sequence:
-    """Every N-th item, starting at this rank: each item has one rank, and a sorted list makes equal shards."""
+    """Every N-th item, starting at this rank. Shards of a sorted list are about equal."""
     return items[rank()::world_size()]
 
 
@@ -152,7 +148,7 @@ def shard_batch(rows: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def shard_batches(batches: list[np.ndarray]) -> list[np.ndarray]:
-    """This rank's batches. Every rank gets as many, some perhaps an empty one."""
+    """This rank's batches. Every rank gets the same number; the last one may be empty."""
     turns = -(-len(batches) // world_size())
     mine = shard(batches)
     return mine + [np.arange(0)] * (turns - len(mine))
@@ -161,7 +157,7 @@ def shard_batches(batches: list[np.ndarray]) -> list[np.ndarray]:
 # --- sums and decisions -----------------------------------------------------------------------------------------------
 
 def all_reduce_sum(values: np.ndarray) -> np.ndarray:
-    """The sum over all ranks, on all of them, in float64. Shapes: any -> the same."""
+    """The sum over all ranks, in float64. Shapes: any -> the same."""
     values = np.array(values, dtype=np.float64)
     if world_size() > 1:
         dist.all_reduce(torch.from_numpy(values))
@@ -169,7 +165,7 @@ def all_reduce_sum(values: np.ndarray) -> np.ndarray:
 
 
 def all_reduce_max(value: int) -> int:
-    """The largest of all ranks' numbers, on all of them."""
+    """The maximum over all ranks."""
     if world_size() == 1:
         return value
     largest = torch.tensor(int(value))
@@ -186,7 +182,7 @@ def broadcast(value):
 
 
 def gather(value) -> list:
-    """Every rank's value on rank 0, in order; on the others nothing."""
+    """The values of all ranks, in order, on rank 0; an empty list on the others."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size() if is_main_process() else None
@@ -195,15 +191,15 @@ def gather(value) -> list:
 
 
 def barrier() -> None:
-    """Until every rank is here."""
+    """Wait for all ranks."""
     all_reduce_max(0)
 
 
 def is_peer_failure(problem: RuntimeError) -> bool:
-    """Whether an error says that another process is gone, which every sum notices, and no more than that."""
+    """Whether an error only means that another process has ended, which every reduction detects."""
     return world_size() > 1 and (isinstance(problem, dist.DistError) or "gloo" in str(problem))
 
 
 def rank_suffix() -> str:
-    """This process in a message; empty where it is the only one."""
+    """The name of this process for messages; empty in a single-process run."""
     return f" (process {rank()} of {world_size()})" if world_size() > 1 else ""

@@ -1,9 +1,9 @@
-"""A run's folder: what it was started with, who may write in it, and its logs.
+"""A run's folder: its lock, its manifest and its logs.
 
     runs/NAME/
-        config.json     options, hyperparameters and fingerprint of the input, with a checksum
-        metrics.csv     one row an evaluation; no times and no paths, so that equal runs have equal files
-        timing.csv      the times that metrics.csv leaves out
+        config.json     the manifest: options, hyperparameters and fingerprint of the input, with a checksum
+        metrics.csv     one row per evaluation; no times and no paths, so equal runs have equal files
+        timing.csv      the time and memory of each evaluation
         report.json     the final scores; report.html is the same as a page
         model/          the best model so far, in the Hugging Face layout
         state/          everything needed to resume (state.py)
@@ -42,18 +42,18 @@ try:
 except ModuleNotFoundError:        # Windows
     fcntl = None
 
-LATEST = Path("runs/latest")       # a text file that names the newest run's folder, wherever that is
-MANIFEST = {"options", "hyperparameters", "fingerprint"}        # the parts of a run's config.json
-# Parts of a fingerprint that may change on --resume: the result is then the same up to rounding.
+LATEST = Path("runs/latest")       # a text file with the path of the newest run
+MANIFEST = {"options", "hyperparameters", "fingerprint"}        # keys of a run's config.json
+# Parts of a fingerprint that may change on --resume. The result is then equal only up to rounding.
 MAY_CHANGE = ("device", "threads", "processes", "torch", "python", "system")
 
 
 def newest_models() -> list[Path]:
-    """The model of the newest run, or of each of its folds. Errors: `InputError` where there is none."""
+    """The model of the newest run, or the models of its folds. Errors: `InputError` if there is none."""
     try:
         run = Path(LATEST.read_text(encoding="utf-8").strip())
         run.stat()
-    except (OSError, ValueError):               # no such file, or one that names no folder
+    except (OSError, ValueError):               # no such file, or no such folder
         raise InputError(file=LATEST, found="no run so far", expected="--model DIR, or train.py first") from None
     if (run / "model").is_dir():
         return [run / "model"]
@@ -68,7 +68,7 @@ def newest_models() -> list[Path]:
 
 
 def write_latest(folder: Path) -> None:
-    """Name the newest run for predict.py; for a fold, its run. No run fails for lack of this file."""
+    """Record the newest run for predict.py; for a fold, its run. Failure prints a note."""
     run = folder.parent if folder.name.startswith("fold-") else folder
     try:
         write_text(LATEST, f"{run.resolve()}\n")
@@ -77,14 +77,16 @@ def write_latest(folder: Path) -> None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run's folder, or that of one of its folds, has a state to resume from."""
+    """Whether a run or one of its folds has a state to resume from."""
     return any(has_state(place / "state") for place in (folder, *folder.glob("fold-*")))
 
 
 def can_resume(folder: Path) -> bool:
-    """Whether there is a state to resume from; a run that never saved one starts anew. Errors: `InputError` for a run
-    whose state is gone."""
-    if not has_state(folder / "state") and (folder / "metrics.csv").exists():     # which is written after each state
+    """Whether there is a state to resume from; a run that never saved one starts from the beginning.
+
+    Errors: `InputError` for a run whose state was removed.
+    """
+    if not has_state(folder / "state") and (folder / "metrics.csv").exists():     # written after each state
         raise InputError(file=folder / "state", found="no state, though the run had got as far as an evaluation",
                          expected="the folder as it was, or the run begun anew: without --resume")
     return has_state(folder / "state")
@@ -92,7 +94,7 @@ def can_resume(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def resume_hint(folder: Path, command: str) -> Iterator[None]:
-    """Tell the user of a run that fails or is stopped in this block how to resume it."""
+    """Add the command that resumes the run to an exception that ends this block."""
     try:
         yield
     except (OSError, RuntimeError, RunError, Stopped) as problem:
@@ -104,18 +106,18 @@ def resume_hint(folder: Path, command: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_run(folder: str | Path, resume: bool = False, encoder: str | None = None) -> Iterator[None]:
-    """Keep a run's folder for this run; what killed processes left half-written in it is removed.
+    """Lock a run's folder for this process, and remove the temporary files of killed processes.
 
-    Of several processes rank 0 locks. The lock is on the folder itself and is the system's: it leaves no file behind
-    and ends with the process, however that dies. Some network file systems have no locks; a line says so.
-    Errors: `InputError` where another process has the folder, where it is not a run's, where the encoder lies in it,
-    which the run would write over, and where `resume` is False and there is a run to resume or a trained model.
+    Rank 0 takes an flock on the folder itself: it leaves no file, and the system releases it when the process ends. If
+    the file system has no locks, a note is printed.
+    Errors: `InputError` if another process has the lock, if the folder is not a run's, if it contains the encoder,
+    which the run would overwrite, and without `resume` if it has a state or a trained model.
     """
     if encoder and Path(encoder).resolve().is_relative_to(Path(folder).resolve()):
         raise InputError(file=encoder, found="an encoder in the folder that this run would write its own model to",
                          expected="another folder for the run")
     check_writable(Path(folder) / "config.json")
-    distributed.barrier()                      # until no other rank tries to write
+    distributed.barrier()                      # until no other rank is in check_writable
     if not distributed.is_main_process():
         yield
         return
@@ -125,7 +127,7 @@ def lock_run(folder: str | Path, resume: bool = False, encoder: str | None = Non
     try:
         if fcntl:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:                    # the folder is the other process's, to remove as well
+    except BlockingIOError:                    # before the `finally` below, which removes the folder
         os.close(descriptor)
         raise InputError(file=folder, found="another process at work in it",
                          expected="that one to end, or another folder") from None
@@ -142,14 +144,14 @@ def lock_run(folder: str | Path, resume: bool = False, encoder: str | None = Non
                 remove_stale_temporaries(place)
         yield
     finally:
-        with contextlib.suppress(OSError):     # only an empty one goes: a failed run leaves no folder
+        with contextlib.suppress(OSError):     # removes only an empty folder, that of a failed run
             folder.rmdir()
         if fcntl:
             os.close(descriptor)
 
 
 def check_own(folder: Path) -> None:
-    """Errors: `InputError` for a folder that has anything in it and is no run's, by its config.json."""
+    """Errors: `InputError` for a non-empty folder without a run's config.json."""
     others = sorted(path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY))
     try:
         if not others or read_json(folder / "config.json", "").keys() >= MANIFEST:
@@ -163,7 +165,7 @@ def check_own(folder: Path) -> None:
 # --- what a run was started with --------------------------------------------------------------------------------------
 
 def machine_fingerprint(device: torch.device) -> dict:
-    """What of this machine changes the order of additions, and so the last digits."""
+    """Properties of the machine that change the order of additions, and so the last digits."""
     return {"device": device.type, "threads": torch.get_num_threads(), "processes": distributed.world_size(),
             "torch": torch.__version__, "python": platform.python_version(), "system": platform.machine()}
 
@@ -175,15 +177,14 @@ def encoder_fingerprint(folder: str | Path) -> dict[str, str]:
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write a run's config.json, with the directory of its relative paths and a checksum: nobody may change it while
-    the run can be resumed."""
+    """Write a run's config.json with the directory of its relative paths, and a checksum to detect edits."""
     manifest = {"directory": os.getcwd()} | manifest
     if distributed.is_main_process():
         write_json(folder / "config.json", manifest | {"sha256": json_sha256(manifest)})
 
 
 def read_manifest(folder: Path, program: str) -> dict:
-    """What `write_manifest` wrote. Errors: `InputError` where it is not, to the last character."""
+    """Read a run's config.json. Errors: `InputError` if it was changed."""
     path = folder / "config.json"
     manifest = read_json(path, f"the folder of a run that {program} began")
     if manifest.pop("sha256", None) != json_sha256(manifest):
@@ -193,8 +194,8 @@ def read_manifest(folder: Path, program: str) -> dict:
 
 
 def resumed_options(folder: Path, program: str, overrides: Mapping, free: set[str], paths: set[str]) -> dict:
-    """The options of the run to resume. Those in `free` and `paths` may be given anew; a path that is not, and is
-    relative, means the same as when the run began. Errors: `InputError` for other changes."""
+    """The options of the run to resume. Those in `free` and `paths` may be given again. A stored relative path keeps
+    the meaning that it had when the run began. Errors: `InputError` for other changes."""
     manifest = read_manifest(folder, program)
     if not manifest.keys() >= MANIFEST:
         raise InputError(file=folder / "config.json", found="a run of another version of minipref",
@@ -210,7 +211,7 @@ def resumed_options(folder: Path, program: str, overrides: Mapping, free: set[st
 
 
 def _seen_from_here(paths: str | list[str] | None, directory: str):
-    """Paths that were written down in `directory`: a relative one is looked for there first, then here."""
+    """Paths that were stored in `directory`. A relative path is looked for there first, then here."""
     if isinstance(paths, list):
         return [_seen_from_here(path, directory) for path in paths]
     there = Path(directory, paths or "")
@@ -218,10 +219,10 @@ def _seen_from_here(paths: str | list[str] | None, directory: str):
 
 
 def check_manifest(folder: Path, program: str, hyperparameters: dict, fingerprint: dict, paths: dict) -> None:
-    """Compare a run to resume with what it was started with; files are known by content, not by name.
+    """Compare hyperparameters and fingerprint with the manifest of the run to resume. Files are compared by content.
 
-    A change in `MAY_CHANGE` is a note. `paths` are the options that name files: those given anew are written down for
-    the next time. Errors: `InputError` naming any other change.
+    A change in `MAY_CHANGE` prints a note. `paths` are the options that name files; changed ones are stored in the
+    manifest. Errors: `InputError` naming any other change.
     """
     manifest = read_manifest(folder, program)
     before = manifest["hyperparameters"] | manifest["fingerprint"]
@@ -231,7 +232,7 @@ def check_manifest(folder: Path, program: str, hyperparameters: dict, fingerprin
             continue
         change = f"it was {short_repr(before.get(name))} and is {short_repr(now.get(name))}"
         if name not in MAY_CHANGE:
-            is_hash = isinstance(now.get(name), list | dict)             # says nothing to a reader
+            is_hash = isinstance(now.get(name), list | dict)             # means nothing to a reader
             raise InputError(file=folder / "config.json",
                              found=f"{name} has changed since the run began{'' if is_hash else f': {change}'}",
                              expected="the same, or a new run")
@@ -241,21 +242,21 @@ def check_manifest(folder: Path, program: str, hyperparameters: dict, fingerprin
 
 
 def json_sha256(value: object) -> str:
-    """A SHA-256 of what JSON can hold, the same however it is laid out."""
+    """SHA-256 of a JSON value, independent of its formatting."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # --- logs -------------------------------------------------------------------------------------------------------------
 
 def write_logs(folder: Path, state) -> None:
-    """metrics.csv and timing.csv, from the `history` and `timing` of a run's state."""
+    """Write metrics.csv and timing.csv from the `history` and `timing` of a run's state."""
     if distributed.is_main_process():
         write_csv(folder / "metrics.csv", state.history)
         write_csv(folder / "timing.csv", state.timing)
 
 
 def write_csv(path: str | Path, rows: list[dict]) -> None:
-    """Write a small CSV whole: a resumed run must not repeat or lose a row of its log."""
+    """Write a complete CSV: appending could repeat or lose rows when a run is resumed."""
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")

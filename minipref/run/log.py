@@ -1,4 +1,4 @@
-"""What a run prints: its input, each hyperparameter with its source, memory and disk, and how long it will take."""
+"""The messages of a run: input, hyperparameters with their sources, memory and disk, and the remaining time."""
 
 import dataclasses
 import shutil
@@ -23,7 +23,7 @@ GIVEN = "given on the command line"
 
 def log_header(setup: Setup, splits: list[tuple[np.ndarray, np.ndarray]], encoder_hint: str,
                rows_hint: str) -> None:
-    """Encoder, rows, split, machine and hyperparameters; the hints say how to get the real encoder and rows."""
+    """Print encoder, rows, split, machine and hyperparameters. The hints say how to get the real encoder and rows."""
     options, config, pairs = setup.options, setup.config, setup.pairs
     print(f"encoder    {options.encoder}{encoder_hint}")
     print(f"rows       {', '.join(options.train)}{rows_hint}")
@@ -47,7 +47,7 @@ def log_header(setup: Setup, splits: list[tuple[np.ndarray, np.ndarray]], encode
 
 
 def log_split(pairs: Sequence[Pair], splits: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """How the rows are split, and whether a prompt leaks from training to validation."""
+    """Print the split, and whether a prompt is in both training and validation rows."""
     train_rows, valid_rows = splits[0]
     if len(splits) > 1:
         print(f"split      {len(splits)} folds by prompt: every row is predicted by a model that never saw its prompt")
@@ -61,16 +61,16 @@ def log_split(pairs: Sequence[Pair], splits: list[tuple[np.ndarray, np.ndarray]]
 
 
 def log_model(model: nn.Module, folder: Path) -> None:
-    """What was loaded, and the memory and disk that the run takes. Errors: `InputError` for too small a disk."""
+    """Print what was loaded, and the memory and disk that the run needs. Errors: `InputError` for too little disk."""
     parameters = sum(p.numel() for p in model.parameters())
-    disk = 4 * parameters * (3 * 3 + 1)    # weights and two moments in two states and one being written; and model/
+    disk = 4 * parameters * (3 * 3 + 1)    # parameters and two moments in three states, and model/
     free = shutil.disk_usage(next(p for p in (folder, *folder.resolve().parents) if p.exists())).free
     held = sum(file.stat().st_size for place in ("state", "model") for file in (folder / place).glob("*.safetensors"))
     free, held = distributed.broadcast((free, held))
     print(f"model      {model.load_report}; {parameters / 1e6:.1f} M parameters")
     print(f"           weights, gradients and AdamW's moments take {size(16 * parameters)} of memory, activations come "
           f"on top;\n           the run takes up to {size(disk)} of disk")
-    if disk > free + held:                 # a resumed run has most of it already
+    if disk > free + held:                 # a resumed run already holds most of it
         raise InputError(file=folder, found=f"{size(free)} free on its disk",
                          expected=f"{size(disk - held)} for the state")
 
@@ -87,9 +87,9 @@ class Clock:
 
 
 def log_eta(step_seconds: list[float], seconds: float, steps_left: int, bar: tqdm) -> None:
-    """Collect the first twenty steps' times, then print once how long the rest takes at that speed.
+    """Collect the times of the first twenty steps, then print an estimate of the remaining time once.
 
-    The first ten are not counted: they load libraries and allocate memory.
+    The first ten steps are ignored: they load libraries and allocate memory.
     """
     if len(step_seconds) < 20:
         step_seconds.append(seconds)
@@ -100,7 +100,7 @@ def log_eta(step_seconds: list[float], seconds: float, steps_left: int, bar: tqd
 
 
 def peak_memory() -> int:
-    """Bytes: the GPU's peak allocation if one is used, else the process's peak resident set."""
+    """Peak memory in bytes: of the GPU's allocator if one is used, else the process's resident set."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     try:

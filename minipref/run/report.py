@@ -1,10 +1,8 @@
-"""A run's report as one page (curves, confusion, calibration, length bias, confident mistakes), and a model card.
+"""A run's report page (curves, confusion, calibration, length bias, confident mistakes) and its model card.
 
-`final_report` scores the best model and writes both. The page, `report.html` in the run's folder, needs no server and
-fetches nothing.
+`final_report` scores the best model and writes both. The page is one HTML file that loads nothing else.
 
-What is unusual here: matplotlib is an extra (`pip install .[plots]`). Without it the page has its tables and texts, and
-a sentence in place of the figures.
+What is unusual here: matplotlib is an extra (`pip install .[plots]`). Without it the page has tables but no figures.
 """
 
 import dataclasses
@@ -34,7 +32,7 @@ from minipref.runtime import InputError, RunError, html_text, read_json, write_j
 from minipref.surface import fit_surface
 
 TEMPLATE = Path(__file__).with_name("report.html")
-INK = "#010203"            # in matplotlib; on the page the colour of the text, light or dark
+INK = "#010203"            # in matplotlib; replaced by the page's text colour
 COLOURS = ("#c8641e", "#2a78c8", "#5f8f3a")
 MISTAKES = 10
 MOST_SHOWN = 1500          # characters of a text
@@ -42,10 +40,10 @@ MOST_SHOWN = 1500          # characters of a text
 
 def final_report(run: Path, classifier: PreferenceModel, state, ended: str, train_rows: np.ndarray,
                  valid_rows: np.ndarray, setup: Setup) -> np.ndarray:
-    """Score the best model beside the baselines, fit its blend, write model/, report.json and report.html.
+    """Score the best model and the baselines, fit the blend, write model/, report.json and report.html.
 
-    Without validation rows (--all-rows) the last parameters are written, unscored.
-    `state` is train.py's `TrainState`. Returns the validation rows' logits in both orders, (rows, 2, 3).
+    Without validation rows (--all-rows) the last parameters are written without scores. `state` is train.py's
+    `TrainState`. Returns the validation rows' logits in both orders, (rows, 2, 3).
     """
     options, config, pairs = setup.options, setup.config, setup.pairs
     summary = facts_of(run, options) | {
@@ -96,7 +94,7 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
 
 def folds_report(run: Path, logits: list[np.ndarray], splits: list[tuple[np.ndarray, np.ndarray]], setup: Setup
                  ) -> None:
-    """Score every row by the model that did not see it; write oof.csv, report.json and report.html over all folds."""
+    """Score every row with the model that was not trained on it; write oof.csv, report.json and report.html."""
     if not distributed.is_main_process():
         return
     options, pairs, labels = setup.options, setup.pairs, setup.tokenized.labels
@@ -117,7 +115,7 @@ def folds_report(run: Path, logits: list[np.ndarray], splits: list[tuple[np.ndar
 
 
 def facts_of(run: Path, options) -> dict:
-    """What names a run in its report."""
+    """The facts that identify a run in its report."""
     return {"run": str(run), "date": datetime.now().strftime("%Y-%m-%d %H:%M"), "encoder": options.encoder,
             "rows": options.train, "recipe": options.recipe, "seed": options.seed, "command": command(options)}
 
@@ -140,8 +138,8 @@ def command(options) -> str:
 def write_page(folder: Path, report: dict, rows: list[dict], pairs: Sequence[Pair], probabilities: np.ndarray) -> None:
     """Write `folder`/report.html.
 
-    `report` is report.json's content, `rows` those of metrics.csv. Shapes: N validation pairs with their labels, their
-    probabilities (N, 3); N = 0 for a run on all rows, whose page has no scores.
+    `report` is the content of report.json, `rows` that of metrics.csv. Shapes: N validation pairs, probabilities
+    (N, 3). N = 0 for a run on all rows, whose page has no scores.
     """
     figures, tables = [], []
     if len(pairs):
@@ -182,7 +180,7 @@ def write_page(folder: Path, report: dict, rows: list[dict], pairs: Sequence[Pai
 # --- the model card ---------------------------------------------------------------------------------------------------
 
 def model_card(report: dict, encoder: str, files: list[str], recipe: str, hyperparameters: dict, seed: int) -> str:
-    """README.md of a model's folder: what it is, what it was trained on and how, its scores, its limits."""
+    """README.md of a model's folder: description, training data and procedure, scores, limitations."""
     if "results" in report:
         final, prior, by_length = (report["results"][name] for name in (
             report["final"], "class prior", "length only"))
@@ -220,7 +218,7 @@ Recipe `{recipe}`, seed {seed}, {report['steps']:,} steps, the best after {repor
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 def figures_html(figures: list[tuple[str, str, Callable]]) -> str:
-    """Each figure drawn into an SVG of its own, or one sentence where matplotlib is missing."""
+    """Each figure as an SVG, or one sentence if matplotlib is missing."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -247,7 +245,7 @@ def figures_html(figures: list[tuple[str, str, Callable]]) -> str:
 
 @cache
 def log_missing_matplotlib() -> None:
-    """Once a process, however many folds a run has."""
+    """Cached, so that a run with folds prints it once."""
     print("report.html has no figures: matplotlib is not installed (pip install .[plots])")
 
 
@@ -256,7 +254,7 @@ SCORES = {"accuracy": "accuracy", "f1": "macro F1"}
 
 
 def draw_curves(axes, rows: list[dict], which: dict[str, str], lines: dict[str, float] | None = None) -> None:
-    """Columns of metrics.csv over the epochs, with the best evaluation marked, and other scores as level lines."""
+    """Columns of metrics.csv by epoch, the best evaluation marked, and other scores as horizontal lines."""
     epochs = [row["epoch"] for row in rows]
     for (column, name), colour in zip(which.items(), COLOURS):
         axes.plot(epochs, [row[column] for row in rows], "o-", ms=3, color=colour, label=name)
@@ -288,7 +286,7 @@ def draw_confusion(axes, result: dict) -> None:
 
 
 def draw_reliability(axes, result: dict) -> None:
-    """Accuracy against confidence: on the diagonal the model is calibrated. Areas are numbers of rows."""
+    """Accuracy by confidence; a calibrated model is on the diagonal. Areas show the number of rows."""
     bins = result["calibration"]
     axes.plot([0, 1], [0, 1], color=INK, lw=0.7, ls=":")
     axes.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], color=COLOURS[0], lw=1)
@@ -301,7 +299,7 @@ def draw_reliability(axes, result: dict) -> None:
 
 
 def draw_length_bias(axes, probabilities: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> None:
-    """How often annotators preferred A, and how often the model expects it, by how much longer A is than B."""
+    """Frequency with which annotators prefer A, and the model's mean P(A), by the length ratio of A and B."""
     longer = metrics.length_features(lengths)[:, 0]
     for values, name, colour in ((labels == 0, "annotators", COLOURS[0]), (probabilities[:, 0], "model", COLOURS[1])):
         middles, means, errors = tenths(longer, values)
@@ -313,7 +311,7 @@ def draw_length_bias(axes, probabilities: np.ndarray, labels: np.ndarray, length
 
 
 def draw_loss_by_length(axes, probabilities: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> None:
-    """The log loss of the shortest tenth of the rows, of the next, and so on."""
+    """Mean log loss in ten groups of rows by length."""
     losses = -np.log(probabilities[np.arange(len(labels)), labels].clip(min=np.finfo(float).eps))
     middles, means, errors = tenths(lengths.sum(1).clip(min=1), losses)
     axes.errorbar(middles, means, errors, fmt="o-", ms=3, color=COLOURS[0])
@@ -323,7 +321,7 @@ def draw_loss_by_length(axes, probabilities: np.ndarray, labels: np.ndarray, len
 
 
 def tenths(by: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows sorted by `by` and cut into ten: the median of `by`, the mean of `values` and its standard error in each.
+    """Rows sorted by `by` in ten groups: each group's median of `by`, mean of `values` and its standard error.
 
     Shapes: (N,), (N,) -> (min(10, N),) each.
     """
@@ -335,7 +333,7 @@ def tenths(by: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 def table_html(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column names its rows. Cells are escaped here."""
+    """An HTML table whose first column is a header. Cells are escaped here."""
     head = "".join(f"<th scope=col>{html_text(cell)}</th>" for cell in header)
     body = "".join(f"<tr><th scope=row>{html_text(row[0])}</th>"
                    + "".join(f"<td>{html_text(cell)}</td>" for cell in row[1:]) + "</tr>" for row in rows)
@@ -361,7 +359,7 @@ def curves_html(rows: list[dict]) -> str:
 
 
 def mistakes_html(pairs: Sequence[Pair], labels: np.ndarray, probabilities: np.ndarray) -> str:
-    """The wrong predictions with the highest probability, with their texts."""
+    """The wrong predictions with the highest confidence, with their texts."""
     confidence, predictions = probabilities.max(1), probabilities.argmax(1)
     wrong = np.flatnonzero(predictions != labels)
     parts = []
@@ -377,7 +375,7 @@ def mistakes_html(pairs: Sequence[Pair], labels: np.ndarray, probabilities: np.n
 
 
 def shortened(turns: Sequence[str | None]) -> str:
-    """Turns as one text; of a long one head and tail, and how much lies between."""
+    """Turns as one text. A long text is cut in the middle."""
     text = "\n\n".join("(no answer)" if turn is None else turn for turn in turns)
     if len(text) <= MOST_SHOWN:
         return text

@@ -1,4 +1,4 @@
-"""What a run decides before its first step: hyperparameters, split, and the manifest that --resume checks."""
+"""Preparation of a run: hyperparameters, split, and the manifest that --resume checks."""
 
 import argparse
 from dataclasses import asdict, dataclass, fields
@@ -15,12 +15,12 @@ from minipref.run.signals import StopSignal
 from minipref.runtime import InputError, sha256_of
 from minipref.tokenizer import Tokenizer
 
-PATHS = {"train", "valid", "encoder"}          # options of train.py: the files may lie elsewhere on --resume
+PATHS = {"train", "valid", "encoder"}          # options of train.py whose files may have moved on --resume
 
 
 @dataclass
 class Setup:
-    """What all folds of a run share."""
+    """Objects that all folds of a run share."""
 
     options: argparse.Namespace
     config: TrainConfig
@@ -29,21 +29,21 @@ class Setup:
     tokenizer: Tokenizer
     pairs: list[Pair]
     tokenized: TokenizedPairs
-    truth: dict[str, np.ndarray]     # by id, the probabilities that a synthetic row's label was drawn from
-    features: np.ndarray         # of the surface, (N, K)
+    truth: dict[str, np.ndarray]     # id -> the probabilities from which a synthetic row's label was drawn
+    features: np.ndarray         # surface features, (N, K)
     stop: StopSignal
 
 
 def hyperparameters(options: argparse.Namespace) -> TrainConfig:
-    """The preset's hyperparameters, with those given on the command line in their place."""
+    """The preset's hyperparameters, overridden by those given on the command line."""
     values = {name: value for name, (value, _) in RECIPES[options.recipe].items()}
     given = {f.name: getattr(options, f.name) for f in fields(TrainConfig) if hasattr(options, f.name)}
     return TrainConfig(**values | given, swap=not options.no_swap)
 
 
 def warmup(options: argparse.Namespace, config: TrainConfig, total_steps: int) -> tuple[int, str]:
-    """Steps of warmup and a note on them: a recipe's are at most a tenth of the run, or a short run would never reach
-    the peak; --warmup is obeyed."""
+    """Steps of warmup, and a note on them. A recipe's warmup is limited to a tenth of the run, so that a short run
+    reaches the peak; --warmup is not limited."""
     steps, most = config.warmup_steps(total_steps), max(1, total_steps // 10)
     if "warmup" in options:
         return steps, " (so the learning rate does not reach its peak)" if steps > total_steps else ""
@@ -52,7 +52,7 @@ def warmup(options: argparse.Namespace, config: TrainConfig, total_steps: int) -
 
 def split_rows(pairs: list[Pair], held_out: list[Pair], config: TrainConfig, options: argparse.Namespace
                ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """[(training rows, validation rows)], one entry, or one per fold; `held_out` rows are numbered after `pairs`."""
+    """[(training rows, validation rows)], one entry per fold. `held_out` rows are numbered after `pairs`."""
     if held_out:
         return [(np.arange(len(pairs)), np.arange(len(pairs), len(pairs) + len(held_out)))]
     if options.all_rows:
@@ -69,7 +69,7 @@ def split_rows(pairs: list[Pair], held_out: list[Pair], config: TrainConfig, opt
 
 def write_or_check_manifest(run: Path, options: argparse.Namespace, config: TrainConfig, device: torch.device,
                             precision: str) -> None:
-    """Write what the run is started with, or on --resume compare it; files are compared by their SHA-256."""
+    """Write the run's manifest, or on --resume compare with it. Files are compared by their SHA-256."""
     fingerprint = {"train": [sha256_of(path) for path in options.train],
                    "valid": sha256_of(options.valid) if options.valid else None,
                    "encoder": folder.encoder_fingerprint(options.encoder), "precision": precision,

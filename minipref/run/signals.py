@@ -1,4 +1,4 @@
-"""Stopping: the first signal waits until the loop has reached a state that can be saved."""
+"""Signals: the first one is held until the loop can save its state."""
 
 import os
 import signal
@@ -8,18 +8,18 @@ import time
 from minipref.run import distributed
 from minipref.runtime import Stopped, mute_closed_terminal
 
-# From the user, the system, a closed terminal, and from batch systems shortly before a time limit. Windows has two.
+# From the user, the system, a closed terminal, and batch systems before a time limit. Windows has only two of them.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 class StopSignal:
-    """Inside its block the first of `SIGNALS` waits for `check()`; a second SIGINT or SIGTERM ends the process at once.
+    """Inside its block the first of `SIGNALS` is held until `check()`; a second SIGINT or SIGTERM ends the process.
 
-    A signal that is ignored stays so, as SIGHUP under nohup. Not SIGINT: a shell script ignores it for whatever it puts
-    into the background, and `kill -INT` still has to stop that. Outside the main thread Python allows no handlers.
-    Of several processes each may get the signal twice, from the system and from torchrun: one that comes within five
-    seconds of the first is taken for the same.
+    Ignored signals stay ignored, such as SIGHUP under nohup. SIGINT is an exception: shell scripts ignore it for
+    background jobs, and `kill -INT` must still stop those. Outside the main thread Python allows no handlers.
+    With torchrun a process may get the same signal twice, from the system and from torchrun, so a second signal within
+    five seconds of the first is ignored.
     """
 
     def __init__(self):
@@ -30,7 +30,7 @@ class StopSignal:
             print("note: outside the main thread no signal is handled: one costs the steps since the last saved state")
             return self
         for number in SIGNALS:
-            before = signal.getsignal(number)                  # None: not Python's, which could not put it back
+            before = signal.getsignal(number)                  # None: set outside Python, cannot be restored
             if before is not None and (before != signal.SIG_IGN or number == signal.SIGINT):
                 self._before[number] = signal.signal(number, self._remember)
         return self
@@ -44,11 +44,11 @@ class StopSignal:
         if is_second and (distributed.world_size() == 1 or time.monotonic() - self.since > 5):
             os._exit(128 + number)
         self.number, self.since = self.number or number, time.monotonic()
-        mute_closed_terminal()                 # after SIGHUP: or the next line of the log ends the run before its save
+        mute_closed_terminal()                 # after SIGHUP the next print would end the run before it is saved
 
     def check(self, *_) -> None:
-        """Errors: `Stopped`, in every process of a run, once a signal has reached one of them."""
+        """Errors: `Stopped`, in every process of a run, after one of them received a signal."""
         number = distributed.all_reduce_max(self.number)
-        if number:                             # if not, self.number stays: a signal may have come during the sum
+        if number:                             # if not, keep self.number: a signal may have come during the reduction
             self.number = number
             raise Stopped(number)

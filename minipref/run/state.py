@@ -1,9 +1,9 @@
-"""A run's state on disk: everything that the next step depends on, so that a run killed at any moment can be resumed.
+"""A run's state on disk, from which a run that was killed at any moment can be resumed.
 
-What is unusual here: a state is never overwritten. A new one is written beside the old one under a new name, flushed,
-and only then does `state/current.json`, one small file with the checksums, point to it. A process killed at any instant
-leaves the old pointer or the new one, and both lead to a complete state. No pickle: tensors go into safetensors,
-everything else into JSON.
+What is unusual here: a state is never overwritten. A new state is written under a new name and flushed. Only then is
+`state/current.json`, a small file with the checksums, replaced to point to it. If the process is killed, this pointer
+is the old or the new one, and both lead to a complete state. There is no pickle: tensors are in safetensors files,
+everything else in JSON.
 """
 
 import contextlib
@@ -30,19 +30,19 @@ from minipref.runtime import (
     write_json,
 )
 
-GENERATIONS = tuple(f"tensors-{n}.safetensors" for n in range(3))     # the two pointed to, and the one being written
+GENERATIONS = tuple(f"tensors-{n}.safetensors" for n in range(3))     # two are pointed to, the third is being written
 CURRENT = "current.json"
 PREVIOUS = "previous.json"
-FORMAT = 2                         # of a state; another one is refused by this number
+FORMAT = 2                         # states of other formats are refused
 
 
 # --- a training run's state -------------------------------------------------------------------------------------------
 
 def save_state(folder: Path, state, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
                scaler: torch.amp.GradScaler | None = None) -> None:
-    """Write everything that `load_state` needs, in one atomic step. `state` is a dataclass that JSON can hold.
+    """Write the training state atomically. `state` is a dataclass of JSON values.
 
-    Of several processes rank 0 writes, and collects the other ranks' random generators; all else is the same in each.
+    Rank 0 writes. It collects the random generators of the other ranks; everything else is the same on all ranks.
     """
     generators, rng_facts = rng_state()
     all_generators = distributed.gather(generators)
@@ -69,7 +69,7 @@ def load_state(folder: Path, state_class: type, model: nn.Module, optimizers: Se
     if scaler:
         scaler.load_state_dict(facts["scaler"])
     prefix = f"rank.{distributed.rank()}." if distributed.rank() else ""
-    if f"{prefix}rng.torch" in tensors:                   # with more processes than before, a new rank draws anew
+    if f"{prefix}rng.torch" in tensors:                   # a rank that the saved run did not have keeps its own
         restore_rng({name.removeprefix(prefix): value for name, value in tensors.items()
                      if name.startswith(f"{prefix}rng.")}, facts["rng"])
     return state_class(**facts["state"])
@@ -78,17 +78,16 @@ def load_state(folder: Path, state_class: type, model: nn.Module, optimizers: Se
 # --- tensors and facts on disk ----------------------------------------------------------------------------------------
 
 def write_state(folder: str | Path, tensors: dict[str, Tensor], facts: dict) -> None:
-    """Write a state that `read_state` gives back bit for bit: tensors of any dtype, and facts that JSON can hold.
+    """Write a state of tensors and JSON values. The last state is kept as `previous` until the next save.
 
-    The state before it is kept as `previous` until the next save. Errors: OSError, with the old state intact.
+    Errors: OSError, with the old state intact.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    remove_stale_temporaries(folder)                            # a save that was killed may have left gigabytes
+    remove_stale_temporaries(folder)                            # a killed save may have left gigabytes
     pointer, previous = _read_pointer(folder / CURRENT), _read_pointer(folder / PREVIOUS)
     in_use = {p["tensors"] for p in (pointer, previous) if p}
     name = next(name for name in GENERATIONS if name not in in_use)
-    # Tensors that share memory would be refused, and an optimizer's step counters are many small ones: one pass.
     with atomic_write(folder / name) as temporary:
         save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, temporary)
         digest = sha256_of(temporary)
@@ -98,13 +97,13 @@ def write_state(folder: str | Path, tensors: dict[str, Tensor], facts: dict) -> 
     write_json(folder / CURRENT, {"format": FORMAT, "tensors": name, "sha256": digest, "facts": facts_text,
                                   "facts_sha256": _digest(facts_text)})
     for leftover in set(GENERATIONS) - {name, pointer["tensors"] if pointer else name}:
-        (folder / leftover).unlink(missing_ok=True)             # nothing points to it any more
+        (folder / leftover).unlink(missing_ok=True)             # no pointer refers to it now
 
 
 def read_state(folder: str | Path, which: str = CURRENT) -> tuple[dict[str, Tensor], dict]:
     """The tensors and facts of the last complete state.
 
-    Errors: `InputError` naming the file that is missing or damaged, and the previous state where there is a good one.
+    Errors: `InputError` naming the missing or damaged file, and the previous state if that is intact.
     """
     folder = Path(folder)
     try:
@@ -123,7 +122,7 @@ def read_state(folder: str | Path, which: str = CURRENT) -> tuple[dict[str, Tens
 
 
 def has_state(folder: str | Path) -> bool:
-    """Whether there is a state, damaged or not, or was one: a lost pointer leaves the one before it."""
+    """Whether there is a state, even a damaged one. If the current pointer is lost, the previous one remains."""
     return any((Path(folder) / name).exists() for name in (CURRENT, PREVIOUS))
 
 
@@ -151,7 +150,7 @@ def _load(folder: Path, which: str) -> tuple[dict[str, Tensor], dict]:
 
 
 def _read_pointer(path: Path) -> dict | None:
-    """The pointer file's content, or None where there is none that can be used."""
+    """The content of a pointer file, or None if it is missing or invalid."""
     try:
         pointer = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -168,7 +167,7 @@ def _digest(text: str) -> str:
 # --- random generators, optimizers, weights ---------------------------------------------------------------------------
 
 def rng_state() -> tuple[dict[str, Tensor], dict]:
-    """Every global generator's state: torch's (and each GPU's) as tensors, Python's and numpy's as JSON facts."""
+    """The states of all global random generators: torch's as tensors, Python's and numpy's as JSON values."""
     tensors = {"rng.torch": torch.get_rng_state()}
     if torch.backends.mps.is_available():
         tensors["rng.mps"] = torch.mps.get_rng_state()
@@ -182,10 +181,10 @@ def rng_state() -> tuple[dict[str, Tensor], dict]:
 
 
 def restore_rng(tensors: dict[str, Tensor], facts: dict) -> None:
-    """Put every generator back to where `rng_state` found it."""
+    """Restore the generators to the states that `rng_state` returned."""
     torch.set_rng_state(tensors["rng.torch"])
     cuda = sorted((name for name in tensors if name.startswith("rng.cuda.")), key=lambda n: int(n.rsplit(".", 1)[1]))
-    for device, name in zip(range(torch.cuda.device_count()), cuda):    # a machine with fewer or more goes on inexactly
+    for device, name in zip(range(torch.cuda.device_count()), cuda):    # another number of GPUs is not exact
         torch.cuda.set_rng_state(tensors[name], device)
     if "rng.mps" in tensors and torch.backends.mps.is_available():
         torch.mps.set_rng_state(tensors["rng.mps"])
@@ -196,16 +195,16 @@ def restore_rng(tensors: dict[str, Tensor], facts: dict) -> None:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """On a CPU, add in the same order every time, so that a run can be repeated bit for bit."""
+    """On a CPU, use deterministic algorithms, so that a run can be repeated bit for bit."""
     if device.type == "cpu":
-        torch.set_deterministic_debug_mode("error")     # as use_deterministic_algorithms(True), which imports for 2 s
+        torch.set_deterministic_debug_mode("error")     # use_deterministic_algorithms(True) imports for 2 s
         torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 @contextlib.contextmanager
 def keep_globals() -> Iterator[None]:
-    """Put back at the end what a command changes for the whole process, so that a notebook goes on with what it had:
-    the random generators, the deterministic mode and the number of threads."""
+    """Restore global settings at the end, for programs that run in a notebook: random generators, deterministic mode,
+    number of threads."""
     generators, mode, threads = rng_state(), torch.get_deterministic_debug_mode(), torch.get_num_threads()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     try:
@@ -231,7 +230,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str) -> None:
-    """The reverse of `optimizer_tensors`; groups (learning rates and all) stay as they are."""
+    """The reverse of `optimizer_tensors`. Parameter groups keep their values."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(prefix):
@@ -241,7 +240,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 
 def weights_sha256(module: torch.nn.Module) -> str:
-    """A SHA-256 over a module's parameters, by which to know them again; the same on every device."""
+    """SHA-256 of a module's parameters; the same on every device."""
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
