@@ -1,13 +1,12 @@
-"""Fine-tuning with and without each of its parts: one training run a line, on the bundled task.
+"""Ablations of fine-tuning on the synthetic dataset: one training run per variant.
 
-    python benchmarks/ablations.py                          every line, one seed; as long as eight `make train`
+    python benchmarks/ablations.py                          all variants, one seed; as long as eight `make train`
     python benchmarks/ablations.py --seeds 1 2 3            means of three seeds
-    python benchmarks/ablations.py --only base no-swap -- --limit 12000     some lines, with further options of train.py
+    python benchmarks/ablations.py --only base no-swap -- --limit 12000     some variants, with more options of train.py
 
-What follows `--` is for all lines, and wins over a line's own options.
-On a machine without bfloat16 units the line `bf16` has their rounding and not their speed (`RoundedProducts`).
-Runs that are finished already are not run again: their folders in runs/ablations hold their reports. The table goes to
-the terminal, in Markdown.
+Options after `--` apply to all variants and override their own. Finished runs in runs/ablations are not repeated. The
+table is printed as Markdown. On a machine without bfloat16 units the variant `bf16` has their rounding but not their
+speed (`RoundedProducts`).
 """
 
 import argparse
@@ -28,7 +27,7 @@ import train  # noqa: E402
 from minipref.runtime import choose_device, choose_precision  # noqa: E402
 
 FOLDER = Path("runs/ablations")
-VARIANTS = {  # name: (what is different, options of train.py)
+VARIANTS = {  # name: (difference, options of train.py)
     "base": ("nothing: the recipe `tiny` with the command's options", []),
     "no-auxiliary-head": ("[CLS] learns from the labels alone", ["--aux-loss", "0"]),
     "no-swap": ("A and B are never exchanged in training", ["--no-swap"]),
@@ -43,14 +42,16 @@ VARIANTS = {  # name: (what is different, options of train.py)
 }
 aten = torch.ops.aten
 PRODUCTS = {aten.mm: aten.mm, aten.addmm: aten.addmm, aten.bmm: aten.bmm, aten.baddbmm: aten.baddbmm,
-            aten.baddbmm_: aten.baddbmm}                                             # each: the same, not in place
+            aten.baddbmm_: aten.baddbmm}                                             # each: the out-of-place form
 WAYS = {"model, one order": "one order", "model, both orders": "both orders", "model, calibrated": "and a temperature"}
 
 
 class RoundedProducts(TorchDispatchMode):
-    """Products of bfloat16 as processors with units for them compute them, on those that have none: added in float32,
-    rounded once. The product of two bfloat16 is exact in float32, so no more than the order of a sum can differ. torch
-    itself gives the same numbers there, at a tenth to a hundredth of the speed."""
+    """Emulates bfloat16 products on processors without bfloat16 units: sums in float32, one rounding at the end.
+
+    The product of two bfloat16 numbers is exact in float32, so only the order of summation can differ. torch gives the
+    same numbers on such processors, at a tenth to a hundredth of the speed.
+    """
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -64,13 +65,13 @@ class RoundedProducts(TorchDispatchMode):
 
 
 def circumstances(name: str) -> contextlib.AbstractContextManager:
-    """What no option of train.py changes."""
+    """The context in which a variant is trained."""
     without_units = choose_precision("auto", choose_device("auto")) == "fp32"
     return RoundedProducts() if name == "bf16" and without_units else contextlib.nullcontext()
 
 
 def report_of(name: str, seed: int, more: list[str]) -> dict:
-    """The report of a variant's run, trained first where there is none. Errors: SystemExit if training fails."""
+    """The report of a variant's run, which is trained if needed. Errors: SystemExit if training fails."""
     run = FOLDER / "-".join([name, str(seed), *(Path(part).name.lstrip("-") for part in more)])
     if not (run / "report.json").is_file():
         resume = ["--resume"] if (run / "state").is_dir() else [*VARIANTS[name][1], *more, "--seed", str(seed)]
@@ -83,8 +84,8 @@ def report_of(name: str, seed: int, more: list[str]) -> dict:
 
 
 def table(reports: dict[str, list[dict]]) -> str:
-    """A line a variant: log loss of the last model in one order, of the one that was kept in each way of predicting,
-    its accuracy, and minutes; means over the seeds."""
+    """One line per variant, with means over the seeds: log loss of the last model in one order, log loss of the best
+    model in each way of predicting, its accuracy, and minutes."""
     seeds = max(map(len, reports.values()))
     lines = [f"| run | what is different | last model | {' | '.join(WAYS.values())} | accuracy | minutes |",
              "|---|---|" + "---:|" * (len(WAYS) + 3)]

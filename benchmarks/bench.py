@@ -1,14 +1,14 @@
-"""minipref beside transformers: speed, memory and start-up of the same weights on the same rows.
+"""Compare speed, memory and start-up of minipref and transformers, with the same weights on the same rows.
 
-    make bench                                            all of it: three quarters of an hour on two cores
-    python benchmarks/bench.py --only forward training    some sections; the others keep their figures
-    python benchmarks/bench.py --rows train.csv --tokenizer weights/deberta-v3-small      rows to judge end to end
-    python benchmarks/bench.py --page                     write the page again from the figures, measuring nothing
+    make bench                                            all sections: three quarters of an hour on two cores
+    python benchmarks/bench.py --only forward training    some sections; the others keep their measurements
+    python benchmarks/bench.py --rows train.csv --tokenizer weights/deberta-v3-small      predict these rows end to end
+    python benchmarks/bench.py --page                     write the page again without measuring
 
-Both programs run in one process, one after the other and again, so that whatever else the machine does meets both; of
-the times the median counts. Peak memory and start-up are taken in a process each. All figures go to
-benchmarks/performance.json; docs/performance.md, and the table between the speed marks in README.md, are written from
-that file alone. With `--device cuda` the sections run on a GPU.
+Both libraries run in one process and alternate, so that other load on the machine affects both. Times are medians. Peak
+memory and start-up are measured in separate processes. Measurements are stored in benchmarks/performance.json;
+docs/performance.md, and the table between the speed marks in README.md, are written from that file. With
+`--device cuda` the sections run on a GPU.
 """
 
 import argparse
@@ -46,14 +46,14 @@ BUNDLED = ROOT / "weights" / "minipref-tiny"
 FIGURES = ROOT / "benchmarks" / "performance.json"
 US, THEM = "minipref", "transformers"
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
-TOKENS = 4096            # of a batch, whatever the length of its rows
-MAX_LENGTH = 512         # tokens of a pair that is judged
+TOKENS = 4096            # of a batch, for all lengths
+MAX_LENGTH = 512         # tokens of a pair in prediction
 
 
-# --- the two programs -------------------------------------------------------------------------------------------------
+# --- the two libraries ------------------------------------------------------------------------------------------------
 
 def both_models(options) -> dict[str, nn.Module]:
-    """A fresh v3-small, and transformers' model with the same weights; refused if they do not compute the same."""
+    """A random v3-small, and transformers' model with the same weights. Errors: SystemExit if their logits differ."""
     from helpers import reference_model
 
     from minipref.config import EncoderConfig
@@ -66,7 +66,7 @@ def both_models(options) -> dict[str, nn.Module]:
     ids, attention_mask = random_batch(2, min(options.lengths), options, device="cpu")
     logits = [logits_of(model, ids, attention_mask).detach() for model in models.values()]
     if (logits[0] - logits[1]).abs().max() > 1e-5:
-        raise SystemExit("the two programs disagree, so there is nothing to compare: see `make parity`")
+        raise SystemExit("the logits of the two libraries differ: see `make parity`")
     return {name: model.to(options.device) for name, model in models.items()}
 
 
@@ -78,7 +78,7 @@ def random_batch(batch: int, length: int, options, device: str = "") -> tuple[Te
 
 
 def logits_of(model: nn.Module, ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Either program's logits (B, 3)."""
+    """The logits (B, 3) of a model of either library."""
     out = model(ids, attention_mask) if is_ours(model) else model(input_ids=ids, attention_mask=attention_mask.long())
     return out if is_ours(model) else out.logits
 
@@ -109,7 +109,7 @@ def training_step(model: nn.Module, optimizer, ids: Tensor, attention_mask: Tens
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """minipref's AdamW, or the one that transformers' Trainer takes unless told otherwise."""
+    """minipref's AdamW, or the default of transformers' Trainer."""
     if is_ours(model):
         from minipref.optim import AdamW
         return AdamW(model.parameters(), lr=1e-5)
@@ -120,7 +120,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 def alternated(contenders: dict[str, Callable[[], object]], runs: int, device: str, warm_up: bool = True
                ) -> dict[str, list[float]]:
-    """Seconds of each contender's runs, taken in turns, with `warm_up` after one run of each that does not count."""
+    """Seconds of each contender's runs, alternating; with `warm_up` the first run of each is not counted."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds = {name: [] for name in contenders}
     for run in range(0 if warm_up else 1, runs + 1):
@@ -141,7 +141,7 @@ def announce(what: str, seconds: dict[str, list[float]]) -> None:
 
 
 def product_rates(options) -> list[dict]:
-    """The machine's own rate in matrix products of the feed-forward's shape: the ceiling for everything below."""
+    """The machine's GEMM throughput at the feed-forward's shape, the upper limit for all other measurements."""
     rows = []
     for threads in options.threads:
         torch.set_num_threads(threads)
@@ -173,9 +173,9 @@ def forward_times(options) -> list[dict]:
 
 
 def with_compiled(models: dict[str, nn.Module], compiled: bool) -> Iterator[tuple[str, nn.Module]]:
-    """The models, and where asked for and possible each under torch.compile, which needs a C++ compiler.
+    """The models and, if `compiled` and there is a C++ compiler, each with torch.compile.
 
-    Of minipref the plain model is compiled, as train.py --compile does.
+    For minipref the plain model is compiled, as in train.py --compile.
     """
     yield from models.items()
     if compiled and (shutil.which("c++") or shutil.which("g++")):
@@ -184,7 +184,7 @@ def with_compiled(models: dict[str, nn.Module], compiled: bool) -> Iterator[tupl
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """An accelerated model's plain twin."""
+    """A plain model with the weights of an accelerated one."""
     from minipref.model import PreferenceModel
     plain = PreferenceModel(model.config).to(next(model.parameters()).device)
     plain.load_state_dict(model.state_dict())
@@ -192,7 +192,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 def training_times(options) -> list[dict]:
-    """Whole steps of both, and of minipref with each switch of train.py that trades something."""
+    """Complete training steps of both, and of minipref with options of train.py that trade time for memory."""
     from minipref.fast import checkpoint_activations
     models = both_models(options)
     variants = models | {"--checkpoint-activations": copy.deepcopy(models[US])}
@@ -224,10 +224,10 @@ def training_times(options) -> list[dict]:
 # --- rows of a file, end to end ---------------------------------------------------------------------------------------
 
 def prediction_times(options) -> list[dict]:
-    """Texts in, probabilities out, in one order: `Judge.compare_many`, and transformers as it is usually fed.
+    """From texts to probabilities, in one order: `Judge.compare_many` against transformers in typical use.
 
-    Usually: batches of 32 rows in the file's order, padded to the longest, float32. Both cut rows to the same tokens
-    with the same tokenizer, so that the same sequences go through both models.
+    Typical use: batches of 32 rows in the file's order, padded to the longest, float32. Both use the same tokenizer and
+    truncation, so both models get the same sequences.
     """
     from minipref.data import collate, encode_pairs, read_pairs
     from minipref.predictor import Judge
@@ -267,14 +267,14 @@ def prediction_times(options) -> list[dict]:
     return rows
 
 
-# --- in a process each ------------------------------------------------------------------------------------------------
+# --- in separate processes --------------------------------------------------------------------------------------------
 
 MEMORY = (("forward", 8, 512, "fp32"), ("forward", 8, 512, "bf16"), ("forward", 2, 2048, "fp32"),
           ("training", 8, 512, "fp32"), ("training", 8, 512, "bf16"))
 
 
 def peak_memory(options) -> list[dict]:
-    """The most memory a process ever held that loads the model and makes three forward passes or training steps."""
+    """Peak memory of a process that loads the model and runs three forward passes or training steps."""
     rows = []
     with saved_model(options) as folder:
         for task, batch, length, precision in MEMORY:
@@ -291,7 +291,7 @@ def peak_memory(options) -> list[dict]:
 
 
 def in_own_process(arguments: dict) -> int:
-    """Do the task, and return the process's peak of resident memory in bytes (on a GPU, the device's)."""
+    """Run the task; return the process's peak resident memory in bytes (on a GPU, the allocator's peak)."""
     torch.set_num_threads(arguments["threads"])
     device = arguments["device"]
     if arguments["name"] == US:
@@ -328,7 +328,7 @@ START = {
 
 
 def start_up(options) -> list[dict]:
-    """From nothing to the first verdict: the interpreter, the imports, the weights, the tokenizer and one pair."""
+    """Time to the first prediction: interpreter, imports, weights, tokenizer and one pair."""
     with saved_model(options) as folder:
         contenders = {name: partial(subprocess.run, [sys.executable, "-c", code.format(folder=folder)], cwd=ROOT,
                                     check=True) for name, code in START.items()}
@@ -339,7 +339,7 @@ def start_up(options) -> list[dict]:
 
 @contextlib.contextmanager
 def saved_model(options) -> Iterator[str]:
-    """A folder with a fresh model and the bundled tokenizer: an spm.model would cost transformers another package."""
+    """A folder with a random model and the bundled tokenizer (for an spm.model transformers needs another package)."""
     from minipref.predictor import Judge
     from minipref.tokenizer import load_tokenizer
     with tempfile.TemporaryDirectory() as folder:
@@ -348,7 +348,7 @@ def saved_model(options) -> Iterator[str]:
 
 
 def child(*arguments: str) -> str:
-    """What this script prints when called again with other arguments."""
+    """The output of this script with other arguments."""
     command = [sys.executable, str(Path(__file__).resolve()), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -361,7 +361,7 @@ KINDS = {"softmax": "softmax", "gelu": "GELU", "layer_norm": "LayerNorm", "berno
 
 
 class OperationTimes(TorchDispatchMode):
-    """The seconds of every torch operation in the block, by kind, and the arithmetic of the matrix products."""
+    """The seconds of all torch operations in the block, by kind, and the operations of the matrix products."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         super().__init__()
@@ -387,10 +387,10 @@ class OperationTimes(TorchDispatchMode):
 
 
 def profiles(options) -> list[dict]:
-    """For a few of the tasks above: the share of each kind of operation, and the matrix-product rate reached.
+    """For some tasks, the time of each kind of operation and the GEMM throughput reached.
 
-    What lies between the operations is Python, drawing random numbers and waiting: the whole less the operations. The
-    whole is taken without the instrument, which itself takes time.
+    The rest of the time is Python, random numbers and waiting. The total is measured without the instrumentation,
+    which itself takes time.
     """
     torch.set_num_threads(options.threads[0])
     rows = []
@@ -420,7 +420,7 @@ SECTIONS = {"rates": product_rates, "forward": forward_times, "training": traini
 
 
 def machine(options) -> dict:
-    """What the figures were measured on."""
+    """The hardware and software of the measurements."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -436,15 +436,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="the sections to measure")
-    add("--runs", type=int, default=5, help="timed runs of everything")
+    add("--runs", type=int, default=5, help="number of timed runs")
     add("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}, reverse=True))
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--rows", nargs="*", default=[], metavar="CSV", help="files of pairs to judge end to end")
-    add("--limit", type=int, metavar="N", help="only the first N rows of each")
+    add("--rows", nargs="*", default=[], metavar="CSV", help="files of pairs to predict end to end")
+    add("--limit", type=int, metavar="N", help="only the first N rows of each file")
     add("--tokenizer", default=str(BUNDLED), metavar="DIR")
     add("--figures", type=Path, default=FIGURES, metavar="JSON")
-    add("--page", action="store_true", help="measure nothing, write the page from the figures")
-    add("--tiny", action="store_true", help="a toy model: whether this script works, and no figure worth having")
+    add("--page", action="store_true", help="only write the page from the stored measurements")
+    add("--tiny", action="store_true", help="use a toy model, to test this script")
     add("--in-own-process", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.lengths, options.tokens, options.sizes, options.compile = LENGTHS, TOKENS, {}, not options.tiny
@@ -463,7 +463,7 @@ def main() -> None:
     figures = json.loads(options.figures.read_text(encoding="utf-8")) if options.figures.exists() else {}
     if not options.page:
         if figures.get("machine", machine(options)) != machine(options):
-            print("the figures so far are another machine's, and are dropped", flush=True)
+            print("the stored measurements are from another machine and are dropped", flush=True)
             figures = {}
         figures["machine"] = machine(options)
         for name in options.only:

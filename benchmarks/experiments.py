@@ -1,21 +1,20 @@
-"""Is pretraining worth it? Baselines and encoders on the same rows, several seeds: the tables of docs/experiments.md.
+"""The effect of pretraining: baselines and encoders on the same rows, several seeds; tables of docs/experiments.md.
 
     python benchmarks/experiments.py sample --train data/synthetic/train.csv
     python benchmarks/experiments.py autoj --train autoj.csv --options "--max-length 512" --encoders bundled random
     python benchmarks/experiments.py sample --train a.csv --encoders nes=runs/nes/model mlm=runs/mlm/model --seeds 1 2 3
     python benchmarks/experiments.py real --train a.csv b.csv --encoders --by model_a
-    python benchmarks/experiments.py --page                    the tables again, measuring nothing
+    python benchmarks/experiments.py --page                    write the tables again without measuring
 
 The first argument names the table. An encoder is `bundled` (weights/minipref-tiny), `random` (the same architecture and
-tokenizer, fresh weights), or NAME=FOLDER. A seed decides the split by prompt, the order, the fresh head and, for
-`random`, the encoder, so equal seeds of two encoders have equal rows. The figures are train.py's own, from report.json,
-or with --test those of the model that it kept on rows by which nothing was chosen. Both orders are averaged, and the
-temperature is fitted on other rows than those it is applied to. What was measured is kept in
-benchmarks/experiments.json; a pair of encoder and seed that is there already is not run again, unless --again says so.
-With --runs the runs stay, and one that was interrupted goes on where it was.
+tokenizer with random weights), or NAME=FOLDER. The seed decides the split by prompt, the order, the new head and, for
+`random`, the encoder, so equal seeds of two encoders have equal rows. Scores are those of report.json or, with --test,
+those of the best model on a held-out test set. Both orders are averaged, and the temperature is cross-fitted.
+Results are stored in benchmarks/experiments.json; an encoder and seed that are already there are not run again without
+--again. With --runs the runs are kept, and an interrupted run is resumed.
 
-Where rows are of several kinds, an encoder may earn its score by telling the kinds apart. --by COLUMN says what that is
-worth: the class prior of each value of that column, which no model is shown.
+If rows are of several kinds, an encoder can improve its score by recognising the kinds. --by COLUMN adds the baseline
+for this: the class prior of each value of that column, which no model sees.
 
 TF-IDF of A minus B with a logistic regression needs scikit-learn (a development package).
 """
@@ -74,7 +73,7 @@ def main() -> None:
 
 
 def wanted(options: argparse.Namespace, seed: int, done: dict) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """What is to be measured with this seed: names, and functions that do it."""
+    """The missing results of this seed: names, and functions that compute them."""
     def missing(name: str) -> bool:
         return options.again or str(seed) not in done.get(name, {})
 
@@ -92,7 +91,7 @@ def wanted(options: argparse.Namespace, seed: int, done: dict) -> Iterator[tuple
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 def baselines(options: argparse.Namespace, seed: int) -> dict[str, dict]:
-    """What one gets without reading, or without order, on the rows that an encoder is judged on with this seed."""
+    """Baselines on the rows on which an encoder is scored with this seed."""
     train = with_kinds(options.train, options.by)
     if options.valid:
         valid = with_kinds([options.valid], options.by)
@@ -116,12 +115,12 @@ def baselines(options: argparse.Namespace, seed: int) -> dict[str, dict]:
 
 
 def files(options: argparse.Namespace) -> list[str]:
-    """All CSVs that were named."""
+    """All CSVs in the options."""
     return [path for path in (*options.train, options.valid, options.test) if path]
 
 
 def with_kinds(paths: list[str], column: str | None) -> list[tuple[Pair, str]]:
-    """The rows of CSVs, each with its entry in a column, or "" where none is named."""
+    """The rows of CSVs, each with its value in a column, or with "" if `column` is None."""
     pairs = [pair for path in paths for pair in read_pairs(path)]
     if column is None:
         return [(pair, "") for pair in pairs]
@@ -130,7 +129,7 @@ def with_kinds(paths: list[str], column: str | None) -> list[tuple[Pair, str]]:
 
 
 def by_kind(kinds: Sequence[str], labels: np.ndarray, valid_kinds: Sequence[str]) -> np.ndarray:
-    """The class shares of each row's kind, drawn towards those of all rows as five more rows would.
+    """The class shares of each row's kind, smoothed with five rows of the overall shares.
 
     Shapes: n kinds, (n,), kinds of the rows of valid -> (rows of valid, 3).
     """
@@ -140,7 +139,7 @@ def by_kind(kinds: Sequence[str], labels: np.ndarray, valid_kinds: Sequence[str]
 
 
 def by_words(train: list[Pair], labels: np.ndarray, valid: list[Pair], seed: int) -> np.ndarray:
-    """Probabilities of a logistic regression on the TF-IDF of A's words and pairs of words minus B's. Its penalty is
+    """Probabilities of a logistic regression on the TF-IDF of A's unigrams and bigrams minus B's. The penalty is
     chosen on a tenth of the training rows, split by prompt. Shapes: -> (rows of valid, 3)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -166,7 +165,7 @@ def answer(turns: tuple) -> str:
 
 
 def read_bayes_optimal(paths: list[str], pairs: list[Pair]) -> np.ndarray | None:
-    """The rule's probabilities of these rows, or None where a row is not synthetic. Shapes: -> (rows, 3)."""
+    """The rule's probabilities of these rows, or None if a row is not synthetic. Shapes: -> (rows, 3)."""
     truth = read_truth(paths)
     found = [truth.get(pair.id) for pair in pairs]
     return None if any(p is None for p in found) else np.array(found)
@@ -179,7 +178,7 @@ def scores(result: dict) -> dict:
 # --- encoders ---------------------------------------------------------------------------------------------------------
 
 def fine_tuned(name: str, folder: str, options: argparse.Namespace, seed: int) -> dict:
-    """train.py's figures for this encoder and seed; with --test those of its model on other rows."""
+    """Scores of train.py for this encoder and seed; with --test, of its model on the test rows."""
     with contextlib.nullcontext(options.runs) if options.runs else tempfile.TemporaryDirectory() as kept:
         place = Path(kept).resolve() / options.table / f"{name}-{seed}"
         if name == "random":
@@ -200,13 +199,13 @@ def fine_tuned(name: str, folder: str, options: argparse.Namespace, seed: int) -
 
 
 def judged(model: Path, csv: str) -> dict:
-    """A trained model's figures on a file of labelled rows."""
+    """A trained model's scores on a file of labelled rows."""
     pairs = list(read_pairs(csv))
     return scores(metrics.evaluate(load_judge(model).compare_many(pairs), np.array([pair.label for pair in pairs])))
 
 
 def fresh_encoder(like: Path, folder: Path, seed: int) -> Path:
-    """A folder with an encoder of the same architecture and tokenizer, its weights drawn anew."""
+    """A folder with an encoder of the same architecture and tokenizer, with random weights."""
     config = EncoderConfig.from_json(like / "config.json")
     torch.manual_seed(seed)
     encoder = Encoder(config)
@@ -218,7 +217,7 @@ def fresh_encoder(like: Path, folder: Path, seed: int) -> Path:
 
 @contextlib.contextmanager
 def keeping(path: Path) -> Iterator[None]:
-    """The file is afterwards as it was: predict.py's newest run is nobody's experiment."""
+    """Restore the file at the end: an experiment must not become predict.py's newest run."""
     before = path.read_bytes() if path.exists() else None
     try:
         yield
@@ -234,7 +233,7 @@ def keeping(path: Path) -> Iterator[None]:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 def write_page(figures: dict) -> None:
-    """Put a table for each of the figures' tables between the marks of docs/experiments.md."""
+    """Write the tables between the marks of docs/experiments.md."""
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
     write_text(PAGE, before + MARKS[0] + "\n".join(as_table(name, table) for name, table in figures.items())
@@ -253,7 +252,7 @@ def as_table(name: str, table: dict) -> str:
         lines.append(f"| {what} | {statistics.mean(losses):.4f} | {', '.join(f'{x:.4f}' for x in losses)} | "
                      f"{f'{round(statistics.mean(closed), 2) + 0:.0%}' if closed else ''} | {accuracy:.3f} | "
                      f"{f'{statistics.median(minutes):.1f}' if minutes else ''} |")
-    rows_of = {}                                                                    # how they were made -> rows
+    rows_of = {}                                                                    # command and machine -> rows
     for what, how in table["how"].items():
         rows_of.setdefault(f"`{how['command']}` ({how['machine']})", []).append(what)
     lines += ["", *(f"- {', '.join(rows)}: {how}" for how, rows in rows_of.items())]
@@ -261,8 +260,8 @@ def as_table(name: str, table: dict) -> str:
 
 
 def gap_closed(by_seed: dict[str, dict], prior: dict[str, dict]) -> list[float]:
-    """Of each seed, the share of the way from the class prior's log loss to the Bayes-optimal one; [] where that is not
-    known, as of real rows."""
+    """The gap closed between class-prior and Bayes-optimal log loss, for each seed; [] for real rows, whose
+    Bayes-optimal loss is unknown."""
     if not all("bayes_optimal" in prior[seed] for seed in by_seed):
         return []
     return [(prior[seed]["log_loss"] - scores["log_loss"]) / (prior[seed]["log_loss"] - prior[seed]["bayes_optimal"])
@@ -275,7 +274,7 @@ def machine() -> str:
 
 
 def without_paths(arguments: list[str]) -> list[str]:
-    """The command as a reader would type it: files by their last name, an encoder by its last two, `gdes/model`."""
+    """The command with short paths: files by their names, an encoder by its last two parts, `gdes/model`."""
     return [f"{name}={Path(*Path(path).parts[-2:])}" if path else Path(name).name if "/" in name else name
             for name, _, path in (argument.partition("=") for argument in arguments)]
 
@@ -283,18 +282,18 @@ def without_paths(arguments: list[str]) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("table", nargs="?", help="the table's name")
+    add("table", nargs="?", help="name of the table")
     add("--train", nargs="+", metavar="CSV")
-    add("--valid", metavar="CSV", help="rows to validate on, instead of a tenth of the others")
-    add("--test", metavar="CSV", help="labelled rows to judge by that no evaluation of a run sees")
-    add("--valid-fraction", type=float, default=recipe("tiny").valid_fraction, help="share of the rows that validate")
+    add("--valid", metavar="CSV", help="validation rows (default: a tenth of --train)")
+    add("--test", metavar="CSV", help="held-out test set: labelled rows that no run uses")
+    add("--valid-fraction", type=float, default=recipe("tiny").valid_fraction, help="share of the rows for validation")
     add("--encoders", nargs="*", default=["bundled", "random"], metavar="NAME[=DIR]")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    add("--by", metavar="COLUMN", help="one more baseline: the class prior of each value of this column of the CSVs")
-    add("--options", default="", help="more options for train.py, as one argument")
-    add("--runs", metavar="DIR", help="keep the runs there, and go on with those that are")
-    add("--again", action="store_true", help="measure what is there already once more")
-    add("--page", action="store_true", help="measure nothing, write the tables again")
+    add("--by", metavar="COLUMN", help="add the class prior of each value of this column as a baseline")
+    add("--options", default="", help="more options of train.py, as one argument")
+    add("--runs", metavar="DIR", help="keep the runs in this folder, and resume those in it")
+    add("--again", action="store_true", help="repeat measurements that exist")
+    add("--page", action="store_true", help="only write the tables again")
     options = parser.parse_args()
     if not options.page and not (options.table and options.train):
         parser.error("a table's name and --train, or --page")

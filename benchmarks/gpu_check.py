@@ -1,11 +1,11 @@
-"""What only a GPU can show, in about five minutes: it trains, predicts, compares with transformers, and reports.
+"""Checks that need a GPU, about five minutes: training, prediction, comparison with transformers.
 
     python benchmarks/gpu_check.py                           on the first GPU; writes docs/gpu.md
-    python benchmarks/gpu_check.py --device cpu --small      the same checks without one, as the tests run them
+    python benchmarks/gpu_check.py --device cpu --small      the same checks on a CPU, as in the tests
 
-Each check is a line of the report, `ok` or `FAILED` with its figures, and the exit code is 1 if any failed: values and
-gradients beside transformers, training in each precision (autocast, GradScaler), predictions beside the CPU's, a step's
-memory beside what benchmarks/scaling.py computes, its time beside transformers', and several processes (NCCL).
+Each check is a line of the report, `ok` or `FAILED` with its numbers; the exit code is 1 if any failed. The checks:
+values and gradients against transformers, training in each precision (autocast, GradScaler), predictions against the
+CPU's, memory of a step against benchmarks/scaling.py, time of a step against transformers, several processes (NCCL).
 """
 
 import argparse
@@ -51,7 +51,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 class Check:
-    """One line of the report: what was checked, whether it held, and the figures."""
+    """One line of the report: the check, whether it held, and its numbers."""
 
     def __init__(self, name: str, held: bool, figures: str):
         self.name, self.held, self.figures = name, held, figures
@@ -61,7 +61,7 @@ class Check:
 # --- values and gradients ---------------------------------------------------------------------------------------------
 
 def compare(device: torch.device, config: EncoderConfig, length: int) -> list[Check]:
-    """Logits and gradients beside transformers' float32 on the same device; in half precision beside its own half."""
+    """Logits and gradients against transformers on the same device, in each precision."""
     model = accelerate(large_model(config)).to(device)
     reference = reference_model(model).to(device)
     ids, attention_mask = (t.to(device) for t in padded_batch(config, [length, length - 20]))
@@ -106,7 +106,7 @@ def log_loss(printed: str) -> float:
 
 
 def train_and_predict(device: str, folder: Path, small: bool) -> list[Check]:
-    """train.py in each precision on rows with a plain rule, then predict.py on the device and on the CPU."""
+    """train.py in each precision on rows with a simple rule, then predict.py on the device and on the CPU."""
     rows = write_rows(folder / "rows.csv", 150 if small else 600)
     test = write_rows(folder / "test.csv", 60, seed=1, labels=False)
     encoder = write_encoder(folder / "encoder", dropout=0.0)
@@ -124,7 +124,7 @@ def train_and_predict(device: str, folder: Path, small: bool) -> list[Check]:
             "--output", f"{place}.csv", folder=folder)
         found[place] = pd.read_csv(folder / f"{place}.csv").iloc[:, 1:].to_numpy()
     difference = float(np.abs(found[device] - found["cpu"]).max())
-    checks.append(Check(f"predict.py on {device} says what it says on the CPU", difference < 1e-3,
+    checks.append(Check(f"predict.py on {device} gives the CPU's probabilities", difference < 1e-3,
                         f"largest difference of 60 x 3 probabilities {difference:.1e}"))
     if not small:
         write_dataset(folder / "sample")
@@ -137,7 +137,7 @@ def train_and_predict(device: str, folder: Path, small: bool) -> list[Check]:
 
 
 def several_processes(device: str, folder: Path) -> list[Check]:
-    """The same run on two processes and on one: NCCL where there are two GPUs, gloo else."""
+    """The same run with two processes and with one: NCCL if there are two GPUs, else gloo."""
     base = ["--train", "rows.csv", "--encoder", "encoder", "--recipe", "tiny", "--epochs", "2", "--lr", "1e-3",
             "--head-dropout", "0", "--precision", "fp32"]
     if device == "cuda" and torch.cuda.device_count() < 2:
@@ -167,7 +167,7 @@ def step_of(model: torch.nn.Module, forward: Callable, labels: torch.Tensor, pre
 
 
 def seconds_and_peak(step: Callable[[], None], device: torch.device, steps: int) -> tuple[float, int]:
-    """Seconds a step, the first ones not counted, and the most bytes allocated (0 on a CPU)."""
+    """Seconds per step without the first, and the peak of allocated bytes (0 on a CPU)."""
     step()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -182,7 +182,7 @@ def seconds_and_peak(step: Callable[[], None], device: torch.device, steps: int)
 
 
 def time_and_memory(device: torch.device, config: EncoderConfig, rows: int, length: int, steps: int) -> list[Check]:
-    """A training step of ours and of transformers' model, and our peak of memory beside the computed one."""
+    """Time of a training step against transformers, and peak memory against the computed value."""
     checks = []
     ids, attention_mask = (t.to(device) for t in padded_batch(config, [length] * rows))
     labels = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -197,7 +197,7 @@ def time_and_memory(device: torch.device, config: EncoderConfig, rows: int, leng
             step_of(reference, lambda m=reference: m(ids, attention_mask=attention_mask.long()).logits, labels,
                     precision), device, steps)
         del reference
-        in_time = device.type == "cpu" or ours < 1.5 * theirs        # times of a shared CPU are told, not judged
+        in_time = device.type == "cpu" or ours < 1.5 * theirs        # times on a shared CPU are not checked
         checks.append(Check(f"a step of {rows} x {length} tokens, {precision}", in_time,
                             f"{1000 * ours:.0f} ms, transformers {1000 * theirs:.0f} ms"))
         if device.type == "cuda":
@@ -211,7 +211,7 @@ def time_and_memory(device: torch.device, config: EncoderConfig, rows: int, leng
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="small shapes and few rows: a minute on a CPU")
+    parser.add_argument("--small", action="store_true", help="small shapes and few rows; a minute on a CPU")
     parser.add_argument("--output", type=Path, default=REPORT)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():

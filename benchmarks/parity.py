@@ -1,13 +1,13 @@
-"""minipref beside transformers, layer by layer: the largest difference in value, and the worst gradient.
+"""Compare minipref with transformers, layer by layer: the largest difference of values and gradients.
 
     make parity                                     or python benchmarks/parity.py; a few minutes
     python benchmarks/parity.py --lengths 17 300    only these lengths
 
-Compared are a random v3-small, with weights large enough that a wrong sign anywhere is a difference of order 1, and the
-published weights where weights/deberta-v3-small holds them. The comparison is the one that tests/test_parity.py
-asserts, at real tokens of padded batches. Every figure is the largest difference divided by the largest entry of the
-reference's tensor; a gradient's by that, or by a thousandth of the model's largest where that is more. The table goes
-to the terminal and to docs/parity.md.
+The models are a random v3-small, with weights so large that a wrong sign gives a difference of order 1, and the
+published weights if weights/deberta-v3-small holds them. The comparison is that of tests/test_parity.py, at the tokens
+of padded batches without padding. Each number is the largest difference divided by the largest entry of the reference's
+tensor; for a gradient, by that or by a thousandth of the model's largest gradient, whichever is larger. The tables are
+printed and written to docs/parity.md.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Column:
     title: str
     layers: list[float]                   # embeddings and every layer's output
     logits: float
-    loss_gradient: tuple[float, str]      # the worst of all parameters, and whose it is
+    loss_gradient: tuple[float, str]      # the worst of all parameters, and its name
     all_gradient: tuple[float, str]
 
 
@@ -63,10 +63,10 @@ def compared(title: str, found: Outcome, wanted: Outcome, attention_mask: torch.
 
 
 def columns(model: PreferenceModel, length: int) -> list[Column]:
-    """Everything that is compared for one model and length: float32 and, as the yardstick, float64."""
+    """The comparisons of a model at one length: float32, and float64 as the reference for rounding."""
     ids, attention_mask = padded_batch(model.config, [length, max(1, length - 20)])
     arguments = ids, attention_mask, torch.tensor([0, 2])
-    accelerate(model)                    # as train.py and predict.py run it; the tests compare the plain model as well
+    accelerate(model)                    # as in train.py and predict.py; the tests also compare the plain model
     ours, theirs = our_outcome(model, *arguments), their_outcome(model, *arguments)
     exact_model = accelerate(PreferenceModel(model.config)).double().eval()
     exact_model.load_state_dict(model.state_dict())
@@ -80,7 +80,7 @@ def columns(model: PreferenceModel, length: int) -> list[Column]:
 
 
 def table(found: list[Column]) -> str:
-    """Columns as a Markdown table, layers under each other."""
+    """A Markdown table with a row for each layer."""
     names = ["embeddings", *(f"layer {n}" for n in range(1, len(found[0].layers))), "logits",
              "worst gradient of the loss", "worst gradient of all layers' outputs"]
     rows = [["", *(column.title for column in found)], ["---"] + ["---:"] * len(found)]
@@ -91,7 +91,7 @@ def table(found: list[Column]) -> str:
 
 
 def section(title: str, said: str, model: PreferenceModel, lengths: list[int]) -> str:
-    """One model's part of the report, printed as it is made."""
+    """The section of the report on one model, printed during the comparison."""
     print(f"\n{title}", flush=True)
     found = []
     for length in lengths:

@@ -1,4 +1,4 @@
-"""docs/performance.md, and README.md's table, from the figures that bench.py wrote."""
+"""Write docs/performance.md, and README.md's table, from the measurements of bench.py."""
 
 import statistics
 from collections.abc import Iterable
@@ -101,7 +101,7 @@ def training_section(figures: dict) -> str:
 
 
 def others(measured: list[dict], title: str) -> str:
-    """A table of the contenders other than the two, or nothing."""
+    """A table of the other contenders, or an empty string."""
     rows = [[f"{row['batch']} x {row['length']}", row["precision"], name, *compared(row["seconds"], name)[:2]]
             for row in measured for name in row["seconds"] if name not in (US, THEM)]
     columns = ["rows x tokens", "precision", "what", "ratio to transformers", "time"]
@@ -163,7 +163,7 @@ def share(part: float) -> str:
 
 
 def readme_table(figures: dict) -> str:
-    """The few rows that stand for all others."""
+    """A selection of rows."""
     rows = []
     for title, name, shapes in (("forward", "forward", [(8, 512), (2, 2048), (32, 128)]),
                                 ("training step", "training", [(8, 512)])):
@@ -180,7 +180,7 @@ def readme_table(figures: dict) -> str:
 
 
 def compared(seconds: dict[str, list[float]], name: str = US) -> list[str]:
-    """The ratio, our median and theirs, as a table has them."""
+    """Table cells: the ratio, our median and theirs."""
     ours, theirs = statistics.median(seconds[name]), statistics.median(seconds[THEM])
     return [f"**{theirs / ours:.2f}**", duration(ours), duration(theirs)]
 

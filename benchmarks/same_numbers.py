@@ -1,14 +1,14 @@
-"""Did a change leave every number of a training run as it was? The same runs at an old commit and here, compared.
+"""Check that a change leaves every number of a training run the same: train at an old commit and here, and compare.
 
     python benchmarks/same_numbers.py fa198dc                     400 rows of the synthetic dataset, fp32 and bf16
     python benchmarks/same_numbers.py HEAD --rows autoj.csv --precision fp32
-    python benchmarks/same_numbers.py HEAD --keep runs/same       the old checkout, the runs and their logs stay there
+    python benchmarks/same_numbers.py HEAD --keep runs/same       keep the old checkout, the runs and their logs
 
-The old commit is unpacked into a temporary folder. Its train.py and the present one, uncommitted changes included, then
-train for two epochs on the same rows from the same encoder, with the same Python and the same number of threads. Both
-get only options that every version of train.py has. `metrics.csv` and `model/model.safetensors` have to be equal byte
-for byte. The exit code is 0 if they are; 1 if not, with a list of the columns and tensors that differ, or if a run
-fails, with its log; 2 for wrong arguments. On a processor without bfloat16 units bf16 takes several times as long.
+The old commit is unpacked into a temporary folder. Its train.py and the present one, with uncommitted changes, then
+train for two epochs on the same rows from the same encoder, with the same Python and number of threads, and with
+options that every version of train.py has. `metrics.csv` and `model/model.safetensors` must be equal byte for byte.
+Exit codes: 0 if they are; 1 if not, with a list of the columns and tensors that differ, or if a run fails, with its
+log; 2 for wrong arguments. On a processor without bfloat16 units bf16 takes several times as long.
 """
 
 import argparse
@@ -39,7 +39,7 @@ OPTIONS = ["--recipe", "tiny", "--epochs", "2", "--batch-size", "8", "--accumula
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 def compare_metrics(old: Path, new: Path) -> list[str]:
-    """How one metrics.csv differs from another, a line per column with the first step; [] for equal bytes."""
+    """The differences of two metrics.csv, one line per column with its first step; [] for equal bytes."""
     if old.read_bytes() == new.read_bytes():
         return []
     before, after = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in (old, new))
@@ -58,7 +58,7 @@ def compare_metrics(old: Path, new: Path) -> list[str]:
 
 
 def compare_tensors(old: Path, new: Path) -> list[str]:
-    """How one safetensors file differs from another, a line per tensor; [] for equal bytes."""
+    """The differences of two safetensors files, one line per tensor; [] for equal bytes."""
     if sha256(old) == sha256(new):
         return []
     before, after = load_file(old), load_file(new)
@@ -88,7 +88,7 @@ COMPARED = {Path("metrics.csv"): compare_metrics, Path("model", "model.safetenso
 
 
 def compare_runs(old: Path, new: Path) -> dict[Path, list[str]]:
-    """The differences of two runs' folders by file; a file with an empty list is equal byte for byte."""
+    """The differences of two runs' folders by file; [] for equal bytes."""
     return {file: compare(old / file, new / file) for file, compare in COMPARED.items()}
 
 
@@ -102,11 +102,11 @@ def unpack(commit: str, folder: Path) -> None:
 
 
 def train(checkout: Path, rows: Path, precision: str, run: Path) -> None:
-    """Train with a checkout's train.py. Errors: SystemExit with the log where it fails."""
+    """Train with a checkout's train.py. Errors: SystemExit, with the log, if it fails."""
     command = [sys.executable, str(checkout / "train.py"), "--train", str(rows), "--encoder", str(ENCODER), "--run",
                str(run), "--precision", precision, *OPTIONS]
     log = run.with_suffix(".log")
-    with open(log, "wb") as file:            # runs/latest goes into the folder of the runs, not into a checkout
+    with open(log, "wb") as file:            # the working directory gets runs/latest
         done = subprocess.run(command, cwd=run.parent, env=environment(), stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
         text = log.read_text(encoding="utf-8", errors="replace")
@@ -115,19 +115,19 @@ def train(checkout: Path, rows: Path, precision: str, run: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    """This process's variables with a fixed number of threads, and without any that would lead to another checkout or
-    to other processes."""
+    """This process's variables with a fixed number of threads, and without those that select another checkout or join a
+    process group."""
     unset = ("PYTHONPATH", "PYTHONSAFEPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE")
     threads = {name: str(THREADS) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     return {name: value for name, value in os.environ.items() if name not in unset} | threads | {
-        "OMP_WAIT_POLICY": "PASSIVE"}            # no influence on numbers; a busy machine's other programs run
+        "OMP_WAIT_POLICY": "PASSIVE"}            # changes no numbers; leaves cores to other programs
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("commit", metavar="OLD_COMMIT")
-    parser.add_argument("--rows", type=Path, metavar="CSV", help=f"labelled rows, the first {ROWS} are taken (default: "
-                                                                 "the synthetic dataset)")
+    parser.add_argument("--rows", type=Path, metavar="CSV", help=f"labelled rows, of which the first {ROWS} are used "
+                                                                 "(default: the synthetic dataset)")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--keep", type=Path, metavar="DIR", help="a new folder for the old checkout and the runs")
     options = parser.parse_args(arguments)
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compare_precision(precision: str, rows: Path, folder: Path, commit: str) -> bool:
-    """Train at both versions in one precision, print a line for each file, and return whether all are equal."""
+    """Train with both versions in one precision, print a line per file, and return whether all are equal."""
     old, new = folder / f"{precision}-old", folder / f"{precision}-new"
     train(folder / "old", rows, precision, old)
     train(ROOT, rows, precision, new)

@@ -1,11 +1,11 @@
-"""What a run costs: memory by model and precision, time by rows, length, width and processes, a full run on paper.
+"""Cost of a run: memory by model and precision; time by rows, length, width and processes; an estimate of a full run.
 
-    python benchmarks/scaling.py                      every part; writes them into docs/scaling.md, and docs/scaling.svg
+    python benchmarks/scaling.py                      all parts; writes docs/scaling.md and docs/scaling.svg
     python benchmarks/scaling.py memory paper         only these parts
 
-Three kinds of figures, and the page says which is which. `memory` is computed: the real model takes a real step on
-tensors without content (torch's fake tensors), in the form of attention that a GPU runs, and every allocation is
-counted. `growth` is measured on the machine at hand. `paper` is arithmetic on vendors' figures.
+`memory` is computed: the real model runs a training step on torch's fake tensors, which have no content, with the
+attention of a GPU, and every allocation is counted. `growth` is measured on this machine. `paper` is an estimate from
+vendors' specifications.
 """
 
 import argparse
@@ -48,14 +48,14 @@ SIZES = {  # the published v3 encoders: one architecture, four sizes
 }
 GB = 2**30
 CARDS = (8, 16, 24, 80)          # GB
-ROWS = (1, 8, 64, 512)           # for which the memory of a step is counted
-USABLE = 0.9                     # of a card: the rest is for CUDA itself, kernels' workspaces and gaps between tensors
+ROWS = (1, 8, 64, 512)           # batch sizes whose memory is counted
+USABLE = 0.9                     # share of a card; CUDA, workspaces of kernels and fragmentation take the rest
 
 
 # --- memory: computed -------------------------------------------------------------------------------------------------
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, operation by operation, and the most there ever were."""
+    """Counts the bytes of all live tensors after each operation, and their peak."""
 
     def __init__(self):
         super().__init__()
@@ -84,10 +84,10 @@ class LiveBytes(TorchDispatchMode):
 
 @contextlib.contextmanager
 def as_on_a_gpu(config: EncoderConfig, length: int) -> Iterator[LiveBytes]:
-    """Within this block tensors have no content, their bytes are counted, and a CPU build of torch goes CUDA's way.
+    """Within this block tensors have no content, their bytes are counted, and a CPU build of torch behaves like CUDA.
 
-    Attention takes the batched form and torch's memory-efficient kernel; dropout keeps a mask, not a seed; autocast
-    computes LayerNorm in float32. The relative table's rows are looked up beforehand: fake tensors hold no numbers.
+    Attention is batched and uses torch's memory-efficient kernel; dropout stores a mask, not a seed; autocast computes
+    LayerNorm in float32. The rows of the relative table are computed beforehand, because fake tensors have no values.
     """
     buckets = distance_buckets(length, config.position_buckets, config.max_distance)
     lowest, highest = int(buckets[0]), int(buckets[-1])
@@ -115,10 +115,10 @@ def as_on_a_gpu(config: EncoderConfig, length: int) -> Iterator[LiveBytes]:
 
 
 def step_bytes(config: EncoderConfig, rows: int, length: int, precision: str, checkpoint: bool) -> dict[str, int]:
-    """Bytes of one training step on a GPU, counted: `weights`, `gradients`, `moments`, and `peak`, the most at once.
+    """Bytes of one training step on a GPU: `weights`, `gradients`, `moments`, and `peak`.
 
-    The peak is that of forward and backward pass with the moments lying beside, or the optimizer's own: on a GPU it
-    works on a whole tensor with two temporary ones of its size.
+    The peak is the larger of two: forward and backward pass plus the moments, or the optimizer step, which on a GPU has
+    two temporary tensors of the size of the largest parameter.
     """
     with as_on_a_gpu(config, length) as live:
         model = accelerate(PreferenceModel(config)).train()
@@ -138,10 +138,9 @@ def step_bytes(config: EncoderConfig, rows: int, length: int, precision: str, ch
 
 
 def fitting_rows(peaks: list[int], card: int) -> str:
-    """How many rows a pass may have on a card of so many GB, from the peaks at `ROWS` rows.
+    """The largest micro-batch on a card of `card` GB, from the peaks at `ROWS` rows.
 
-    The peak is the highest of several lines in the number of rows, so in between it lies below the chord: what the
-    chord allows is on the safe side.
+    The peak is a convex function of the rows, so linear interpolation overestimates it and the result is safe.
     """
     limit = card * GB * USABLE
     if limit < peaks[0]:
@@ -172,9 +171,9 @@ AXES = {"rows": (1, 2, 4, 8, 16, 32), "length": (32, 64, 128, 256, 512, 1024), "
 
 
 def step_seconds(rows: int, length: int, width: int, steps: int = 3) -> float:
-    """Seconds of a training step, forward to AdamW, of a four-layer encoder in float32: the fastest of some.
+    """Seconds of the fastest of some training steps of a four-layer encoder in float32.
 
-    Under torchrun each process has its share of the rows, and the step ends when all have ended it.
+    Under torchrun each process has its shard of the rows, and the step ends when all processes have finished.
     """
     torch.manual_seed(0)
     config = EncoderConfig(vocab_size=8000, hidden_size=width, num_attention_heads=max(1, width // 64),
@@ -184,7 +183,7 @@ def step_seconds(rows: int, length: int, width: int, steps: int = 3) -> float:
     ids = torch.randint(4, 8000, (len(distributed.shard(range(rows))), length))
     attention_mask, labels = torch.ones_like(ids, dtype=torch.bool), torch.zeros(len(ids), dtype=torch.int64)
     times = []
-    for _ in range(steps + 1):                           # the first one makes buffers
+    for _ in range(steps + 1):                           # the first one allocates buffers
         distributed.barrier()
         started = time.monotonic()
         optimizer.zero_grad(set_to_none=True)
@@ -196,7 +195,7 @@ def step_seconds(rows: int, length: int, width: int, steps: int = 3) -> float:
 
 
 def processes_seconds(count: int, rows: int = 16) -> float:
-    """`step_seconds` of a batch of `rows`, shared by so many processes of one thread each."""
+    """`step_seconds` of a batch of `rows` in `count` processes of one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--",
                __file__, "--worker", str(rows)]
     done = subprocess.run(command, capture_output=True, text=True, check=True,
@@ -205,7 +204,7 @@ def processes_seconds(count: int, rows: int = 16) -> float:
 
 
 def growth() -> str:
-    """Measure along each axis with the others at `BASE`; draw the figure."""
+    """Measure along each axis, with the others at `BASE`, and draw the figure."""
     measured = {}
     for axis, values in AXES.items():
         measured[axis] = [(value, step_seconds(**BASE | {axis: value})) for value in values]
@@ -230,7 +229,7 @@ def draw(measured: dict[str, list[tuple[int, float]]]) -> None:
     import matplotlib
     matplotlib.use("svg")
     from matplotlib import pyplot
-    matplotlib.rcParams["svg.hashsalt"] = "minipref"     # equal figures are equal files
+    matplotlib.rcParams["svg.hashsalt"] = "minipref"     # equal measurements give equal files
     figure, panels = pyplot.subplots(1, len(measured), figsize=(11, 2.8), sharey=True)
     for panel, (axis, points) in zip(panels, measured.items()):
         values, seconds = zip(*points)
@@ -249,18 +248,18 @@ def draw(measured: dict[str, list[tuple[int, float]]]) -> None:
 
 # --- on paper ---------------------------------------------------------------------------------------------------------
 
-# Vendors' figures: dense half-precision operations a second with float32 sums, and bytes a second of memory.
+# Vendors' specifications: dense half-precision operations per second with float32 sums, memory bytes per second.
 MACHINES = {"one T4": (1, 65e12, 320e9), "one A100": (1, 312e12, 1555e9), "eight H100": (8, 989e12, 3350e9)}
 COMPETITION_ROWS = 57_477    # in the competition's train.csv
-REACHED = 0.25               # the share of those operations that training is assumed to reach
-LINK = 450e9                 # bytes a second, one way, between H100s of one machine
+REACHED = 0.25               # assumed fraction of those operations that training reaches (MFU)
+LINK = 450e9                 # bytes per second, one way, between H100s of one machine
 
 
 def forward_operations(config: EncoderConfig, length: int, rows: int = 1) -> float:
     """Multiplications and additions of a forward pass in the batched form, matrix products only.
 
-    The last layer computes [CLS] alone: all keys and values, and next to nothing else. The relative table's rows go
-    through two projections in every layer, once a pass.
+    The last layer computes only [CLS]: all keys and values, and almost nothing else. The relative embeddings go through
+    two projections in every layer, once per pass.
     """
     D, L, table = config.hidden_size, length, min(2 * length - 1, 2 * config.position_buckets - 1)
     projections = 8 * D * D * L                                     # q, k, v, out: 2 D^2 each for each token
@@ -315,7 +314,7 @@ def machine() -> str:
 
 
 def write_page(parts: dict[str, str]) -> None:
-    """Put these parts between their marks in the page, whose other text stays as it is."""
+    """Write these parts between their marks in the page."""
     text = PAGE.read_text(encoding="utf-8")
     for name, part in parts.items():
         begin, end = f"<!-- {name} -->\n", "\n<!-- end -->"
@@ -330,7 +329,7 @@ def write_page(parts: dict[str, str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--worker", type=int, metavar="ROWS", help="a process of `growth`, started by torchrun")
+    parser.add_argument("--worker", type=int, metavar="ROWS", help="used internally by `growth`")
     options = parser.parse_args()
     if options.worker:
         torch.set_num_threads(1)

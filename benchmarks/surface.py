@@ -1,8 +1,8 @@
-"""How strong the prior on the surface features should be: cross-validated log loss for several penalties.
+"""Cross-validated log loss of the surface features for several penalties.
 
     python benchmarks/surface.py --train autoj.csv --test llmeval2.csv
 
-Five folds by prompt, two splits; the rows of --test are predicted by a regression on all of --train.
+Five folds by prompt, two splits. The rows of --test are predicted by a regression fitted on all of --train.
 """
 
 import argparse

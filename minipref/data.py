@@ -155,8 +155,8 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
             raise InputError(file=path, row=cells[0][0], column=column, found=f"{len(cells):,} cells with a list that "
                              f"is not JSON, the first {short_repr(cells[0][2])}", expected=f"JSON: {advice}")
         _note(path, cells, f"with a list that is not JSON, read as text ({advice})")
-    _note(path, plain, "with what may be a list, read as text since most prompts are plain text")
-    _note(path, mended, "with broken characters mended (U+FFFD for half of a UTF-16 pair)")
+    _note(path, plain, "that may be a list, read as text because most prompts are plain text")
+    _note(path, mended, "with invalid characters replaced (U+FFFD for half of a UTF-16 pair)")
     return pairs
 
 
@@ -176,7 +176,7 @@ def _check_ids(ids: list[str], path: str | Path) -> None:
                              expected="any non-empty text without a carriage return")
         if id in seen:
             raise InputError(file=path, row=row, column="id", expected="ids that are unique in the file",
-                             found=f"{short_repr(id)}, which row {seen[id]} has already")
+                             found=f"{short_repr(id)}, already the id of row {seen[id]}")
         seen[id] = row
 
 

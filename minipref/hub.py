@@ -74,7 +74,7 @@ def fetch_data(repo: str = DATA_REPO, folder: str | Path = DATA_FOLDER, log: Cal
     """Fetch the labelled rows into `folder`/train.csv; returns that path. Otherwise as `fetch_weights`."""
     rows = Path(folder) / "train.csv"
     if os.path.lexists(rows):
-        log(f"{rows}: there, nothing to fetch")
+        log(f"{rows}: exists, nothing to fetch")
     else:
         _fetch(repo, "dataset", [(rows.name,)], rows.parent, log)
     return rows
@@ -174,7 +174,7 @@ def _install(source: Path, folder: Path, log: Callable) -> None:
     """Copy a file into `folder`, a pytorch_model.bin as model.safetensors. An existing file is kept."""
     target = folder / source.name.replace("pytorch_model.bin", "model.safetensors")
     if os.path.lexists(target):
-        log(f"{target}: put there during the download, and kept")
+        log(f"{target}: created during the download, and kept")
     elif target.name != source.name:
         convert_bin(source, target)
         log(f"{target}: converted from {source}")

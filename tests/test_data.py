@@ -111,7 +111,7 @@ def test_cells_are_json_lists_where_most_prompts_are_and_a_plain_answer_that_is_
     assert read_cells(tmp_path, lists, ("", '["a", null]', "[2, 4]")) == [turns, (("",), *turns[1:])]
     capsys.readouterr()
     assert read_cells(tmp_path, plain, lists, plain) == [texts, (('["p"]',), *texts[1:]), texts]
-    assert "t.csv: 4 cells with what may be a list, read as text since most prompts are plain text; the first: row 1" \
+    assert "t.csv: 4 cells that may be a list, read as text because most prompts are plain text; the first: row 1" \
         in capsys.readouterr().out
 
 
@@ -139,8 +139,8 @@ def test_lone_surrogates_are_mended_where_rows_are_read_and_the_cells_counted(tm
     cells = '["\\ud800 \\ud83d\\ude00"]', '["fine \\ufffd", {"x": "\\udfff"}]', '[null, "a\\udc00\\ud800"]'
     rows = read_cells(tmp_path, ('["p"]', '["a"]', '["b"]'), cells)
     assert rows[1] == (("\ufffd \U0001f600",), ("fine \ufffd", '{"x": "\ufffd"}'), (None, "a\ufffd\ufffd"))
-    assert "3 cells with broken characters mended (U+FFFD for half of a UTF-16 pair); the first: row 2, column prompt" \
-        in capsys.readouterr().out
+    assert ("3 cells with invalid characters replaced (U+FFFD for half of a UTF-16 pair); the first: row 2, column "
+            "prompt") in capsys.readouterr().out
     read_cells(tmp_path, ('["\\ud83d\\ude00 \\ufffd"]', "[null]", '["b"]'))
     assert capsys.readouterr().out == ""
 
@@ -294,7 +294,7 @@ def test_a_packed_line_without_an_end_costs_no_memory_without_end(tmp_path, monk
     assert max(lengths) <= 16_000
 
 
-@pytest.mark.parametrize(("ids", "said"), [(["1", "2", "1"], "row 3, column id: '1', which row 1 has"),
+@pytest.mark.parametrize(("ids", "said"), [(["1", "2", "1"], "row 3, column id: '1', already the id of row 1"),
                                            (["1", " "], "row 2, column id: a blank id")])
 def test_a_test_file_needs_ids_that_are_unique_and_not_blank(tmp_path, ids, said):
     path = write(tmp_path / "t.csv", "id,prompt,response_a,response_b\n" + "".join(f"{i},p,a,b\n" for i in ids))

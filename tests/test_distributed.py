@@ -254,7 +254,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message(encoder):
     ranks = run_ranks(3, "train", arguments, before=die_at_step(6, victim=1))
     assert [ended.code for ended in ranks] == [1, -signal.SIGKILL, 1]
     for ended in (ranks[0], ranks[2]):
-        assert "another process of the run is gone" in ended.err and "Traceback" not in ended.err
+        assert "another process of the run has ended" in ended.err and "Traceback" not in ended.err
     assert state.read_state("r/state")[1]["step"] == 5
     assert train.main(["--resume", "--run", "r"]) == 0
 
@@ -357,4 +357,4 @@ def test_torchrun_ends_when_a_process_is_killed(encoder):
                               check=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     _, err = process.communicate(timeout=120)
-    assert process.returncode != 0 and "another process of the run is gone" in err and "Signal 9 (SIGKILL)" in err
+    assert process.returncode != 0 and "another process of the run has ended" in err and "Signal 9 (SIGKILL)" in err

@@ -148,8 +148,8 @@ def test_a_bad_training_file_is_one_line(good, capsys, name):
 
 
 TEST_CSV = {
-    "an id twice": (HEADER + "\n1,p,a,b\n2,p,a,b\n1,p,a,b\n", "row 3, column id: '1', which row 1 has already"),
-    "an id of NaN twice": (HEADER + "\nNaN,p,a,b\nNaN,p,a,b\n", "'NaN', which row 1 has already"),
+    "an id twice": (HEADER + "\n1,p,a,b\n2,p,a,b\n1,p,a,b\n", "row 3, column id: '1', already the id of row 1"),
+    "an id of NaN twice": (HEADER + "\nNaN,p,a,b\nNaN,p,a,b\n", "'NaN', already the id of row 1"),
     "a blank id": (HEADER + "\n ,p,a,b\n", "row 1, column id: a blank id"),
     "an id with a line's end in it": (HEADER + '\n"1\r2",p,a,b\n', "column id: '1\\r2'"),
     "no prompt": ("id,response_a,response_b\n1,a,b\n", "column prompt: no column"),
@@ -224,7 +224,7 @@ def test_a_strange_file_is_read_and_predicted_whole(good, capsys, name):
     assert code == 0, err
     wanted = ROWS + (FINE[name] not in [FINE[n] for n in list(FINE)[:6]])
     assert f": {wanted}" in out and Path("submission.csv").read_bytes().count(b"\n") == wanted + 1
-    assert ("1 cell with broken characters mended" in out) == ("surrogates" in name)
+    assert ("1 cell with invalid characters replaced" in out) == ("surrogates" in name)
 
 
 # --- checkpoints and tokenizers

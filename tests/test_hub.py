@@ -253,7 +253,8 @@ def test_the_data_set_arrives_under_its_own_name(server, tmp_path, capsys):
                                                     "train.csv: 0.3 MB, sha256 verified"]
     server.log.clear()
     hub.fetch_data(DATA, tmp_path / "data")
-    assert not server.log and capsys.readouterr().out == f"{tmp_path / 'data' / 'train.csv'}: there, nothing to fetch\n"
+    assert not server.log
+    assert capsys.readouterr().out == f"{tmp_path / 'data' / 'train.csv'}: exists, nothing to fetch\n"
 
 
 def test_a_bin_put_there_by_hand_is_converted_without_a_network(server, tmp_path):
@@ -288,7 +289,7 @@ def test_a_file_put_there_during_the_download_is_kept(server, tmp_path, capsys):
     server.on_request = put
     hub.fetch_weights(REPO, folder)
     assert contents(folder) == server.repos[REPO] | {"config.json": b"mine", "model.safetensors": b"mine too"}
-    assert f"{folder / 'config.json'}: put there during the download, and kept" in capsys.readouterr().out
+    assert f"{folder / 'config.json'}: created during the download, and kept" in capsys.readouterr().out
 
 
 def test_files_of_the_users_cache_need_no_network(server, tmp_path):

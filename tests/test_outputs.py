@@ -78,7 +78,7 @@ FOREIGN = {
 def test_a_folder_that_is_no_runs_is_refused_by_name_and_left_as_it_was(encoder, capsys, kind):
     FOREIGN[kind](Path("place/fold-1"))
     refused(capsys, train.main, ["--train", "none.csv", "--encoder", str(encoder), "--run", "place/fold-1"],
-            "place/fold-1: a folder with", "no run's")
+            "place/fold-1: a folder that contains", "not a run's")
     refused(capsys, pretrain_program.main, ["--corpus", "none", "--output", "place/fold-1"], "place/fold-1: a folder")
 
 
@@ -337,7 +337,7 @@ def test_a_trained_model_whose_state_is_gone_is_not_replaced(model, encoder, cap
     shutil.rmtree("run/state")
     write_rows(Path("t.csv"), 20)
     refused(capsys, train.main, ["--train", "t.csv", "--encoder", str(encoder), "--run", "run"],
-            "run: a run's model, whose state is gone")
+            "run: a trained model without its state")
     Path("folds/fold-1").mkdir(parents=True)
     a_run(Path("folds"))
     shutil.copytree("run/model", "folds/fold-1/model")
@@ -359,4 +359,5 @@ def test_rows_that_are_named_twice_are_refused(encoder, capsys):
     write_rows(Path("t.csv"), 20)
     shutil.copy("t.csv", "copy.csv")
     assert train.main(["--train", "t.csv", "copy.csv", "--encoder", str(encoder), "--run", "run"]) == 2
-    assert "copy.csv: rows that another file of --train has" in capsys.readouterr().err and not Path("run").exists()
+    assert "copy.csv: the same content as another file of --train" in capsys.readouterr().err
+    assert not Path("run").exists()

@@ -548,11 +548,11 @@ def test_a_run_goes_on_from_a_folder_with_its_sizes_and_its_vocabulary_and_resum
         assert (tmp_path / "whole/model" / file).read_bytes() == (folder / file).read_bytes()
     (tmp_path / "first/state").rename(tmp_path / "kept")
     assert main([*more, "--output", str(tmp_path / "first")]) == 2
-    assert "would write its own model" in capsys.readouterr().err
+    assert "which the run would overwrite" in capsys.readouterr().err
     for option, value in (("--width", "32"), ("--tokenizer", str(folder)), ("--vocab-size", "350")):   # its own, too
         capsys.readouterr()
         assert main([*more, "--output", str(tmp_path / "other"), option, value]) == 2
-        assert f"{option} beside --encoder" in capsys.readouterr().err
+        assert f"{option} with --encoder" in capsys.readouterr().err
 
 
 def test_whose_encoder_it_was_keeps_its_distances_and_its_dropout(text, corpus, tmp_path):

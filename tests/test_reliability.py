@@ -310,7 +310,7 @@ def test_damage_to_a_state_is_noticed_named_and_the_one_before_it_is_offered(hal
             assert found == facts and all(torch.equal(tensors[name], wanted[name]) for name in wanted), what
         except InputError as problem:
             assert "state/" in str(problem.file), what
-            assert f"the state before it (step {before}) is whole" in str(problem), what
+            assert f"the state before it (step {before}) is intact" in str(problem), what
         file.write_bytes(good)
 
 
@@ -330,7 +330,7 @@ def test_a_lost_pointer_does_not_begin_the_run_anew(half, encoder, capsys):
     assert "current.json: no such file" in refused(capsys, RESUME)
     assert "a run that can be resumed" in refused(capsys, begin(encoder))
     shutil.rmtree("run/state")
-    assert "no state, though the run had got as far" in refused(capsys, RESUME)
+    assert "no state, although metrics.csv shows" in refused(capsys, RESUME)
 
 
 def test_a_state_of_another_format_is_refused_by_its_number(half):
@@ -581,7 +581,7 @@ def test_a_run_outside_the_main_thread_says_that_no_signal_is_handled(encoder, c
     thread.start()
     thread.join()
     out = capsys.readouterr().out
-    assert ended == [0] and out.count("note: outside the main thread no signal is handled") == 1
+    assert ended == [0] and out.count("note: signals are not handled outside the main thread") == 1
 
 
 def process_globals() -> dict:
@@ -832,7 +832,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(encoder, whole, tmp_path):
 def test_a_second_process_in_the_same_runs_folder_is_refused(half, whole, capsys):
     resumable(half)
     with run_folder.lock_run("run", resume=True):
-        assert "run: another process at work in it" in refused(capsys, RESUME)
+        assert "run: in use by another process" in refused(capsys, RESUME)
     assert train.main(RESUME) == 0
     same_ending(Path("run"), whole)
 

@@ -170,13 +170,13 @@ class PackedWindows:
 
 
 def step_windows(step: int, short: PackedWindows, long: PackedWindows, long_share: float) -> Tensor:
-    """The windows of this step: long ones in `long_share` of the steps, evenly spread. Shapes: -> (B, L) int64."""
+    """The windows of this step; `long_share` of the steps, evenly spread, have long ones. Shapes: -> (B, L) int64."""
     long_before, long_with_this = int(step * long_share), int((step + 1) * long_share)
     return long.batch(long_before) if long_with_this > long_before else short.batch(step - long_before)
 
 
 def heldout_batches(corpus: Corpus, length: int, tokens: int, device: torch.device) -> list[Tensor]:
-    """Windows of the held-out documents, about `tokens` tokens of them, the same in every run. Shapes: (B, L) each.
+    """About `tokens` tokens of windows of held-out documents, the same in every run. Shapes: (B, L) each.
 
     Errors: `InputError` for held-out documents too short for one window.
     """

@@ -1,4 +1,4 @@
-"""Held-out metrics of generator and discriminator, and beside each the baseline that has not read the text."""
+"""Held-out metrics of generator and discriminator, and their context-free baselines."""
 
 import math
 
@@ -17,12 +17,12 @@ def evaluate(model: Pretraining, batches: list[Tensor], counts: np.ndarray, prec
              ) -> dict[str, float]:
     """The metrics on held-out windows, rounded to five decimals; every call masks the same tokens.
 
-    Leaves the random generators as they were. Shapes: batches (B, L) each; counts (V,), how often each id occurs in the
-    training text.
+    Restores the random generators. Shapes: batches (B, L) each; counts (V,), occurrences of each id in the training
+    text.
     """
     losses, hits, targets, rtd_logits, is_replaced, seen_ids = [], [], [], [], [], []
     model.eval()
-    generators = rng_state()                           # torch.random.fork_rng would leave out MPS
+    generators = rng_state()                           # torch.random.fork_rng does not cover MPS
     torch.manual_seed(0)
     for input_ids in batches:
         with autocast(input_ids.device, precision):
@@ -49,7 +49,7 @@ def evaluate(model: Pretraining, batches: list[Tensor], counts: np.ndarray, prec
 
 
 def unigram_scores(targets: np.ndarray, counts: np.ndarray) -> dict[str, float]:
-    """The scores of predicting every masked token by word frequency alone, with add-one smoothing.
+    """Scores of predicting every masked token from word frequencies with add-one smoothing.
 
     Shapes: targets (n,) ids, counts (V,).
     """
@@ -58,13 +58,13 @@ def unigram_scores(targets: np.ndarray, counts: np.ndarray) -> dict[str, float]:
 
 
 def detection_scores(rtd_logits: np.ndarray, is_replaced: np.ndarray, log_frequency: np.ndarray) -> dict[str, float]:
-    """The discriminator's scores over all but special tokens, and its baselines'.
+    """Scores of the discriminator over all tokens but special ones, and of its baselines.
 
-    - rtd_precision, rtd_recall, rtd_f1: predicted 'replaced' where the probability is above one half.
+    - rtd_precision, rtd_recall, rtd_f1: the prediction is 'replaced' if the probability is above one half.
     - 'Always original' has the accuracy 1 - replaced_share and an F1 of 0; constant_loss is the loss of the best
       constant probability.
-    - unigram_best_f1 predicts 'replaced' for words more, or less, frequent than a threshold. Direction and threshold
-      are the best for these very tokens; rtd_best_f1 is the discriminator's with that same advantage.
+    - unigram_best_f1: the prediction is 'replaced' for words more, or less, frequent than a threshold. Direction and
+      threshold are the best on these tokens. rtd_best_f1 is the discriminator's F1 at its best threshold.
 
     Shapes: (n,) each; is_replaced bool.
     """
@@ -86,7 +86,7 @@ def detection_scores(rtd_logits: np.ndarray, is_replaced: np.ndarray, log_freque
 
 
 def best_f1(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The highest F1 of 'where the score is at least t' over all t. Shapes: scores (n,), labels (n,) bool."""
+    """The highest F1 over all thresholds of the score. Shapes: scores (n,), labels (n,) bool."""
     order = np.argsort(-scores, kind="stable")
     found = np.cumsum(labels[order])
     ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)        # equal scores share a threshold
@@ -94,14 +94,14 @@ def best_f1(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The mean, over the positives, of the precision down to each. Shapes: scores (n,), labels (n,) bool."""
+    """The mean over the positives of the precision at their ranks. Shapes: scores (n,), labels (n,) bool."""
     in_order = labels[np.argsort(-scores, kind="stable")]
     precision = np.cumsum(in_order) / np.arange(1, len(in_order) + 1)
     return float(precision[in_order].mean()) if in_order.any() else 0.0
 
 
 def summary(row: dict[str, float]) -> str:
-    """A row of metrics.csv as a line for the terminal."""
+    """A row of metrics.csv as one line of text."""
     line = (f"step {row['step']:,}: MLM loss {row['mlm_loss']:.3f} (word frequency {row['unigram_loss']:.3f}), "
             f"accuracy {row['mlm_accuracy']:.1%} ({row['unigram_accuracy']:.1%})")
     if "rtd_f1" in row:

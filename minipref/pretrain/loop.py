@@ -1,9 +1,9 @@
-"""The pretraining run: prepare, then forward, backward, clip, schedule, step.
+"""The pretraining run: preparation and training loop.
 
-What is unusual here: generator and discriminator have an optimizer, a learning rate and a gradient norm each, as with
-Microsoft's `--decoupled_training`. With GDES and NES a step is two updates (DeBERTaV3, section 3.3): the generator's,
-then the discriminator's on what the generator sampled. With ES both losses reach the one table: there is one backward
-pass on their sum, then both updates.
+What is unusual here: generator and discriminator have separate optimizers, learning rates and gradient norms, as with
+Microsoft's `--decoupled_training`. With GDES and NES a step has two updates (DeBERTaV3, section 3.3): first the
+generator's, then the discriminator's on the sampled tokens. With ES both losses train one table, so there is one
+backward pass on their sum before both updates.
 """
 
 import argparse
@@ -37,22 +37,22 @@ MAX_GRADIENT_NORM = 1.0
 
 @dataclass
 class PretrainState:
-    """Everything the next step depends on, beside the parameters, the optimizers and the random generators."""
+    """The state of a run apart from the parameters, the optimizers and the random generators."""
 
     step: int = 0                        # steps taken
-    mlm_loss_sum: float = 0.0            # of the steps since the last evaluation
+    mlm_loss_sum: float = 0.0            # over the steps since the last evaluation
     rtd_loss_sum: float = 0.0
-    loss_steps: int = 0                  # how many steps those are,
-    tokens: int = 0                      # of how many tokens,
-    seconds: float = 0.0                 # the time they took
-    processor_seconds: float = 0.0       # and their processor time, all cores added up
+    loss_steps: int = 0                  # their number,
+    tokens: int = 0                      # their tokens,
+    seconds: float = 0.0                 # their wall-clock time,
+    processor_seconds: float = 0.0       # and their processor time, summed over cores
     history: list[dict] = field(default_factory=list)    # metrics.csv
     timing: list[dict] = field(default_factory=list)     # timing.csv
 
 
 @keep_globals()
 def pretrain(options: argparse.Namespace) -> None:
-    """A whole run, in a folder that no other run uses meanwhile."""
+    """A pretraining run in a locked folder."""
     run = Path(options.output)
     with (folder.lock_run(run, options.resume, options.encoder),
           folder.resume_hint(run, f"{PROGRAM} --resume --output")):
@@ -60,7 +60,7 @@ def pretrain(options: argparse.Namespace) -> None:
 
 
 def fit(run: Path, options: argparse.Namespace, resuming: bool) -> None:
-    """Build or restore the run's parts, train, evaluate, and export the encoder."""
+    """Build or restore the model, train, evaluate, and export the encoder."""
     if options.threads:
         torch.set_num_threads(options.threads)
     seed_everything(options.seed)
@@ -84,16 +84,16 @@ def fit(run: Path, options: argparse.Namespace, resuming: bool) -> None:
     if encoder:
         model.load_encoder_weights(encoder)
     accelerate(model).to(device).train()
-    parts = model.trainable_parts()                                        # generator's, for "rtd" discriminator's
+    parts = model.trainable_parts()                                        # generator, for "rtd" discriminator
     optimizers = [AdamW(decay_groups(part, ADAM["weight_decay"]), **ADAM) for part in parts]
-    joint = options.objective == "rtd" and options.sharing == "es"         # both losses reach one table
+    joint = options.objective == "rtd" and options.sharing == "es"         # both losses train one table
 
     log_header(options, model, corpus, device, precision)
     state = PretrainState()
     fingerprint = {"corpus": corpus.sha256, "precision": precision, "minipref": __version__}
     fingerprint |= folder.machine_fingerprint(device)
     if resuming:
-        folder.check_manifest(run, PROGRAM, {}, fingerprint, {"corpus": options.corpus})    # other options are stored
+        folder.check_manifest(run, PROGRAM, {}, fingerprint, {"corpus": options.corpus})    # others are stored
         state = load_state(run / "state", PretrainState, model, optimizers)
         folder.write_logs(run, state)
         print(f"resumed at step {state.step:,} of {options.steps:,}", flush=True)
@@ -122,7 +122,7 @@ def fit(run: Path, options: argparse.Namespace, resuming: bool) -> None:
                 mlm_loss.backward()
                 clip_and_step(optimizers[0], parts[0], lr, mlm_loss)
 
-            # The discriminator classifies every token of what came out.
+            # The discriminator classifies every token of the corrupted text.
             if options.objective == "rtd":
                 with autocast(device, precision):
                     rtd_logits = model.discriminate(corrupted_ids)
@@ -147,7 +147,7 @@ def fit(run: Path, options: argparse.Namespace, resuming: bool) -> None:
                 export_encoder(model, export_config, corpus.tokenizer, run / "model")
                 save_state(run / "state", state, model, optimizers)
                 folder.write_logs(run, state)
-                clock.lap()                                                # an evaluation's time is not a step's
+                clock.lap()                                                # excludes the time of the evaluation
             try:
                 stop.check()
             except Stopped:
@@ -169,7 +169,7 @@ def clip_and_step(optimizer: AdamW, part: nn.Module, lr: float, loss: Tensor) ->
 
 
 def record_evaluation(state: PretrainState, lr: float, scores: dict[str, float]) -> None:
-    """Add a row to metrics.csv and to timing.csv, and begin the next interval."""
+    """Add a row to `history` and `timing`, and reset the sums."""
     tokens_before = state.history[-1]["tokens"] if state.history else 0
     state.history.append({"step": state.step, "tokens": tokens_before + state.tokens, "lr": round(lr, 7),
                           "train_mlm_loss": round(state.mlm_loss_sum / state.loss_steps, 5),
@@ -182,8 +182,8 @@ def record_evaluation(state: PretrainState, lr: float, scores: dict[str, float])
 
 
 def fresh_config(options: argparse.Namespace, tokenizer: Tokenizer) -> EncoderConfig:
-    """The encoder that the options describe, v3 in everything but size. Its config.json says 0 for dropout: with v3's
-    0.1 an encoder this small stays at the class-prior baseline when it is fine-tuned (docs/experiments.md)."""
+    """A v3 encoder of the sizes in the options. Its dropout is 0: with v3's 0.1, fine-tuning a small encoder does not
+    improve on the class-prior baseline (docs/experiments.md)."""
     if options.width % options.heads:
         raise InputError(found=f"--width {options.width} with --heads {options.heads}",
                          expected="a multiple of the heads")
@@ -195,12 +195,12 @@ def fresh_config(options: argparse.Namespace, tokenizer: Tokenizer) -> EncoderCo
 
 
 def export_encoder(model: Pretraining, config: EncoderConfig, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the kept encoder with one table, float16, in the Hugging Face layout, and the tokenizer."""
+    """Write the final encoder with one embedding table in the Hugging Face layout, float16, and the tokenizer."""
     encoder, table = model.kept_encoder()
     tensors = encoder_tensors(encoder) | {"deberta.embeddings.word_embeddings.weight": table}
     fields = config.to_json()
     of_a_classifier = ["id2label", "label2id", "problem_type"]
-    if config.cls_dropout == config.hidden_dropout_prob:                   # the default of a file without the field
+    if config.cls_dropout == config.hidden_dropout_prob:                   # the default of a missing field
         of_a_classifier.append("cls_dropout")
     for name in of_a_classifier:
         del fields[name]
@@ -210,7 +210,7 @@ def export_encoder(model: Pretraining, config: EncoderConfig, tokenizer: Tokeniz
 
 def log_header(options: argparse.Namespace, model: Pretraining, corpus: Corpus, device: torch.device, precision: str
                ) -> None:
-    """What is trained, on what, for how long, and where."""
+    """Print encoder, corpus, steps and machine."""
     train_tokens, heldout_tokens = (sum(map(len, part)) for part in (corpus.train, corpus.heldout))
     tokens = options.steps * options.batch_tokens
     print(f"encoder    {options.encoder or 'fresh weights'}; {count(model):,} parameters, "

@@ -1,28 +1,27 @@
-"""What makes DeBERTa-v3 'v3': replaced-token detection, and word embeddings that two networks share without conflict.
+"""DeBERTa-v3's pretraining objective: replaced-token detection with gradient-disentangled embedding sharing.
 
 BERT masks 15% of the tokens and predicts them (MLM, masked language modelling). The other 85% have no loss. ELECTRA has
-a loss for every token. A small *generator*, itself trained by MLM, fills the masked places with tokens sampled from its
-prediction. The encoder, the *discriminator*, predicts of each token whether it was replaced (RTD, replaced-token
-detection):
+a loss for every token. A small *generator*, trained by MLM, replaces the masked tokens by samples from its prediction.
+The encoder, the *discriminator*, predicts for each token whether it was replaced (RTD, replaced-token detection):
 
     text          the  judge  read  both  answers  twice
     masked        the  judge [MASK] both  answers [MASK]
-    corrupted     the  judge  gave  both  answers  twice      sampled from the generator, which can be right
-    labels         0     0     1     0      0       0         1 where the token now differs from the text
+    corrupted     the  judge  gave  both  answers  twice      samples from the generator, some of them correct
+    labels         0     0     1     0      0       0         1 where the token differs from the text
 
     L = L_MLM(generator) + 50 L_RTD(discriminator)            only the discriminator is kept
 
-Both networks start with word embeddings. How they share them is v3's own idea (`Pretraining.discriminator_table`):
+Both networks have word embeddings. v3 introduced a new way of sharing them (`Pretraining.discriminator_table`):
 
     ES     E_D = E                  one table, as in ELECTRA: MLM pulls similar words together and RTD pulls them apart
     NES    E_D = its own            no conflict, but the discriminator learns nothing from the generator's table
-    GDES   E_D = sg(E_G) + E_delta  gradient-disentangled, v3: sg() stops the gradient, so RTD trains E_delta alone
+    GDES   E_D = sg(E_G) + E_delta  gradient-disentangled, v3: sg() stops the gradient, so RTD trains only E_delta
 
-Unusual here:
-- Masking is by token, and every masked token becomes [MASK], as in Microsoft's RTD code: the discriminator never sees a
-  [MASK], so BERT's 80/10/10 has no purpose there. `--objective mlm` keeps the encoder that does, and uses 80/10/10.
-- The discriminator's head adds [CLS] to every token before it classifies it, as Microsoft's does (the papers do not say
-  so). [CLS]'s own label is always 'original'; through this sum it learns from the labels of all other tokens.
+What is unusual here:
+- Every masked token becomes [MASK], as in Microsoft's RTD code. BERT's 80/10/10 rule is for encoders that see no [MASK]
+  after pretraining; the discriminator never sees one. `--objective mlm` uses 80/10/10.
+- The discriminator's head adds the hidden state of [CLS] to every token's, as in Microsoft's code (the papers do not
+  mention it). The label of [CLS] is always 'original'; through this sum [CLS] is trained by all other labels.
 
 Paper: DeBERTaV3 (arXiv 2111.09543), section 3; ELECTRA (arXiv 2003.10555).
 Differs: v3's generator has absolute positions before its last layers (the 'enhanced mask decoder'); ours has none.
@@ -40,13 +39,13 @@ from minipref.model import Encoder, init_weights
 from minipref.tokenizer import Tokenizer
 
 MASK_FRACTION = 0.15
-RTD_WEIGHT = 50.0             # the paper's lambda: a mean over all tokens, RTD's loss is small beside MLM's
+RTD_WEIGHT = 50.0             # the paper's lambda: RTD's loss, a mean over all tokens, is much smaller than MLM's
 
 
 # --- masking ----------------------------------------------------------------------------------------------------------
 
 def sample_mask(input_ids: Tensor, is_special: Tensor, fraction: float = MASK_FRACTION) -> Tensor:
-    """Which tokens to mask: `fraction` of each window's length, rounded, and no special token.
+    """The tokens to mask: `fraction` of each window's length, rounded, without special tokens.
 
     Shapes: input_ids (B, L), is_special (B, L) bool -> (B, L) bool.
     """
@@ -56,8 +55,8 @@ def sample_mask(input_ids: Tensor, is_special: Tensor, fraction: float = MASK_FR
 
 
 def bert_mask(input_ids: Tensor, is_masked: Tensor, mask_id: int, vocab_size: int) -> Tensor:
-    """BERT's corruption: of the masked tokens 80% become [MASK], 10% a random id, 10% stay, so that its encoder is
-    trained on real words too.
+    """BERT's corruption: 80% of the masked tokens become [MASK], 10% a random id, 10% stay, because the encoder will
+    be used on text without [MASK].
 
     Shapes: input_ids (B, L), is_masked (B, L) bool -> (B, L).
     """
@@ -67,13 +66,13 @@ def bert_mask(input_ids: Tensor, is_masked: Tensor, mask_id: int, vocab_size: in
 
 
 def sample_categorical(logits: Tensor) -> Tensor:
-    """Sample one id from each row's softmax(logits): the first whose cumulative probability passes a uniform number.
+    """Sample an id per row from softmax(logits): the first whose cumulative probability exceeds a uniform number.
 
-    That takes one random number a row; `torch.multinomial` draws one for each id of the vocabulary.
+    This needs one random number per row; `torch.multinomial` draws one for each id of the vocabulary.
     Shapes: (M, V) -> (M,) int64.
     """
     cumulative = torch.softmax(logits.float(), dim=-1).cumsum(dim=-1)
-    threshold = torch.rand(len(logits), 1, device=logits.device) * cumulative[:, -1:]      # the sum is 1 only nearly
+    threshold = torch.rand(len(logits), 1, device=logits.device) * cumulative[:, -1:]      # the sum is not exactly 1
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
@@ -82,7 +81,7 @@ def sample_categorical(logits: Tensor) -> Tensor:
 class MaskedTokenHead(nn.Module):
     """Predicts the masked tokens; the word embeddings are its output layer.
 
-    The table may have more rows than the tokenizer has ids (v3: 128,100 for 128,001). Those are never predicted.
+    The table may have more rows than the tokenizer has ids (v3: 128,100 for 128,001). Surplus rows are not predicted.
     Shapes: x (M, D), table (V or more, D) -> (M, V).
     """
 
@@ -123,9 +122,9 @@ def replaced_token_loss(rtd_logits: Tensor, corrupted_ids: Tensor, input_ids: Te
 # --- generator and discriminator --------------------------------------------------------------------------------------
 
 class Pretraining(nn.Module):
-    """Generator and discriminator with their heads. For objective "mlm": a generator of full depth, and nothing else.
+    """Generator and discriminator with their heads. For objective "mlm", only a generator of full depth.
 
-    The generator is as wide as the discriminator, whose word embeddings it shares, and half as deep.
+    The generator has the discriminator's width and half its layers.
     """
 
     def __init__(self, config: EncoderConfig, tokenizer: Tokenizer, objective: str = "rtd", sharing: str = "gdes"):
@@ -142,7 +141,7 @@ class Pretraining(nn.Module):
         if objective == "rtd" and sharing == "es":
             self.discriminator.word_embeddings = self.generator.word_embeddings
         if objective == "rtd" and sharing == "gdes":
-            nn.init.zeros_(self.discriminator.word_embeddings.weight)         # from here on this parameter is E_delta
+            nn.init.zeros_(self.discriminator.word_embeddings.weight)         # this parameter is now E_delta
         special = [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id]
         self.register_buffer("special_ids", torch.tensor(special), persistent=False)
 
@@ -150,12 +149,12 @@ class Pretraining(nn.Module):
         """The discriminator's word embeddings. Shapes: -> (V, D). Paper: DeBERTaV3, section 3.3."""
         if self.sharing == "gdes":
             return self.generator.word_embeddings.weight.detach() + self.discriminator.word_embeddings.weight
-        return self.discriminator.word_embeddings.weight                      # nes: its own; es: the generator's too
+        return self.discriminator.word_embeddings.weight                      # nes: its own; es: also the generator's
 
     def corrupt(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mask some tokens, predict them with the generator, and replace them by samples from its prediction.
 
-        A sampled id is a number and not a function of the weights: no gradient flows back through `corrupted_ids`.
+        Sampling is not differentiable: no gradient flows through `corrupted_ids`.
         Shapes: input_ids (B, L) -> is_masked (B, L) bool, corrupted_ids (B, L), mlm_logits (M, V) float32.
         """
         is_masked = sample_mask(input_ids, self.is_special(input_ids))
@@ -169,7 +168,7 @@ class Pretraining(nn.Module):
         return is_masked, corrupted_ids, mlm_logits
 
     def discriminate(self, corrupted_ids: Tensor) -> Tensor:
-        """The discriminator's logits that each token was replaced, float32. Shapes: (B, L) -> (B, L)."""
+        """The discriminator's logits for 'replaced', float32. Shapes: (B, L) -> (B, L)."""
         x = functional_call(self.discriminator, {"word_embeddings.weight": self.discriminator_table()},
                             (corrupted_ids, torch.ones_like(corrupted_ids, dtype=torch.bool)))      # (B, L, D)
         return self.replaced_token_head(x).float()
@@ -190,16 +189,16 @@ class Pretraining(nn.Module):
         return parts
 
     def load_encoder_weights(self, encoder: Encoder) -> None:
-        """Replace fresh weights by a trained encoder's: all in the discriminator; in the generator the word embeddings
-        and as many of the lowest layers as it has, for "mlm" all. The heads stay fresh."""
+        """Copy a trained encoder's weights: all into the discriminator; into the generator the embeddings and lowest
+        layers, for "mlm" all. The heads keep their initial weights."""
         trained = encoder.state_dict()
         for network in (self.generator, self.discriminator) if self.objective == "rtd" else (self.generator,):
             network.load_state_dict({name: trained[name] for name in network.state_dict()})
         if self.objective == "rtd" and self.sharing == "gdes":
-            nn.init.zeros_(self.discriminator.word_embeddings.weight)         # E_G has the words; E_delta starts at 0
+            nn.init.zeros_(self.discriminator.word_embeddings.weight)         # E_G has the table; E_delta starts at 0
 
     def kept_encoder(self) -> tuple[Encoder, Tensor]:
-        """What pretraining is for: the encoder, and its word embeddings (V, D) as one table."""
+        """The encoder to export, and its word embeddings (V, D) as one table."""
         if self.objective == "mlm":
             return self.generator, self.generator.word_embeddings.weight
         return self.discriminator, self.discriminator_table()

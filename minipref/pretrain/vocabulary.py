@@ -1,4 +1,4 @@
-"""Trains a Unigram vocabulary on texts, with the order of ids of v3."""
+"""Train a Unigram vocabulary on texts, with v3's order of ids."""
 
 import json
 import unicodedata
@@ -15,7 +15,7 @@ from minipref.sentencepiece_model import BYTE_PIECES
 from minipref.tokenizer import SPACE, SPACES, Tokenizer, replace_surrogates
 
 FIRST_PIECES = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *BYTE_PIECES]   # as in v3; [MASK] is the last id
-SURPLUS = 1.15   # so many times the wanted pieces are trained: pieces that mix letters and signs can then be left out
+SURPLUS = 1.15   # trained pieces per wanted piece, so that pieces that mix letters and signs can be dropped
 NORMALIZER = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(),
                                    normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()])
 PRE_TOKENIZER = pre_tokenizers.Metaspace(SPACE, prepend_scheme="always", split=True)
@@ -29,12 +29,12 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, *, character_coverag
     piece and are encoded as bytes. A piece has at most `max_piece_length` characters, and a space only at its start.
 
     Differs: normalization is Nmt and NFKC of the `tokenizers` library instead of v3's character map. Two single
-    characters come out differently, U+FF5E and U+1F23B, and NFKC also sorts and composes any number of combining marks.
-    A piece mixes letters, digits and signs only if there are not enough other pieces; 166 of v3's do. A piece may
-    mix scripts, which v3's do not. v3's longest piece has 32 characters.
+    characters differ, U+FF5E and U+1F23B, and NFKC also sorts and composes any number of combining marks. A piece
+    mixes letters, digits and signs only if there are not enough other pieces; 166 of v3's do. A piece may mix scripts;
+    v3's do not. v3's longest piece has 32 characters.
 
-    The library's trainer sums in an order that changes from run to run. Scores are rounded to four decimals to hide
-    that. Pieces with equal scores could still differ at the end of the vocabulary.
+    The order of summation in the library's trainer varies, so scores are rounded to four decimals. Pieces with equal
+    scores could still differ at the end of the vocabulary.
 
     Errors: InputError if `vocab_size` is too small for the characters, or too large for the texts.
     """
@@ -64,7 +64,7 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, *, character_coverag
 
 
 def _most_common_characters(counts: Counter, coverage: float) -> set[str]:
-    """The most frequent characters that together make up `coverage` of the texts, spaces not counted."""
+    """The most frequent characters that together make up `coverage` of the texts, without spaces."""
     counts = {character: count for character, count in counts.items() if character != " "}
     missing, common = coverage * sum(counts.values()), set()
     for character, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])):
@@ -76,10 +76,10 @@ def _most_common_characters(counts: Counter, coverage: float) -> set[str]:
 
 
 def _deterministic(trained: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """The trainer's pieces in the order of their scores, without what is random in scores and order.
+    """The trainer's pieces sorted by score, with the random parts of scores and order removed.
 
-    The trainer keeps single characters that the training would drop. Their scores are the lowest score, and .0001 more
-    for each, in random order. Here all of them get the lowest score.
+    The trainer keeps single characters that training would drop, with scores that rise from the lowest score in steps
+    of .0001, in random order. Here all of them get the lowest score.
     """
     lowest = min(score for _, score in trained)
     last_step = lowest + 1e-4 * sum(len(piece) == 1 for piece, _ in trained)
@@ -88,11 +88,11 @@ def _deterministic(trained: list[tuple[str, float]]) -> list[tuple[str, float]]:
 
 
 def _select(pieces: list[tuple[str, float]], num_pieces: int) -> list[tuple[str, float]]:
-    """The best `num_pieces` of the sorted pieces: first single characters, then pieces of letters, digits or signs
-    alone, then pieces that mix these.
+    """The best `num_pieces` of the sorted pieces: first single characters, then pieces of only letters, only digits or
+    only signs, then pieces that mix these.
 
-    Pre-tokenizing at these borders would not do. The trainer looks for pieces in the set of different words. A
-    frequent word that always stands alone would occur in that set once, which is not enough to become a piece.
+    Pre-tokenizing at these boundaries would not work. The trainer searches the set of distinct words for pieces, and a
+    frequent word without variants would occur in that set only once.
     """
     def kind(character: str) -> str:
         return {"L": "letter", "M": "letter", "N": "digit"}.get(unicodedata.category(character)[0], "sign")

@@ -93,7 +93,7 @@ def process_group() -> Iterator[None]:
             traceback.clear_frames(problem.__traceback__)
             if not is_peer_failure(problem):
                 raise
-            gone = RunError(f"another process of the run is gone, and process {rank()} of {world_size()} stops with it")
+            gone = RunError(f"another process of the run has ended, so process {rank()} of {world_size()} stops too")
             for note in getattr(problem, "__notes__", []):
                 gone.add_note(note)
             raise gone from None

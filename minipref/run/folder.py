@@ -63,7 +63,7 @@ def newest_models() -> list[Path]:
     folds = read_manifest(run, "train.py").get("options", {}).get("folds")
     if len(models) != folds:
         raise InputError(file=run, found=f"the models of {len(models)} of {folds} folds",
-                         expected="all of them: resume the run, or choose with --model")
+                         expected="all folds: resume the run, or choose models with --model")
     return models
 
 
@@ -87,8 +87,8 @@ def can_resume(folder: Path) -> bool:
     Errors: `InputError` for a run whose state was removed.
     """
     if not has_state(folder / "state") and (folder / "metrics.csv").exists():     # written after each state
-        raise InputError(file=folder / "state", found="no state, though the run had got as far as an evaluation",
-                         expected="the folder as it was, or the run begun anew: without --resume")
+        raise InputError(file=folder / "state", found="no state, although metrics.csv shows that one was saved",
+                         expected="the complete folder, or a new run without --resume")
     return has_state(folder / "state")
 
 
@@ -99,7 +99,7 @@ def resume_hint(folder: Path, command: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, RunError, Stopped) as problem:
         if has_checkpoint(folder):
-            whole = "" if isinstance(problem, Stopped) else "the last saved state is whole; "
+            whole = "" if isinstance(problem, Stopped) else "the last saved state is intact; "
             problem.add_note(f"{whole}to resume: {command} '{folder}'")
         raise
 
@@ -114,7 +114,7 @@ def lock_run(folder: str | Path, resume: bool = False, encoder: str | None = Non
     which the run would overwrite, and without `resume` if it has a state or a trained model.
     """
     if encoder and Path(encoder).resolve().is_relative_to(Path(folder).resolve()):
-        raise InputError(file=encoder, found="an encoder in the folder that this run would write its own model to",
+        raise InputError(file=encoder, found="an encoder inside the run's folder, which the run would overwrite",
                          expected="another folder for the run")
     check_writable(Path(folder) / "config.json")
     distributed.barrier()                      # until no other rank is in check_writable
@@ -129,16 +129,16 @@ def lock_run(folder: str | Path, resume: bool = False, encoder: str | None = Non
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:                    # before the `finally` below, which removes the folder
         os.close(descriptor)
-        raise InputError(file=folder, found="another process at work in it",
-                         expected="that one to end, or another folder") from None
+        raise InputError(file=folder, found="in use by another process",
+                         expected="the end of that process, or another folder") from None
     except OSError as problem:
-        print(f"note: {folder} cannot be locked ({problem.strerror}): let no other run use it now")
+        print(f"note: {folder} cannot be locked ({problem.strerror}): make sure that no other run uses it")
     try:
         check_own(folder)
         if not resume and has_checkpoint(folder):
             raise InputError(file=folder, found="a run that can be resumed", expected="--resume, or another folder")
         if not resume and any((place / "model").is_dir() for place in (folder, *folder.glob("fold-*"))):
-            raise InputError(file=folder, found="a run's model, whose state is gone", expected="another folder")
+            raise InputError(file=folder, found="a trained model without its state", expected="another folder")
         for part in (folder, *folder.glob("fold-*")):
             for place in (part, part / "model", part / "state"):
                 remove_stale_temporaries(place)
@@ -158,7 +158,7 @@ def check_own(folder: Path) -> None:
             return
     except InputError:
         pass
-    raise InputError(file=folder, found=f"a folder with {short_repr(others[0])} in it that is no run's",
+    raise InputError(file=folder, found=f"a folder that contains {short_repr(others[0])} and is not a run's",
                      expected="a new or an empty folder, or that of a run")
 
 
@@ -189,7 +189,7 @@ def read_manifest(folder: Path, program: str) -> dict:
     manifest = read_json(path, f"the folder of a run that {program} began")
     if manifest.pop("sha256", None) != json_sha256(manifest):
         raise InputError(file=path, found="its content does not match its checksum",
-                         expected="the file as it was written: a run's settings cannot be changed under it")
+                         expected="the unchanged file: the settings of a run cannot be edited")
     return manifest
 
 

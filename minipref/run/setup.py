@@ -77,7 +77,7 @@ def write_or_check_manifest(run: Path, options: argparse.Namespace, config: Trai
     twice = next((path for n, path in enumerate(options.train)
                   if fingerprint["train"][n] in fingerprint["train"][:n]), None)
     if twice:
-        raise InputError(file=twice, found="rows that another file of --train has as well", expected="each file once")
+        raise InputError(file=twice, found="the same content as another file of --train", expected="each file once")
     if options.resume:
         folder.check_manifest(run, "train.py", asdict(config), fingerprint,
                               {name: vars(options)[name] for name in PATHS})

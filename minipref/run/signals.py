@@ -27,7 +27,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is not threading.main_thread():
-            print("note: outside the main thread no signal is handled: one costs the steps since the last saved state")
+            print("note: signals are not handled outside the main thread: a signal loses the steps since the last save")
             return self
         for number in SIGNALS:
             before = signal.getsignal(number)                  # None: set outside Python, cannot be restored

@@ -116,7 +116,7 @@ def read_state(folder: str | Path, which: str = CURRENT) -> tuple[dict[str, Tens
                 raise problem from None
             raise InputError(file=problem.file, found=problem.found,
                              expected=f"the file as it was written; the state before it (step {facts.get('step')}) is "
-                                      f"whole: copy {folder / PREVIOUS} over {folder / CURRENT} to resume from it"
+                                      f"intact: copy {folder / PREVIOUS} over {folder / CURRENT} to resume from it"
                              ) from None
         raise
 

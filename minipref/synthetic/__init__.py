@@ -1,13 +1,13 @@
-"""The synthetic dataset: labelled preference rows from a seed, so that training works with nothing downloaded.
+"""The synthetic dataset: labelled preference rows generated from a seed, so that training needs no download.
 
-A row is a prompt and two answers in the Kaggle layout. Answers have hidden flaws, a rule that knows the flaws gives the
-label's probabilities, and the probabilities come with the rows. The Bayes-optimal log loss is therefore known, and a
-training run can report how much of the gap to it was closed.
+A row is a prompt and two answers in Kaggle's layout. Answers have hidden flaws. A rule computes the probabilities of
+the label from the flaws, and truth.csv stores them. The Bayes-optimal log loss is therefore known, and a training run
+can report how much of the gap to it was closed.
 
-    rule.py        flaws to label probabilities
+    rule.py        label probabilities from flaws
     texts.py       prompts, and answers with given flaws
-    generator.py   rows, and the files they are written to
-    words.toml     the texts and word lists
+    generator.py   rows and files
+    words.toml     texts and word lists
 
     python -m minipref.synthetic [--folder data/synthetic] [--rows N] [--test-rows N] [--seed N] [--test-seed N]
 """

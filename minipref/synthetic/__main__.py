@@ -1,4 +1,4 @@
-"""Write the synthetic dataset and print how well its test rows can be predicted: `python -m minipref.synthetic`."""
+"""Write the synthetic dataset and print its baseline scores: `python -m minipref.synthetic`."""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from minipref.synthetic.rule import bayes_optimal_log_loss
 
 
 def summary(train: SyntheticRows, test: SyntheticRows) -> str:
-    """The rows in numbers, and the log loss of the baselines and of the rule itself on the test rows."""
+    """Counts and class shares, and the log loss of the baselines and of the rule on the test rows."""
     shares = np.bincount(train.labels, minlength=3) / len(train.labels)
     words = train.flaws[["a_words", "b_words"]].to_numpy()
     lines = [
@@ -30,7 +30,7 @@ def summary(train: SyntheticRows, test: SyntheticRows) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     def body() -> None:
         parser = ArgumentParser(prog="python -m minipref.synthetic", description="Write the synthetic dataset.")
-        for option, default, text in (("--folder", "data/synthetic", "where the files go"),
+        for option, default, text in (("--folder", "data/synthetic", "folder for the files"),
                                       ("--rows", generator.TRAIN_ROWS, "training rows"),
                                       ("--test-rows", generator.TEST_ROWS, "test rows"),
                                       ("--seed", generator.TRAIN_SEED, "seed of the training rows"),

@@ -1,4 +1,4 @@
-"""The rows of the synthetic dataset and its files: equal arguments give equal bytes on every machine."""
+"""Rows and files of the synthetic dataset. Equal arguments give equal bytes on every machine."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -16,9 +16,9 @@ from minipref.synthetic.texts import WORDS, choice_task, passage_task, pick, som
 
 TRAIN_ROWS, TEST_ROWS, TRAIN_SEED, TEST_SEED = 45_000, 1500, 1, 2
 
-CHANCES = {"off": 0.30, "cut": 0.25, "form": 0.25, "amount": 0.25, "wrong": 0.30}   # of each flaw, where it can occur
-REUSE = 0.10         # the share of rows that put an earlier row's prompt to two other models, as happens in real data
-MULTI_TURN = 0.07    # the share of prompts that begin with a turn of small talk
+CHANCES = {"off": 0.30, "cut": 0.25, "form": 0.25, "amount": 0.25, "wrong": 0.30}   # of each flaw, if it can occur
+REUSE = 0.10         # share of rows that repeat an earlier row's prompt, as in real data
+MULTI_TURN = 0.07    # share of prompts that begin with a turn of small talk
 
 WINNERS = ["winner_model_a", "winner_model_b", "winner_tie"]
 COLUMNS = ["id", "model_a", "model_b", "prompt", "response_a", "response_b", *WINNERS]
@@ -28,7 +28,7 @@ TRUTH_HEADER = b"id,p_a,p_b,p_tie\n"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of prompt: its share of the prompts, the flaws its answers can have, and its task (`texts.py`)."""
+    """A kind of prompt: its share, the possible flaws of its answers, and its task (`texts.py`)."""
 
     share: float
     flaws: tuple[str, ...]
@@ -48,7 +48,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class SyntheticRows:
-    """Rows, and the truth about them.
+    """Rows with their hidden flaws and probabilities.
 
     frame: the nine Kaggle columns, all text but the three 0/1 winners; `null` turns do not occur.
     probabilities: (rows, 3) float64, the rule's P(A), P(B), P(tie), six decimals, each row summing to 1.
@@ -66,20 +66,20 @@ class SyntheticRows:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(rows, 3): the characters of prompt, A and B, over all turns, as `metrics.baselines` takes them."""
+        """(rows, 3): characters of prompt, A and B, over all turns, for `metrics.baselines`."""
         return self.frame[TEXTS].map(lambda cell: sum(map(len, json.loads(cell)))).to_numpy()
 
 
 def generate(rows: int, seed: int, *, apart_from: SyntheticRows | None = None) -> SyntheticRows:
     """`rows` rows from `seed`.
 
-    apart_from: rows (a training set, say) of which no prompt and no id may occur again.
+    apart_from: other rows, such as a training set; their prompts and ids are not used again.
     Errors: InputError for fewer than one row or a negative seed.
     """
     if rows < 1:
         raise InputError(found=f"{rows} rows asked for", expected="at least 1")
     if seed < 0:
-        raise InputError(found=f"seed {seed}", expected="0 or more")   # Random takes -1 for 1
+        raise InputError(found=f"seed {seed}", expected="0 or more")   # Random uses the absolute value
     rng = Random(seed)
     avoid, used_ids = (set(apart_from.frame[column]) if apart_from else set() for column in ("prompt", "id"))
     asked, made = [], []
@@ -102,7 +102,7 @@ def new_prompt(rng: Random, avoid: set[str]) -> tuple[str, list[str], Callable]:
     """(kind, turns, answer function) of a prompt whose JSON is not in `avoid`."""
     while True:
         left = rng.random() * sum(kind.share for kind in KINDS.values())
-        for name in KINDS:                    # the last one where rounding leaves a remainder
+        for name in KINDS:                    # the last one if rounding leaves a remainder
             left -= KINDS[name].share
             if left < 0:
                 break
@@ -113,7 +113,7 @@ def new_prompt(rng: Random, avoid: set[str]) -> tuple[str, list[str], Callable]:
 
 
 def make_row(rng: Random, kind: str, turns: list[str], answer: Callable) -> tuple[dict, tuple, dict]:
-    """(record, probabilities, note): two answers to the prompt, and the label that the rule draws for them."""
+    """(record, probabilities, note): two answers to the prompt, and a label drawn by the rule."""
     flaws = [draw_flaws(rng, kind) for _ in "AB"]
     replies = [answer(rng, flaw) for flaw in flaws]
     words = [len(reply.split()) for reply in replies]
@@ -128,19 +128,19 @@ def make_row(rng: Random, kind: str, turns: list[str], answer: Callable) -> tupl
 
 
 def draw_flaws(rng: Random, kind: str) -> list[str]:
-    """The flaws of one answer, drawn independently; but an answer to another prompt is not also wrong on this one."""
+    """The flaws of an answer, drawn independently, except that an answer that is off the topic is not also wrong."""
     flaws = [flaw for flaw in KINDS[kind].flaws if rng.random() < CHANCES[flaw]]
     return [flaw for flaw in flaws if not (flaw == "wrong" and "off" in flaws)]
 
 
 def new_id(rng: Random) -> str:
-    """Text of up to ten digits; like the real ids, every second one does not fit in int32."""
+    """Up to ten digits; as with the real ids, half of them exceed int32."""
     return str(int(rng.random() * 2**32))
 
 
 def train_and_test(*, train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS,
                    train_seed: int = TRAIN_SEED, test_seed: int = TEST_SEED) -> tuple[SyntheticRows, SyntheticRows]:
-    """Rows to train on and rows to test on, from two seeds; they share no prompt and no id.
+    """Training and test rows from two seeds, without common prompts or ids.
 
     Errors: InputError for equal seeds, a negative seed, fewer than one row.
     """
@@ -164,7 +164,7 @@ def write_dataset(folder: str | Path, **arguments: int) -> dict[str, Path]:
 def write_files(folder: str | Path, train: SyntheticRows, test: SyntheticRows) -> dict[str, Path]:
     """Write the four files of `write_dataset`; returns their paths.
 
-    Errors: InputError for a file that is there with other content.
+    Errors: InputError for an existing file with other content.
     """
     truth = pd.DataFrame(np.concatenate([train.probabilities, test.probabilities]), columns=["p_a", "p_b", "p_tie"])
     truth.insert(0, "id", [*train.frame["id"], *test.frame["id"]])
@@ -172,11 +172,11 @@ def write_files(folder: str | Path, train: SyntheticRows, test: SyntheticRows) -
     paths = {name: Path(folder) / f"{name}.csv" for name in frames}
     texts = {name: frame.to_csv(index=False, lineterminator="\n", float_format="%.6f")
              for name, frame in frames.items()}
-    for name, path in paths.items():                      # all of them before the first is written
+    for name, path in paths.items():                      # check all before writing the first
         if path.is_file() and path.read_bytes() != texts[name].encode():
-            raise InputError(file=path, found="a file with other rows than these",
+            raise InputError(file=path, found="a file with other rows",
                              expected="another folder, or this file moved away")
-    for name, path in reversed(paths.items()):            # train.csv last: where it is, the others are
+    for name, path in reversed(paths.items()):            # train.csv last: if it exists, the others do
         try:
             write_text(path, texts[name])
         except OSError as error:
@@ -185,10 +185,10 @@ def write_files(folder: str | Path, train: SyntheticRows, test: SyntheticRows) -
 
 
 def read_truth(train_files: Iterable[str | Path]) -> dict[str, np.ndarray]:
-    """The probabilities (3,) that the labels were drawn from, by id, for the files that are a synthetic dataset's.
+    """The probabilities (3,) from which the labels were drawn, by id, for files of a synthetic dataset.
 
-    They are in a `truth.csv` beside the rows. A file of that name that is not the rule's, to the last row, is not used:
-    it has these columns, a tie in every row, and P(A) P(B) = (P(tie) / TIE)^2, up to the six decimals.
+    They are in `truth.csv` in the same folder. A file of that name from another source is ignored: in the rule's own
+    file every row has P(A) P(B) = (P(tie) / TIE)^2 and P(tie) > 0, up to the six decimals.
     """
     truth = {}
     for path in filter(Path.is_file, {Path(file).with_name("truth.csv") for file in train_files}):
@@ -198,7 +198,7 @@ def read_truth(train_files: Iterable[str | Path]) -> dict[str, np.ndarray]:
                     continue
                 frame = pd.read_csv(file, names=["id", "a", "b", "tie"], dtype={"id": str}, keep_default_na=False)
             a, b, tie = p = frame[["a", "b", "tie"]].to_numpy(dtype=np.float64).T
-        except (OSError, ValueError, OverflowError):      # it cannot be read, or is no table of numbers
+        except (OSError, ValueError, OverflowError):      # not readable, or not a table of numbers
             continue
         if np.isfinite(p).all() and (
                 (tie > 0) & (abs(a + b + tie - 1) < 1e-6) & (abs(a * b - (tie / TIE)**2) < 1e-6)).all():

@@ -1,15 +1,14 @@
 """Prompts, and answers to them with given flaws.
 
-Each kind of prompt has a task, which draws a prompt from `rng`. It returns the prompt and a function
+Each kind of prompt has a task, a function that draws a prompt from `rng`. It returns the prompt and a function
 answer(rng, flaws) -> text.
 
-Unusual here:
-- Except for "cut", no flaw shows in an answer alone. An answer off the topic is on the topic of another prompt, a list
-  is right where a list was asked for, and a wrong name is the right one elsewhere. Length and word counts therefore
-  predict little (`tests/test_synthetic.py` checks this): a model has to read the prompt.
-- A cut answer has, on average, as many words as a complete one.
-- Only `random.Random.random()` is called: the one method whose sequence Python guarantees for a given seed. The order
-  of the calls is part of the dataset.
+What is unusual here:
+- Except for "cut", no flaw is visible in the answer alone: the same text is correct for another prompt. Length and word
+  counts therefore predict little (`tests/test_synthetic.py` checks this), and a model must compare answer and prompt.
+- On average a cut answer has as many words as a complete one.
+- Only `random.Random.random()` is called: Python guarantees its sequence for a given seed, but not that of the other
+  methods. The order of the calls determines the dataset.
 """
 
 import tomllib
@@ -20,13 +19,13 @@ from random import Random
 
 WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
 FACTS: dict[str, list[str]] = WORDS["facts"]              # by topic
-CATEGORIES: dict[str, list[str]] = WORDS["categories"]    # the things of each
-WORLDS: list[dict] = WORDS["worlds"]                      # what a passage can be about
+CATEGORIES: dict[str, list[str]] = WORDS["categories"]    # the members of each
+WORLDS: list[dict] = WORDS["worlds"]                      # subjects of passages
 TOPICS = list(FACTS)
 NOUNS = [noun for category in ("animal", "bird", "tool", "instrument", "vehicle", "garment", "fruit")
-         for noun in CATEGORIES[category] if noun[0] not in "aeiou"]   # so that "a" fits before each
+         for noun in CATEGORIES[category] if noun[0] not in "aeiou"]   # nouns with the article "a"
 
-Task = tuple[str, Callable[[Random, Collection[str]], str]]            # what a task returns
+Task = tuple[str, Callable[[Random, Collection[str]], str]]            # the result of a task
 
 
 def pick(rng: Random, items: Sequence):
@@ -35,7 +34,7 @@ def pick(rng: Random, items: Sequence):
 
 
 def some(rng: Random, items: Sequence, count: int) -> list:
-    """`count` different ones of `items`, in random order."""
+    """`count` different items in random order."""
     left = list(items)
     return [left.pop(int(rng.random() * len(left))) for _ in range(count)]
 
@@ -56,8 +55,8 @@ def with_article(noun: str) -> str:
 def lay_out(rng: Random, clauses: list[str], count: int, cut: bool, form: str = "prose", opener: str = "") -> str:
     """An answer of the first `count` clauses as a "list", as "prose" or as "one" sentence.
 
-    A cut answer stops within its last clause. In half of the cases that is clause `count + 1`, so that a cut answer is
-    not shorter on average; `clauses` must therefore have one more than `count`.
+    A cut answer stops within its last clause. In half of the cases that is clause `count + 1`, so cut answers are not
+    shorter on average. `clauses` must therefore have at least `count + 1` items.
     """
     count += cut and rng.random() < 0.5
     texts = clauses[:count]
@@ -80,7 +79,7 @@ def lay_out(rng: Random, clauses: list[str], count: int, cut: bool, form: str = 
 
 LAYOUTS = {"list": ("list", 3), "prose": ("prose", 3), "brief": ("one", 2), "detail": ("prose", 4)}   # form, clauses
 CONFUSED = {"list": "prose", "prose": "list", "brief": "detail", "detail": "brief"}   # the flaws "form" and "amount"
-NEIGHBOURS = 10     # related topics stand together: within fewer places than this, an answer could pass as on topic
+NEIGHBOURS = 10     # related topics are adjacent; closer topics than this could fit the prompt
 
 
 def topic_task(rng: Random, kind: str) -> Task:
@@ -104,7 +103,7 @@ def answer_topic(rng: Random, flaws: Collection[str], kind: str, topic: str) -> 
 # --- passage ----------------------------------------------------------------------------------------------------------
 
 def passage_task(rng: Random) -> Task:
-    """A passage of three facts (who has what, what is where, ...) and a question about one of them."""
+    """A passage of three facts (owners, places, ...) and a question about one of them."""
     world = pick(rng, WORLDS)
     facts = draw_facts(rng, world)
     said = " ".join(capital(pick(rng, world["say"]).format(*fact)) + "." for fact in facts)
@@ -120,7 +119,7 @@ def draw_facts(rng: Random, world: dict) -> list[tuple[str, str]]:
 
 
 def answer_passage(rng: Random, flaws: Collection[str], world: dict, facts: list[tuple[str, str]], asked: int) -> str:
-    """The fact that was asked for, then another. A wrong answer exchanges the objects of two facts, or invents one."""
+    """The requested fact, then another. A wrong answer swaps the objects of two facts or invents one."""
     if "off" in flaws:
         world = pick(rng, [other for other in WORLDS if other is not world])
         facts = draw_facts(rng, world)
@@ -140,7 +139,7 @@ def answer_passage(rng: Random, flaws: Collection[str], world: dict, facts: list
 # --- choice -----------------------------------------------------------------------------------------------------------
 
 def choice_task(rng: Random) -> Task:
-    """Four things, and the question which of them is of some category."""
+    """Four things, and the question which of them belongs to a category."""
     things = draw_things(rng, list(CATEGORIES))
     category = things[0][0]
     *shown, last = (thing for _, thing in some(rng, things, 4))
@@ -150,12 +149,12 @@ def choice_task(rng: Random) -> Task:
 
 
 def draw_things(rng: Random, categories: list[str]) -> list[tuple[str, str]]:
-    """Four (category, thing) pairs of different categories; the first is what is asked for."""
+    """Four (category, thing) pairs of different categories; the first is the correct answer."""
     return [(category, pick(rng, CATEGORIES[category])) for category in some(rng, categories, 4)]
 
 
 def answer_choice(rng: Random, flaws: Collection[str], things: list[tuple[str, str]]) -> str:
-    """Names a thing as the one asked for (a wrong answer another one), then says what some of the others are."""
+    """Names the requested thing (a wrong answer: another one), then the categories of some others."""
     if "off" in flaws:
         things = draw_things(rng, [name for name in CATEGORIES if name not in dict(things)])
     (category, thing), *others = [things[0], *some(rng, things[1:], 3)]
@@ -175,7 +174,7 @@ def word_task(rng: Random) -> Task:
 
 
 def answer_word(rng: Random, flaws: Collection[str], word: str) -> str:
-    """Scenes with a noun each, the given word in the first; a wrong answer has another word there."""
+    """Scenes with a noun each; the first has the given word, or in a wrong answer another word."""
     nouns = some(rng, [noun for noun in NOUNS if noun != word], 3)
     if "wrong" not in flaws:
         nouns[0] = word
