@@ -1,8 +1,8 @@
-"""What every test needs: the checkout on the path, no network, two threads, and no proof that is skipped unseen.
+"""Configuration of all tests: the checkout on the path, no network, a fixed number of threads, visible skips.
 
-`MINIPREF_REQUIRE` names what must not be missing, `transformers,sentencepiece,sklearn` in `make test` and in CI: a test
-that is skipped for lack of one of them fails instead. `MINIPREF_REFERENCE_DIR` names a folder of real files (a
-published `spm.model`, rows of the competition); the summary at the end lists what was not proven for lack of it.
+`MINIPREF_REQUIRE` lists packages that must be installed (`transformers,sentencepiece,sklearn` in `make test` and CI): a
+test that is skipped because one is missing fails instead. `MINIPREF_REFERENCE_DIR` is a folder of real files (a
+published `spm.model`, rows of the competition); the summary at the end lists the tests skipped without it.
 """
 
 import copy
@@ -14,7 +14,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")               # before anything imports huggingface_hub
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # threads that wait leave their core to whoever shares it
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # waiting threads release their core
 
 import hypothesis
 import pytest
@@ -26,12 +26,12 @@ sys.path.insert(0, str(ROOT))                              # minipref, train and
 REQUIRED = [name.strip() for name in os.environ.get("MINIPREF_REQUIRE", "").split(",") if name.strip()]
 REFERENCE = "MINIPREF_REFERENCE_DIR"
 
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # beside other test processes a second thread only waits
-os.environ["OMP_NUM_THREADS"] = str(THREADS)               # of programs that tests start
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # with several test processes a second thread only waits
+os.environ["OMP_NUM_THREADS"] = str(THREADS)               # for programs started by tests
 torch.set_num_threads(THREADS)
 
-# The same examples every time, so that a red test is red for everyone. `--hypothesis-profile explore` draws new ones;
-# `hasty` stops at the first failure without making it small, for runs in which a failure is what is wanted.
+# The same examples every time, so that failures are reproducible. `--hypothesis-profile explore` draws new ones;
+# `hasty` stops at the first failure without shrinking it, for mutation tests.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.register_profile("hasty", deadline=None, derandomize=True, database=None,
@@ -41,7 +41,7 @@ hypothesis.settings.load_profile("steady")
 
 @pytest.fixture(scope="session")
 def reference_dir() -> Path:
-    """The folder of real files that are other people's and not in the repository, or a skip that names the variable."""
+    """The folder of real files that are not in the repository; skips the test if there is none."""
     folder = os.environ.get(REFERENCE)
     if not folder:
         pytest.skip(f"{REFERENCE} is not set: the real files were not tested")
@@ -52,14 +52,14 @@ def reference_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory) -> Path:
-    """A folder with a very small encoder that train.py can start from. Tests read it only."""
+    """A folder with a very small encoder for train.py. Tests must not change it."""
     from small import write_encoder
     return write_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A function that mounts a real file system of a size, "128k" say, and gives its folder; it is gone afterwards."""
+    """A function that mounts a file system of a given size, such as "128k", until the end of the test."""
     folder = tmp_path / "disk"
 
     def mounted(size: str) -> Path:
@@ -76,9 +76,9 @@ def small_disk(tmp_path):
 
 @pytest.fixture(params=["plain", "fast", "batched"])
 def form(request, monkeypatch):
-    """One after the other, every form of the model: plain, accelerated, accelerated as on a GPU.
+    """Runs a test for every form of the model: plain, accelerated, accelerated as on a GPU.
 
-    A function that gives a copy of a plain model in that form; whoever asks for it runs once in each.
+    The value is a function that returns a copy of a plain model in that form.
     """
     if request.param == "batched":
         monkeypatch.setattr("minipref.fast.attention.select_backend", lambda device: "batched")
@@ -92,7 +92,7 @@ def form(request, monkeypatch):
 
 
 def _fail_if_required(report) -> None:
-    """Turn a skip for lack of something in `MINIPREF_REQUIRE` into a failure that says so."""
+    """Turn a skip for a missing package in `MINIPREF_REQUIRE` into a failure."""
     if not report.skipped or hasattr(report, "wasxfail"):
         return
     reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -117,7 +117,7 @@ def pytest_make_collect_report(collector):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Name the tests that wanted real files and had none."""
+    """List the tests that were skipped for lack of real files."""
     unproven = [report.nodeid for report in terminalreporter.stats.get("skipped", [])
                 if REFERENCE in (report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr))]
     if unproven:

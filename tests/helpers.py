@@ -1,8 +1,8 @@
-"""Sizes, weights, batches and yardsticks that the proofs share, and the bridge to transformers.
+"""Shared by the tests: sizes, weights, batches, error measures, and the transformers reference.
 
-The weights are large on purpose. At DeBERTa's own N(0, 0.02) attention is nearly uniform, and a wrong sign in it moves
-the output by less than a thousandth; at 1.6 / sqrt(D) the softmaxes have opinions, and the same mistake moves it by 2.
-Larger still, and saturated softmaxes amplify rounding until float32 cannot be compared with anything.
+The weights are large on purpose. With DeBERTa's N(0, 0.02) attention is nearly uniform, and a wrong sign changes the
+output by less than a thousandth. With 1.6 / sqrt(D) the softmaxes are peaked, and the same mistake changes it by 2.
+With even larger weights, saturated softmaxes amplify float32 rounding too much for a comparison.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ from minipref.model import PreferenceModel, attention_by_definition
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pooler_dropout": 0.0,
               "cls_dropout": 0.0}
 
-# Small enough for seconds, and with a span that puts 20 tokens deep into the logarithmic buckets. With d = 12 the scale
-# sqrt(3 d) is 6, exact in every precision.
+# Small enough for tests of seconds; position_buckets is so small that 20 tokens reach the logarithmic buckets. With
+# d = 12 the scale sqrt(3 d) is 6, exact in every precision.
 SMALL = EncoderConfig(vocab_size=60, hidden_size=24, num_attention_heads=2, num_hidden_layers=2, intermediate_size=40,
                       position_buckets=8, max_distance=24,
                       layer_norm_eps=1e-7, **NO_DROPOUT)
-# v3-small in everything but the vocabulary, whose rows are looked up and never multiplied.
+# v3-small with a small vocabulary, which only changes the size of the embedding table.
 V3_SMALL = EncoderConfig(vocab_size=500, **NO_DROPOUT)
 
 
 def large_weights(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter anew: matrices, tables and biases N(0, 1.6 / sqrt(D)), norms around 1 and 0. Returns it."""
+    """Draw all parameters: matrices, embeddings, biases N(0, 1.6 / sqrt(D)), norms around 1 and 0. Returns `module`."""
     generator = torch.Generator().manual_seed(seed)
     std = 1.6 / math.sqrt(module.config.hidden_size)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def large_model(config: EncoderConfig, seed: int = 0, dtype: torch.dtype = torch
 
 
 def padded_batch(config: EncoderConfig, lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random input_ids with [CLS]'s 1 in front, one row of each length, padded, and their attention_mask.
+    """Random input_ids that begin with 1 for [CLS], one row per length, padded, and their attention_mask.
 
     Shapes: -> (B, L), (B, L).
     """
@@ -63,9 +63,9 @@ def padded_batch(config: EncoderConfig, lengths: list[int], seed: int = 0) -> tu
 
 
 def relative(found: Tensor, wanted: Tensor, at_least: float = 0.0) -> float:
-    """The largest difference, relative to the largest wanted entry (or to `at_least`, where that is more).
+    """The largest difference divided by the largest wanted entry (or by `at_least`, if that is larger).
 
-    0 where both are zero everywhere; NaN or infinity on either side counts as infinitely wrong.
+    0 if both are zero; infinity for NaN or infinity on either side.
     """
     assert found.shape == wanted.shape, f"{tuple(found.shape)} is not {tuple(wanted.shape)}"
     found, wanted = found.detach().double(), wanted.detach().double()
@@ -77,20 +77,20 @@ def relative(found: Tensor, wanted: Tensor, at_least: float = 0.0) -> float:
 
 
 def worst_gradient(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
-    """The worst of all parameters' gradients, and whose it is: relative to the tensor's own largest entry, or to a
-    thousandth of the model's where that is more (a key's bias has a gradient that cancels to rounding noise)."""
+    """The largest relative error of all gradients, and its parameter. Errors are relative to the tensor's largest entry
+    or to a thousandth of the model's, if that is larger (the gradient of a key bias cancels to rounding noise)."""
     assert found.keys() == wanted.keys(), f"not in both: {sorted(found.keys() ^ wanted.keys())}"
     floor = max(gradient.abs().max().item() for gradient in wanted.values()) / 1000
     return max((relative(found[name], wanted[name], at_least=floor), name) for name in wanted)
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter's gradient by name; zeros for one that the loss does not reach."""
+    """Every parameter's gradient by name; zeros for a parameter without gradient."""
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
 
 
 def projection(outputs: Iterator[Tensor] | list[Tensor], attention_mask: Tensor, seed: int = 0) -> Tensor:
-    """A number that depends on every entry of every output at the real tokens: a fixed random weight for each."""
+    """A random linear combination of all entries of all outputs, without those at padding."""
     generator = torch.Generator().manual_seed(seed)
     total = 0
     for output in outputs:
@@ -116,7 +116,7 @@ def reference_model(model: PreferenceModel):
 
 @contextlib.contextmanager
 def reference_scale_in_float64() -> Iterator[None]:
-    """transformers rounds sqrt(3 d) to float32 whatever the precision; within this block it does not."""
+    """transformers always rounds sqrt(3 d) to float32; within this block it does not."""
     from transformers.models.deberta_v2 import modeling_deberta_v2 as theirs
     rounded = theirs.scaled_size_sqrt
     theirs.scaled_size_sqrt = lambda query, factor: torch.tensor(math.sqrt(query.shape[-1] * factor), dtype=query.dtype)
@@ -128,7 +128,7 @@ def reference_scale_in_float64() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reference_distance_clamped() -> Iterator[None]:
-    """transformers lets the bucket formula run on past the largest distance; within this block it clamps it first."""
+    """transformers does not clamp distances before the bucket formula; within this block it does."""
     from transformers.models.deberta_v2 import modeling_deberta_v2 as theirs
     unclamped = theirs.make_log_bucket_position
     theirs.make_log_bucket_position = lambda distance, span, max_distance: unclamped(
@@ -140,14 +140,14 @@ def reference_distance_clamped() -> Iterator[None]:
 
 
 def reference_names(model: PreferenceModel) -> dict[str, Tensor]:
-    """The model's parameters under transformers' names; gradients can be compared by them too."""
+    """The model's parameters by transformers' names."""
     head = {f"{theirs}.{kind}": model.get_parameter(f"{ours}.{kind}")
             for ours, theirs in HEAD_NAMES.items() for kind in ("weight", "bias")}
     return encoder_tensors(model.encoder) | head
 
 
 def gradients_by_reference_name(model: PreferenceModel) -> dict[str, Tensor]:
-    """`gradients`, under transformers' names."""
+    """`gradients` by transformers' names."""
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in reference_names(model).items()}
 
 
@@ -158,7 +158,7 @@ def resized(config: EncoderConfig, **changes) -> EncoderConfig:
 
 @dataclasses.dataclass(repr=False)
 class Outcome:
-    """What a model computes for a batch, as far as it is compared."""
+    """The results of a model for a batch that are compared."""
 
     layers: list[Tensor]                  # embeddings and every layer's output, (B, L, D)
     logits: Tensor
@@ -181,7 +181,7 @@ def our_outcome(model: PreferenceModel, input_ids: Tensor, attention_mask: Tenso
 
 
 def their_outcome(model: PreferenceModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Outcome:
-    """The same of transformers' model with `model`'s weights."""
+    """The same for transformers' model with `model`'s weights."""
     reference = reference_model(model)
     out = reference(input_ids, attention_mask=attention_mask.long(), labels=labels, output_hidden_states=True)
     out.loss.backward(retain_graph=True)
@@ -193,7 +193,7 @@ def their_outcome(model: PreferenceModel, input_ids: Tensor, attention_mask: Ten
 
 
 def layers_by_definition(model: PreferenceModel, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
-    """`Encoder.hidden_states` from nothing but the model's parameters, `attention_by_definition` and arithmetic."""
+    """`Encoder.hidden_states` from the model's parameters, `attention_by_definition` and elementary arithmetic."""
     config, encoder = model.config, model.encoder
     H = config.num_attention_heads
     x = norm_by_definition(encoder.word_norm, encoder.word_embeddings.weight[input_ids]) * attention_mask[..., None]
@@ -215,7 +215,7 @@ def layers_by_definition(model: PreferenceModel, input_ids: Tensor, attention_ma
 
 
 def logits_by_definition(model: PreferenceModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The classifier's answer, in the same spirit."""
+    """The classifier's logits, likewise."""
     cls = layers_by_definition(model, input_ids, attention_mask)[-1][:, 0]
     return linear(model.classifier, gelu_by_definition(linear(model.pooler, cls)))
 

@@ -1,19 +1,19 @@
-"""Kill a training run with SIGKILL again and again, resume it each time, and see whether it ends as if never killed.
+"""Kill a training run with SIGKILL many times, resume it each time, and compare the result with an uninterrupted run.
 
-    make kill                        some 300 kills, minutes; writes what it found into docs/reliability.md
-    python tests/killing.py --small  the hundred and more that tests/test_reliability.py runs
+    make kill                        some 300 kills, minutes; writes the results into docs/reliability.md
+    python tests/killing.py --small  the smaller number that tests/test_reliability.py runs
 
-Three ways to die, all of them by SIGKILL, which no program can catch:
-- *everywhere*: a run is killed at one chosen event and then resumed to its end. An event is a call that matters to what
-  is on the disk or in the random generators: a file half written, flushed, moved; a micro-batch forward and backward,
-  AdamW in the middle of its parameters, a batch of an evaluation.
-- *often*: one run is killed at random events, ten times and more, before it is left alone.
-- *at any moment*: the clock decides, not the program. Half of these are processes of their own (`python train.py`), so
-  that start-up and imports are hit as well.
+There are three ways of killing, all by SIGKILL, which no program can catch:
+- *everywhere*: a run is killed at one chosen event and then resumed to its end. An event is a call that matters to the
+  files on disk or to the random generators: a file half written, flushed, moved; a micro-batch; AdamW in the middle of
+  its parameters; a batch of an evaluation.
+- *often*: one run is killed at random events, ten times or more, before it may end.
+- *at any moment*: a run is killed after a random time. Half of these are separate processes (`python train.py`), so
+  start-up and imports are killed too.
 
-Every run must end with the same bytes as one that was never killed: weights, metrics.csv, submission, and the state
-with its moments and generators. To make a kill cheap, a process that has imported everything forks a child for each
-sitting; it never computes anything itself, so that the children begin without threads.
+Every run must end with the same bytes as an uninterrupted one: weights, metrics.csv, submission, and the state with its
+moments and generators. For speed, a process that has imported everything forks a child for each attempt. It computes
+nothing itself, so that the children start without threads.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):        # before torch is there: a forked child has one thread
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):        # before the import of torch: a forked child has one thread
     os.environ[name] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -63,19 +63,19 @@ SETTINGS = {
 LONG = [*BASE, "--epochs", "150", "--evals-per-epoch", "1", "--patience", "0", "--save-every", "0.002"]
 
 
-# Functions of train.py, and what the time in which they run is called.
+# Functions of train.py and the names of their phases.
 PARTS = {"load_state": "resuming", "fit": "the loop",
          "predict_logits": "an evaluation", "record_evaluation": "an evaluation", "save_state": "saving a state",
          "save_best": "writing model/, best so far", "final_report": "writing model/ and the report, at the end"}
 WRITING = HALF_WRITTEN, BEFORE_FLUSH, BEFORE_MOVE, AFTER_MOVE = ("tensors half written", "before a flush",
                                                                  "before a file is moved", "after a file is moved")
 
-# --- a sitting: one process that works on a run until it ends or dies -------------------------------------------------
+# --- a sitting: one process that works on a run until it ends or is killed --------------------------------------------
 
 class Watch:
-    """Counts a sitting's events, tells the parent of each, and dies at the one that is chosen.
+    """Counts a sitting's events, reports each to the parent, and kills the process at the chosen one.
 
-    An event's name is "part: moment", the part of the run that it is in and what is just happening.
+    An event's name is "part: moment", the phase of the run and the event in it.
     """
 
     def __init__(self, pipe: int, die_at: int | None):
@@ -89,7 +89,7 @@ class Watch:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def around(self, module, name: str, part: str = "", before: str = "", after: str = "") -> None:
-        """Give the time in which a function of `module` runs a name, and make events of its beginning and its end."""
+        """Name the phase in which a function of `module` runs, with events at its beginning and its end."""
         real = getattr(module, name)
 
         def watched(*args, **kwargs):
@@ -104,7 +104,7 @@ class Watch:
         setattr(module, name, watched)
 
     def install(self) -> None:
-        """Put an event at every place where a death could matter."""
+        """Insert an event at every place where a kill could matter."""
         self._inside_a_step()
         self._inside_a_write()
         self.around(train, "clip_gradients", before="after backward", after="gradients clipped, AdamW not begun")
@@ -117,9 +117,9 @@ class Watch:
             self._half_written(module)
 
     def _inside_a_step(self) -> None:
-        """Between the micro-batches of a step, in the middle of AdamW, and before and after the step is counted.
+        """Events between micro-batches, in the middle of AdamW, and before and after the step is counted.
 
-        A step is a stretch of the loop in `train.fit`: it begins with the learning rate and ends with the time left.
+        A step of the loop in `train.fit` begins with `learning_rates` and ends with `log_eta`.
         """
         calls, real_lr, real_eta = Counter(), train.learning_rates, train.log.log_eta
         real_batch, real_update, real_scaler = train.collate, AdamW._update, torch.amp.GradScaler.update
@@ -153,7 +153,7 @@ class Watch:
         train.collate, AdamW._update, torch.amp.GradScaler.update = collate, update, scaler_update
 
     def _inside_a_write(self) -> None:
-        """Before each flush, and before and after each file takes its place."""
+        """Events before each flush, and before and after each rename."""
         real_replace, real_fsync = os.replace, os.fsync
 
         def replace(source, target):
@@ -168,7 +168,7 @@ class Watch:
         os.replace, os.fsync = replace, fsync
 
     def _half_written(self, module) -> None:
-        """A death while safetensors is writing: what is there is some first part of the file."""
+        """A kill while safetensors is writing, after half of the file."""
         real = module.save_file
 
         def save_file(tensors, path, *args, **kwargs):
@@ -179,14 +179,14 @@ class Watch:
 
 @dataclass
 class Sitting:
-    """How a process ended: its exit code, -9 if it was killed, and its events' names, the last one last."""
+    """The exit code of a process (-9 if it was killed) and the names of its events in order."""
 
     code: int
     events: list[str]
 
 
 def sit(folder: Path, arguments: list[str], die_at: int | None = None, seconds: float | None = None) -> Sitting:
-    """Begin the run in `folder`/run, or resume it, in a child of this process that dies at an event or a moment."""
+    """Begin or resume the run in `folder`/run, in a child process that is killed at an event or after some seconds."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -212,12 +212,12 @@ def sit(folder: Path, arguments: list[str], die_at: int | None = None, seconds: 
 
 
 def command_for(arguments: list[str]) -> list[str]:
-    """A run is resumed as soon as there is something to resume; until then the same command begins it."""
+    """The command that begins the run, or resumes it if it has a config.json."""
     return ["--resume", "--run", "run"] if Path("run/config.json").exists() else [*arguments, "--run", "run"]
 
 
 def work(arguments: list[str]) -> int:
-    """What a person does after a crash: the same command again, with --resume if the run had begun; then predict."""
+    """What a user does after a crash: the same command, with --resume if the run has begun; then predict."""
     code = train.main(command_for(arguments))
     models = [str(path) for path in (*Path("run").glob("model"), *sorted(Path("run").glob("fold-*/model")))]
     return code or predict.main(["test.csv", "--model", *models, "--precision", "fp32",
@@ -227,7 +227,7 @@ def work(arguments: list[str]) -> int:
 # --- what must be equal -----------------------------------------------------------------------------------------------
 
 def differences(found: Path, wanted: Path) -> list[str]:
-    """What of a run's folder is not as in the run that nobody killed, or was left lying about."""
+    """Files of a run's folder that differ from the uninterrupted run, and temporary files."""
     wrong = []
     for file in sorted(wanted.rglob("*")):
         name = str(file.relative_to(wanted))
@@ -240,7 +240,7 @@ def differences(found: Path, wanted: Path) -> list[str]:
 
 
 def same_state(found: Path, wanted: Path) -> bool:
-    """Tensors and facts, but for the clock's."""
+    """Whether tensors and facts are equal, without times."""
     (tensors, facts), (wanted_tensors, wanted_facts) = (state.read_state(path.parent) for path in (found, wanted))
     for progress in (facts["state"], wanted_facts["state"]):
         del progress["seconds"], progress["timing"]
@@ -252,11 +252,11 @@ def same_state(found: Path, wanted: Path) -> bool:
 
 @dataclass
 class Tally:
-    """What was done and what came of it."""
+    """Counts of the kills and their results."""
 
-    places: Counter = field(default_factory=Counter)       # where a process died -> how often
+    places: Counter = field(default_factory=Counter)       # event at the kill -> number of kills
     ways: Counter = field(default_factory=Counter)         # everywhere, often, at any moment -> kills
-    runs: int = 0                                          # that were killed, and resumed to their end
+    runs: int = 0                                          # killed and resumed to their end
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -266,12 +266,12 @@ class Tally:
 
     def note(self, way: str, sitting: Sitting) -> None:
         if sitting.code != -signal.SIGKILL:
-            return                                          # it had ended before its time came
+            return                                          # it ended before the kill
         self.ways[way] += 1
         self.places[sitting.events[-1] if sitting.events else "the beginning: imports, arguments, reading"] += 1
 
     def end(self, what: str, sitting: Sitting, found: Path, wanted: Path) -> None:
-        """The run was left alone and should have ended: hold it against the one that was never killed."""
+        """Compare a finished run with the uninterrupted one."""
         self.runs += 1
         wrong = differences(found, wanted) if sitting.code == 0 else [f"exit code {sitting.code} {sitting.events[-1:]}"]
         if wrong:
@@ -279,7 +279,7 @@ class Tally:
 
 
 def fresh(folder: Path) -> Path:
-    """A folder with everything that a run needs, shared by links: rows, test rows, encoder."""
+    """A folder with links to the inputs of a run: rows, test rows, encoder."""
     folder.mkdir()
     for name in ("train.csv", "test.csv", "encoder"):
         (folder / name).symlink_to(folder.parent / name)
@@ -287,7 +287,7 @@ def fresh(folder: Path) -> Path:
 
 
 def kill_everywhere(place: Path, setting: str, wanted: Path, events: list[str], times: int, tally: Tally) -> None:
-    """One run for each chosen event: first kinds of events at which nobody has died yet, then any."""
+    """One run for each chosen event: first kinds of events without a kill so far, then any."""
     numbers = random.Random(0).sample(range(len(events)), len(events))
     kinds = {events[number]: number for number in numbers if events[number] not in tally.places}
     for number in list(dict.fromkeys([*kinds.values(), *numbers]))[:times]:
@@ -298,7 +298,7 @@ def kill_everywhere(place: Path, setting: str, wanted: Path, events: list[str], 
 
 
 def kill_often(place: Path, setting: str, wanted: Path, times: int, seed: int, tally: Tally) -> None:
-    """One run, killed at random events again and again, then left alone."""
+    """One run, killed at random events many times, then resumed to its end."""
     draw, folder = random.Random(seed), fresh(place / f"often {setting} {seed}")
     for _ in range(times):
         sitting = sit(folder, SETTINGS[setting], die_at=draw.randint(1, 60))
@@ -309,7 +309,7 @@ def kill_often(place: Path, setting: str, wanted: Path, times: int, seed: int, t
 
 
 def kill_at_any_moment(place: Path, wanted: Path, seconds: float, forked: int, processes: int, tally: Tally) -> None:
-    """One long run, killed by the clock: first in forked children, then in processes of their own."""
+    """One long run, killed after random times: first in forked children, then in separate processes."""
     draw, folder = random.Random(0), fresh(place / "any moment")
     for _ in range(forked):
         tally.note("at any moment", sit(folder, LONG, seconds=draw.uniform(0.05, seconds)))
@@ -320,7 +320,7 @@ def kill_at_any_moment(place: Path, wanted: Path, seconds: float, forked: int, p
             arguments = ["--resume", "--run", "run"] if begun else [*LONG, "--run", "run"]
             process = subprocess.Popen([sys.executable, "-u", ROOT / "train.py", *arguments], cwd=folder, stdout=said,
                                        stderr=said)
-            if number % 4:                                 # three of four get as far as the loop
+            if number % 4:                                 # three of four reach the loop
                 wait_for(folder / "said.txt", before, "steps  ", process)
             time.sleep(draw.uniform(0, seconds))
             process.kill()

@@ -1,8 +1,8 @@
-"""Run tests against a minipref with a deliberate mistake in it, in memory.
+"""Run tests on a minipref with a deliberate mistake in it, in memory.
 
-`with mutated("attention.py", old, new):` makes every import inside the block see the mistake; the file stays as it is.
-`failures(tests)` runs tests by pytest inside this process and says which failed. Together they answer the question that
-a green test suite leaves open: would anything have noticed?
+`with mutated(file, source):` makes every import inside the block use the mutated source; the file itself is unchanged.
+`failures(tests)` runs tests with pytest in this process and returns those that failed. Together they check that the
+tests detect the mistake.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ TESTS = Path(__file__).resolve().parent
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Loads a module from a text in place of its file's, and keeps no compiled copy."""
+    """Loads a module from a given source text, without a compiled copy."""
 
     def __init__(self, fullname: str, path: str, source: str):
         super().__init__(fullname, path)
@@ -51,7 +51,7 @@ def source_of(file: str) -> str:
 
 
 def replaced(file: str, old: str, new: str) -> str:
-    """The file's source with `new` for `old`, which must be there exactly once: a mutant must not rot unseen."""
+    """The file's source with `old` replaced by `new`. Fails if `old` does not occur exactly once."""
     source = source_of(file)
     assert source.count(old) == 1, f"{file} has {source.count(old)} times: {old}"
     return source.replace(old, new)
@@ -59,10 +59,10 @@ def replaced(file: str, old: str, new: str) -> str:
 
 @contextlib.contextmanager
 def mutated(file: str, source: str) -> Iterator[None]:
-    """Inside the block, `file` (relative to the repository) is imported with `source` for its text.
+    """Inside the block, `file` (relative to the repository) is imported from the text `source`.
 
-    All modules that could hold on to the real one (minipref's, the programs', the tests') are imported afresh inside
-    the block, and are back to what they were after it.
+    All modules that could refer to the real one (minipref, programs, tests) are imported again inside the block and
+    restored after it.
     """
     fullname = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     finder = _Finder(fullname, ROOT / file, source)
@@ -86,7 +86,7 @@ def _is_ours(module, name: str) -> bool:
 
 
 class _Reports:
-    """A pytest plugin that remembers what passed, failed and was skipped, with the last line of why."""
+    """A pytest plugin that records passed, failed and skipped tests, with the last line of the reason."""
 
     def __init__(self):
         self.failed: dict[str, str] = {}
@@ -107,10 +107,10 @@ class _Reports:
 
 
 def failures(tests: list[str], stop_at_first: bool = True) -> dict[str, str]:
-    """Run tests, given as pytest's `tests/test_x.py::test_y` (or files), in this process: what failed, and why.
+    """Run tests, given as `tests/test_x.py::test_y` or files, in this process. Returns the failed ones with the reason.
 
-    Hypothesis stops at the first counterexample without making it small. Slow tests are left out. Where all of them
-    are skipped, for lack of a package say, the caller is skipped too.
+    Hypothesis stops at the first counterexample without shrinking it. Slow tests are not run. If all tests are skipped,
+    because a package is missing, the calling test is skipped too.
     """
     reports = _Reports()
     profile = hypothesis.settings.get_current_profile_name()

@@ -1,8 +1,8 @@
-"""N processes that run train.py or predict.py as one group, the way torchrun starts them, but in a second.
+"""Run train.py or predict.py in N processes like torchrun, but started within a second.
 
-torchrun's own workers each import torch anew. Here one server does it once and every rank is a fork of it, with the
-environment that torchrun would have given it. What a rank prints goes to a file. A group that does not end in time is
-killed, and its test fails.
+Each of torchrun's workers imports torch. Here one server imports it once, and every rank is a fork of the server with
+torchrun's environment variables. The output of a rank goes to a file. A group that does not end in time is killed, and
+its test fails.
 """
 
 import importlib
@@ -22,7 +22,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 class Ended(NamedTuple):
-    """How a rank ended: its exit code (below 0: the signal that killed it), and what it said."""
+    """The exit code of a rank (below 0: the signal that killed it) and its output."""
 
     code: int
     out: str
@@ -31,10 +31,10 @@ class Ended(NamedTuple):
 
 @cache
 def server():
-    """The process from which ranks are forked; it imports the programs when the first rank is wanted."""
+    """The process from which ranks are forked. It imports the programs for the first rank."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "predict", "ranks", "torch._dynamo"])      # DDP imports that last one
+    context.set_forkserver_preload(["train", "predict", "ranks", "torch._dynamo"])      # DDP imports torch._dynamo
     return context
 
 
@@ -42,7 +42,7 @@ def run_ranks(size: int, program: str, arguments: list[str], before: Callable[[i
               meanwhile: Callable[[list], None] | None = None, seconds: float = 60) -> list[Ended]:
     """Run `program`.main(arguments) in `size` processes in the current folder.
 
-    `before(rank)` is called in each before it starts, `meanwhile(processes)` here once they are started.
+    `before(rank)` is called in each process before it starts, `meanwhile(processes)` here after all have started.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -77,7 +77,7 @@ def _rank(rank: int, size: int, port: int, program: str, arguments: list[str], f
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
-    signal.signal(signal.SIGINT, signal.default_int_handler)             # a fork server's children ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)             # children of a fork server ignore it
     importlib.import_module("torch").set_num_threads(1)
     if before:
         before(rank)
@@ -87,19 +87,17 @@ def _rank(rank: int, size: int, port: int, program: str, arguments: list[str], f
 # --- accidents, for `before` ------------------------------------------------------------------------------------------
 
 def die_at_step(number: int, victim: int) -> Callable[[int], None]:
-    """The process of rank `victim` is killed in the middle of its n-th step, as by a machine that runs out of memory.
-
-    """
+    """Kill the process of rank `victim` in the middle of its n-th step, as the system does when memory is short."""
     return partial(_at_step, number, victim, _kill_this_process)
 
 
 def signal_at_step(number: int, victim: int) -> Callable[[int], None]:
-    """SIGTERM reaches rank `victim` and no other, in its n-th step."""
+    """Send SIGTERM only to rank `victim`, in its n-th step."""
     return partial(_at_step, number, victim, _terminate_this_process)
 
 
 def poison_at_step(number: int, victim: int) -> Callable[[int], None]:
-    """The loss of rank `victim` is not a number in its n-th step."""
+    """Make the loss of rank `victim` NaN in its n-th step."""
     return partial(_at_step, number, victim, _poison_the_loss)
 
 

@@ -1,4 +1,4 @@
-"""A very small encoder with the bundled tokenizer, and rows to train it on: a whole run in seconds."""
+"""A very small encoder with the bundled tokenizer, and training rows, for runs of seconds."""
 
 import random
 from pathlib import Path
@@ -28,7 +28,7 @@ def write_encoder(folder: Path, dropout: float = 0.1, seed: int = 0) -> Path:
 
 
 def write_rows(path: Path, rows: int, seed: int = 0, labels: bool = True) -> Path:
-    """Write a CSV whose rule a small model learns at once: the answer that says 'yes' wins, two alike are a tie."""
+    """Write a CSV with a rule that a small model learns quickly: 'yes' wins against 'no', equal answers are a tie."""
     draw = random.Random(seed)
     lines = ["id,prompt,response_a,response_b" + (",winner_model_a,winner_model_b,winner_tie" if labels else "")]
     for n in range(rows):

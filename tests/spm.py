@@ -1,4 +1,4 @@
-"""What the tests of tokenizers share: texts that are wherever Python is, and spm.model files made by hand."""
+"""Shared by the tests of tokenizers: texts from the standard library, and handmade spm.model files."""
 
 import functools
 import importlib
@@ -12,7 +12,7 @@ from minipref.tokenizer import Tokenizer
 
 @functools.cache
 def docstrings() -> list[str]:
-    """Lines of English that are wherever Python is, in the same order each time, and every sign of ASCII."""
+    """Lines of English from the standard library's docstrings, in a fixed order, and every ASCII character."""
     lines = []
     for name in ("argparse", "datetime", "decimal", "email", "json", "logging", "pathlib", "random", "statistics",
                  "string", "subprocess", "tarfile", "textwrap", "threading", "unittest", "zipfile"):
@@ -47,7 +47,7 @@ def field(number: int, value: int | float | bytes) -> bytes:
 
 def spm_model(entries: list[tuple[str, float, int]], *, bytes_too: bool = False, charsmap: bytes = b"",
               trainer: bytes = b"", normalizer: bytes = b"") -> bytes:
-    """A sentencepiece model: [UNK], the bytes if wanted, and the entries (piece, score, kind)."""
+    """A sentencepiece model: [UNK], the byte pieces if `bytes_too`, and the entries (piece, score, kind)."""
     entries = [("[UNK]", 0.0, UNKNOWN), *[(name, 0.0, BYTE) for name in BYTE_PIECES if bytes_too], *entries]
     pieces = [field(1, piece.encode()) + field(2, score) + field(3, kind) for piece, score, kind in entries]
     return (b"".join(field(1, piece) for piece in pieces) + field(2, field(3, 1) + field(35, int(bytes_too)) + trainer)
@@ -58,12 +58,12 @@ A = ("a", -1.0, NORMAL)
 
 
 def charsmap_of(units: dict[int, int], targets: bytes = b"x\0", size: int = 256) -> bytes:
-    """A precompiled_charsmap: the units of its trie by their places, all others 0."""
+    """A precompiled_charsmap whose trie has these units by position; all others are 0."""
     return struct.pack(f"<I{size}I", 4 * size, *(units.get(place, 0) for place in range(size))) + targets
 
 
 def one_rule(byte: int, target: int = 0) -> dict[int, int]:
-    """The trie of a rule for one byte: its unit, at the place of the byte as the root's base is 0, and its leaf's."""
+    """The trie of a rule for one byte: its unit, at the byte's position because the root's base is 0, and its leaf."""
     leaf = byte ^ 5
     return {byte: 5 << 10 | 1 << 8 | byte, leaf: 1 << 31 | target}
 
@@ -73,7 +73,7 @@ SMALL_MODEL = spm_model([A, ("x", -2.0, NORMAL), ("▁", -2.5, NORMAL), ("ab", -
 
 
 def load_or_refuse(name: str, data: bytes) -> None:
-    """Any bytes are a tokenizer that can encode, or a ValueError with one line, which load_tokenizer passes on."""
+    """Any bytes give a tokenizer that can encode, or an error with a message, which load_tokenizer passes on."""
     try:
         tokenizer = Tokenizer(name, data)
     except (ValueError, OverflowError, RecursionError) as problem:

@@ -1,12 +1,12 @@
-"""Flip every sign and every comparison of the arithmetic, one at a time, and see whether a test notices.
+"""Mutation testing: flip every sign and every comparison of the arithmetic, one at a time, and run the tests.
 
-    python tests/sweep.py                          all seven files
+    python tests/sweep.py                          all files
     python tests/sweep.py minipref/optim.py ...    only these
-    python tests/sweep.py --all                    the mutants too that nothing could notice
+    python tests/sweep.py --all                    also the equivalent mutants
 
-Turned around are: a + b and a - b, a * b and a / b (also +=, -=, *=, /=), -a, the six comparisons, `is`, `in`, `not a`
-and `a if b else c`. Each mutant runs the quick tests in a forked process with a time limit, until the first failure.
-The exit code is 1 if one survives that is not in `EQUIVALENT`, where the reason stands why nothing could notice it.
+Mutations: a + b and a - b, a * b and a / b (also +=, -=, *=, /=), -a, the six comparisons, `is`, `in`, `not a` and
+`a if b else c`. Each mutant runs the quick tests in a forked process with a time limit, until the first failure. The
+exit code is 1 if a mutant survives that is not in `EQUIVALENT`, which gives the reason why no test can detect it.
 `tests/test_mutations.py` runs this as a slow test.
 """
 
@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # as in conftest.py, and before torch is there
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")        # as in conftest.py, before the import of torch
 
 import torch
 from mutation import failures, mutated, source_of
 
-SECONDS = 1200          # a mutant that runs longer has an endless loop, which is noticed too
+SECONDS = 1200          # a mutant that runs longer counts as detected: it has an endless loop
 
-# File -> the tests that stand in its way, the likeliest first.
+# File -> its tests, the most likely to fail first.
 TESTS = {
     "minipref/model.py": ["test_positions", "test_attention", "test_encoder", "test_golden", "test_fast",
                           "test_parity"],
@@ -40,17 +40,17 @@ TESTS = {
     "minipref/optim.py": ["test_optim"],
 }
 
-# What no test can notice, and why: (file, change), or (file, expression) for every way of turning the expression.
-CUT = "how the work is cut into blocks and tiles: only speed depends on it"
-ROOM = "how much spare room a table has: any is enough"
-FORM = "which of two dropouts draws: the law is the same, only what is remembered differs"
+# Equivalent mutants and the reason: (file, change), or (file, expression) for all mutations of the expression.
+CUT = "division into blocks and tiles: changes only the speed"
+ROOM = "surplus columns of a table: any number is enough"
+FORM = "either implementation of dropout: same distribution, other memory"
 EQUIVALENT = {
     ("minipref/model.py", "log_bucket(torch.tensor(i - j), position_buckets, max_distance) + position_buckets"):
-        "the table has 2 * position_buckets rows: a negative index counts from its end and finds the same row",
+        "the table has 2 * position_buckets rows: a negative index finds the same row from its end",
     ("minipref/model.py", "distance.abs() <= exact -> distance.abs() < exact"):
         "at the last exact distance the logarithm is 0 and the formula gives that distance too",
     ("minipref/auxiliary.py", "-1"): "logits have two dimensions: the last is dimension 1",
-    ("minipref/optim.py", "norm > max_norm -> norm >= max_norm"): "where they are equal, gradients are multiplied by 1",
+    ("minipref/optim.py", "norm > max_norm -> norm >= max_norm"): "if they are equal, gradients are multiplied by 1",
     ("minipref/fast/attention.py", "q.dtype if is_one_block(L, q.dtype) else wide"):
         "only the rounding of bfloat16 sums",
     ("minipref/fast/attention.py", "L * L * dtype.itemsize <= BLOCK_BYTES"): "only the rounding of bfloat16 sums",
@@ -75,9 +75,9 @@ EQUIVALENT = {
     ("minipref/fast/attention.py", "2 * L - 1"): ROOM,
     ("minipref/fast/attention.py", "(len(buckets) + 1) // 2"): ROOM,
     ("minipref/fast/attention.py", "len(buckets) + 1"): ROOM,
-    ("minipref/fast/attention.py", "others + c"): "an assertion that holds with room to spare",
+    ("minipref/fast/attention.py", "others + c"): "an assertion that holds with a margin",
     ("minipref/fast/attention.py", "len(self.buffers[name]) < size"):
-        "a buffer of just the size is taken, or made anew",
+        "a buffer of exactly this size is used or allocated again",
     ("minipref/fast/layers.py", "2 ** 16 - 1"): "a rate above 0.99999",
     ("minipref/fast/layers.py", "-out.numel() // 4"): "more numbers are drawn than needed",
     ("minipref/fast/layers.py", "self.dropped - 2 ** 15"): "numbers of 16 bits: both sums are the same modulo 2^16",
@@ -88,7 +88,7 @@ EQUIVALENT = {
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}
 OPPOSITES = {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
              ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
-ENDS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}       # the same but for equality
+ENDS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}       # differ only in equality
 
 
 class Mutant(NamedTuple):
@@ -96,11 +96,11 @@ class Mutant(NamedTuple):
     line: int
     expression: str       # 'a + b'
     change: str           # 'a + b -> a - b'
-    source: str           # the whole file with it
+    source: str           # the mutated file
 
     @property
     def excuse(self) -> str | None:
-        """Why nothing could notice it, if that is known."""
+        """The reason why it is equivalent, if it is listed."""
         return EQUIVALENT.get((self.file, self.change), EQUIVALENT.get((self.file, self.expression)))
 
 
@@ -117,7 +117,7 @@ def mutants(file: str) -> list[Mutant]:
 
 
 def turned(node: ast.AST) -> list[ast.AST]:
-    """What can stand in the node's place with a sign or a comparison turned around."""
+    """The mutations of a node."""
     if isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in OPERATORS:
         return [_with(node, op=OPERATORS[type(node.op)]())]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Not):
@@ -136,7 +136,7 @@ def _with(node: ast.AST, **changes) -> ast.AST:
 
 
 def _spliced(source: str, node: ast.AST, other: ast.AST) -> str:
-    """The source with `other` written where `node` was."""
+    """The source with `node` replaced by `other`."""
     lines = source.encode().splitlines(keepends=True)                    # ast counts columns in bytes
     start = sum(map(len, lines[:node.lineno - 1])) + node.col_offset
     end = sum(map(len, lines[:node.end_lineno - 1])) + node.end_col_offset
@@ -145,7 +145,7 @@ def _spliced(source: str, node: ast.AST, other: ast.AST) -> str:
 
 
 def judged(found: list[Mutant], at_once: int, tests: list[str]) -> Iterator[tuple[Mutant, str]]:
-    """Run these files of tests on each mutant, several at once. Yields it with the first test that failed, or ''."""
+    """Run these test files on each mutant, several in parallel. Yields it with the first failed test, or ''."""
     waiting, running = list(found), {}                     # pipe -> (mutant, process, time of its start)
     while waiting or running:
         while waiting and len(running) < at_once:
@@ -168,7 +168,7 @@ def judged(found: list[Mutant], at_once: int, tests: list[str]) -> Iterator[tupl
 
 
 def _started(mutant: Mutant, tests: list[str]) -> tuple[int, int]:
-    """Fork a process that runs the tests on the mutant: it may crash or hang. Returns its answer's pipe and its id."""
+    """Run the tests on the mutant in a forked process, which may crash or hang. Returns its pipe and its id."""
     reader, writer = os.pipe()
     process = os.fork()
     if process:
@@ -178,10 +178,10 @@ def _started(mutant: Mutant, tests: list[str]) -> tuple[int, int]:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         torch.set_num_threads(1)
-        torch.set_num_threads = lambda number: None        # whatever conftest.py asks for: this process has one core
+        torch.set_num_threads = lambda number: None        # ignore conftest.py: this process has one core
         with mutated(mutant.file, mutant.source):
             answer = "failed: " + next(iter(failures([f"tests/{name}.py" for name in tests])), "")
-    except BaseException as problem:                       # whatever it is, it is the mutant's doing
+    except BaseException as problem:                       # any exception is caused by the mutant
         answer = f"{type(problem).__name__}: {problem}"
     finally:
         os.write(writer, answer.encode()[:4000])
@@ -191,7 +191,7 @@ def _started(mutant: Mutant, tests: list[str]) -> tuple[int, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="*", default=list(TESTS), metavar="FILE")
-    parser.add_argument("--all", action="store_true", help="run those too that are listed as equivalent")
+    parser.add_argument("--all", action="store_true", help="also run those listed as equivalent")
     parser.add_argument("--at-once", type=int, default=os.cpu_count(), metavar="N")
     arguments = parser.parse_args()
     import hypothesis  # noqa: F401 - imported once here, every forked process has it

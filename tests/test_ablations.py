@@ -1,4 +1,4 @@
-"""Mixed precision on a processor that has none: the rounding of its products, and that no product goes without."""
+"""Emulated bfloat16 products: their rounding, and that every product is emulated."""
 
 import sys
 
@@ -55,7 +55,7 @@ def test_float32_is_left_alone():
 
 
 class Products(TorchDispatchMode):
-    """Lists the products that reach torch, each with the type of its first factor."""
+    """Records the matrix products, each with the dtype of its first factor."""
 
     def __init__(self):
         super().__init__()

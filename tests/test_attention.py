@@ -1,4 +1,4 @@
-"""Disentangled attention: the definition by hand, each term on its own, and every fast path against the definition."""
+"""Disentangled attention: the definition by hand, each term alone, and every fast form against the definition."""
 
 import math
 
@@ -22,14 +22,14 @@ from minipref.model import (
 
 
 def attention_in_terms(q, k, v, pos_q, pos_k, attention_mask, position_buckets, max_distance):
-    """The three terms as matrices, summed, masked, and averaged over: what a layer does step by step."""
+    """Attention of a plain layer: the three terms, their sum, the masked softmax, and the product with v."""
     index = relative_index(distance_buckets(q.shape[2], position_buckets, max_distance))
     c2c, c2p, p2c = attention_scores(q, k, pos_q, pos_k, index)
     return masked_softmax(c2c + c2p + p2c, attention_mask).to(v.dtype) @ v
 
 
 def fast(form):
-    """One of the fast forms, with the definition's arguments; for a single query the form for [CLS] alone."""
+    """One of the fast forms with the definition's arguments; for a single query, the form for [CLS]."""
     def attention(q, k, v, pos_q, pos_k, attention_mask, position_buckets, max_distance):
         buckets = distance_buckets(k.shape[2], position_buckets, max_distance)
         function = form if q.shape[2] == k.shape[2] else cls_attention
@@ -43,7 +43,7 @@ every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 
 def random_inputs(B: int, H: int, L: int, d: int, position_buckets: int, seed: int, dtype=torch.float64,
                   size: float = 1.5):
-    """q, k, v, pos_q, pos_k that want gradients, with entries large enough for the softmax to have opinions."""
+    """q, k, v, pos_q, pos_k with requires_grad, large enough for a peaked softmax."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(B, H, L, d)] * 3 + [(H, 2 * position_buckets, d)] * 2
     return [(size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
@@ -55,7 +55,7 @@ def tokens(lengths: list[int]) -> Tensor:
 
 
 def value_and_gradients(function, inputs, attention_mask, position_buckets, max_distance, rows=None) -> list[Tensor]:
-    """The output with padding rows zeroed, and the gradients of a random projection of its (first) real rows."""
+    """The output with padding zeroed, and the gradients of a random projection of its (first) rows without padding."""
     real = attention_mask[:, None, :rows, None]
     out = function(*inputs, attention_mask, position_buckets, max_distance) * real
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
@@ -85,7 +85,7 @@ def test_definition_gives_the_numbers_worked_out_by_hand():
 
 @pytest.fixture(scope="module")
 def terms():
-    """The terms of one random head-pair over 19 tokens, with everything that made them."""
+    """The terms of random heads over 19 tokens, with their inputs."""
     q, k, _, pos_q, pos_k = random_inputs(B=2, H=2, L=19, d=5, position_buckets=8, seed=1)
     row = relative_index(distance_buckets(19, 8, 24))
     return q, k, pos_q, pos_k, attention_scores(q, k, pos_q, pos_k, row)
@@ -96,7 +96,7 @@ def row(i: int, j: int) -> int:
 
 
 def every_pair(score) -> Tensor:
-    """score(b, h, i, j) for all of them, in loops."""
+    """score(b, h, i, j) for all indices, in loops."""
     return torch.tensor([[[[score(b, h, i, j) for j in range(19)] for i in range(19)] for h in range(2)]
                          for b in range(2)], dtype=torch.float64)
 
@@ -155,7 +155,7 @@ def test_softmax_is_float32_or_better_whatever_the_scores_are(dtype, wanted):
 
 @st.composite
 def problems(draw, shortest=1):
-    """Sizes, a mask with padding at the end and holes anywhere (but a token in every row), and inputs."""
+    """Sizes, a mask with padding at the end and holes (at least one token in every row), and inputs."""
     B, H, L, d = (draw(st.integers(1, most)) for most in (2, 3, 13, 5))
     L = max(L, shortest)
     position_buckets, reach = draw(st.integers(4, 9)), draw(st.integers(2, 12))
@@ -315,7 +315,7 @@ dropping = pytest.mark.parametrize("form, queries", [(blockwise_attention, 6), (
 
 
 def dropped(form, queries: int, rate: float, attention_mask: Tensor):
-    """q, k, v, pos_q, pos_k -> the output under dropout, the same for the same seed."""
+    """q, k, v, pos_q, pos_k -> the output with dropout, the same for the same seed."""
     def attention(q, k, v, pos_q, pos_k, seed=0):
         torch.manual_seed(seed)
         buckets = distance_buckets(6, 4, 8)

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, and its page is written from its figures alone."""
+"""The benchmark runs all sections, and its page is written from the stored measurements."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ import performance_page
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory) -> dict:
-    """What the script measures of a toy model: all of it, but for start-up and memory, which take a process each."""
+    """The measurements of a toy model, without start-up and memory, which need separate processes."""
     folder = tmp_path_factory.mktemp("bench")
     rows = folder / "rows.csv"
     rows.write_text("id,prompt,response_a,response_b\n" + "".join(

@@ -1,4 +1,4 @@
-"""Checkpoints in the Hugging Face layout: bit for bit in and out, and nothing silently skipped."""
+"""Checkpoints in the Hugging Face layout: exact round trips, and nothing is skipped silently."""
 
 import json
 
@@ -190,7 +190,7 @@ def test_a_file_with_only_a_pooler_gets_a_fresh_classifier(model, saved):
 # Heads of others.
 
 def write_config(folder, **changes) -> None:
-    """Change fields of a saved model's config.json; None leaves one out."""
+    """Change fields of a saved model's config.json; None removes one."""
     path = folder / "config.json"
     fields = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
@@ -263,7 +263,7 @@ OTHER_HEADS = {   # name: (changes of config.json, rows of the classifier, wheth
 
 @pytest.fixture(params=OTHER_HEADS)
 def other(request, saved):
-    """The folder of the same encoder with another task's head, and what that is for."""
+    """The folder of the same encoder with another task's head, and the description of the task."""
     changes, rows, pooler, what = OTHER_HEADS[request.param]
     head = ["pooler.dense.weight", "pooler.dense.bias"] * (not pooler)
     part, size = "classifier" if rows else "qa_outputs", rows or 2

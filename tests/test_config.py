@@ -1,4 +1,4 @@
-"""config.json in and out: v3 is read, everything else is refused by the name of the field."""
+"""Reading and writing config.json: v3 is read, anything else is refused with the name of the field."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ MISSING = object()
 
 @pytest.fixture
 def read(tmp_path):
-    """Read the published fields with some changed (or missing)."""
+    """Read the published fields with some changed or missing."""
     def read_changed(**changes) -> EncoderConfig:
         fields = {name: value for name, value in (PUBLISHED | changes).items() if value is not MISSING}
         path = tmp_path / "config.json"

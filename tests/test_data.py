@@ -1,4 +1,4 @@
-"""From CSV to batches: nothing is lost, leaked, cut unfairly or put under the wrong label."""
+"""From CSV to batches: no lost rows, no leaks, fair truncation, correct labels."""
 
 import bz2
 import gzip
@@ -43,7 +43,7 @@ GOOD = '1,x,y,"[""p""]","[""a""]","[""b""]",1,0,0\n'
 
 
 class Words:
-    """A tokenizer for these tests: a word is its own id, from a dictionary that grows."""
+    """A tokenizer for these tests: each new word gets the next id."""
 
     pad_id, cls_id, sep_id, fingerprint = 0, 1, 2, "words"
 

@@ -1,4 +1,4 @@
-"""Several processes train and predict what one does: the same rows, the same steps, the same score, the same end."""
+"""Several processes train and predict like one: same rows, steps, scores and errors."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ def still(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Each test in a folder of its own with rows to train and validate on; one thread, as each rank has."""
+    """Each test runs in its own folder with training and validation rows, with one thread like each rank."""
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "t.csv", 33)
     write_rows(tmp_path / "v.csv", 150, seed=9)
@@ -57,7 +57,7 @@ def assert_all_ended_well(ranks):
 
 
 def assert_same_run(one: str, several: str, weights: float, moments: float) -> None:
-    """The states of two runs: every weight and, relative to its tensor's largest, every mean of gradients."""
+    """Compares the weights and, relative to each tensor's largest entry, the means of gradients of two runs."""
     (one, facts), (several, others) = (state.read_state(Path(run, "state")) for run in (one, several))
     assert facts["step"] == others["step"] and facts["state"]["lr"] == others["state"]["lr"]
     for name, value in one.items():
@@ -104,7 +104,7 @@ def test_accumulated_micro_batches_of_several_processes_are_one_large_batch(stil
 
 @pytest.fixture(scope="module")
 def whole(encoder, tmp_path_factory):
-    """A run of three processes with dropout that went to its end."""
+    """A completed run of three processes with dropout."""
     folder = tmp_path_factory.mktemp("whole")
     write_rows(folder / "t.csv", 33)
     write_rows(folder / "v.csv", 150, seed=9)
@@ -180,7 +180,7 @@ def test_every_parameter_has_a_gradient_or_ddp_would_wait_for_it():
 
 @pytest.fixture(params=[1, 2, 3, 5])
 def group(request, monkeypatch):
-    """Of a group of so many, whichever rank the test says it is: for what needs no other process."""
+    """A function that pretends to be a rank of a group, for functions that need no communication."""
     monkeypatch.setattr(distributed, "world_size", lambda: request.param)
     return request.param, lambda rank: monkeypatch.setattr(distributed, "rank", lambda: rank)
 
@@ -335,7 +335,7 @@ def test_torchrun_predicts(judge_folder):
 
 
 def torchrun_after_an_epoch(encoder) -> subprocess.Popen:
-    """Two processes that train on and on, in `r`, once they have been evaluated."""
+    """Two processes in an endless run in `r`, after an evaluation."""
     write_rows(Path("t.csv"), 2000)
     process = torchrun(2, "train", [*SHORT, "--encoder", str(encoder), "--run", "r", "--epochs", "200"])
     assert any(line.startswith("epoch") for line in process.stdout)

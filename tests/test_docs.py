@@ -1,9 +1,9 @@
-"""README and docs/ hold what they promise: snippets and commands run, figures are current, links lead somewhere.
+"""README and docs/ are correct: snippets and commands run, figures are current, links are valid.
 
-A fence with ```python or ```sh is run as it stands, a page's fences in their order. A comment on the line above says
-where one is not: `<!-- slow -->` waits for `make test-slow`, `<!-- needs: FILES -->` for files that a reader has to
-fetch, `<!-- not run: WHY -->` for nothing. Where a command would train for minutes, its options are followed by others
-that shorten it (`hurried`).
+Code blocks with ```python or ```sh are run unchanged, those of a page in their order. A comment on the line above
+marks exceptions: `<!-- slow -->` is run by `make test-slow`, `<!-- needs: FILES -->` needs files that a reader must
+fetch, `<!-- not run: WHY -->` is not run. A command that would train for minutes gets more options that shorten it
+(`hurried`).
 """
 
 import ast
@@ -56,7 +56,7 @@ def fences(page: str, kind: str | None = None) -> list[Fence]:
 
 
 def module(path: str):
-    """A script of docs/, which is no package, as a module."""
+    """A script of docs/ as a module."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
@@ -67,7 +67,7 @@ def module(path: str):
 
 @pytest.fixture
 def at_root(monkeypatch):
-    """A page's snippets run where a reader stands, and leave torch's defaults as they were."""
+    """Run a page's snippets in the repository's root, and restore torch's defaults."""
     monkeypatch.chdir(ROOT)
     before, state = torch.get_default_dtype(), torch.get_rng_state()
     yield
@@ -76,7 +76,7 @@ def at_root(monkeypatch):
 
 
 def run_snippets(page: str) -> dict:
-    """Run a page's unmarked python fences in one namespace, which is returned; errors name the page's line."""
+    """Run a page's unmarked python blocks in one namespace, which is returned; errors name the page's line."""
     names = {}
     for fence in fences(page, "python"):
         if not fence.mark:
@@ -111,7 +111,7 @@ def test_every_fence_is_run_or_says_why_not():
 # Links and names.
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
+    """The anchors of a page's headings on GitHub."""
     found = set()
     for heading in re.findall(r"^#+ +(.*?)\s*$", FENCE.sub("", text), re.M):
         words = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()).replace(" ", "-")
@@ -120,7 +120,7 @@ def anchors(text: str) -> set[str]:
 
 
 def links(page: str) -> list[tuple[str, str]]:
-    """(text, target) of every link and picture of a page, fences left out."""
+    """(text, target) of every link and picture of a page, without code blocks."""
     return re.findall(r"\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)", FENCE.sub("", text_of(page)))
 
 
@@ -194,9 +194,9 @@ def test_every_option_and_target_of_a_command_exists():
 
 
 def removed_scripts(page: str) -> dict[str, str]:
-    """The scripts that a page says are no longer here, each with the commit that has them.
+    """The removed scripts that a page mentions, each with a commit that contains it.
 
-    They are those named in a paragraph with the words 'reproducible at commit': the mark is what a reader sees.
+    They are those in a paragraph with the words 'reproducible at commit'.
     """
     found = {}
     for paragraph in text_of(page).split("\n\n"):
@@ -252,7 +252,7 @@ def test_the_notebook_has_every_cell_of_its_source():
 
 @pytest.fixture
 def notebook(tmp_path):
-    """A function that runs all cells, with a folder `input` in which the project and rows are; it gives the result."""
+    """A function that runs all cells with a folder `input` that contains the project and rows; returns the result."""
     inputs = tmp_path / "input"
     (inputs / "project").mkdir(parents=True)
     for name in ("train.py", "predict.py", "minipref", "weights"):
@@ -319,7 +319,7 @@ def test_the_notebook_runs_as_two_processes(notebook, encoder, tmp_path):
 
 
 def run(command: list[str], folder: Path, **settings: str) -> str:
-    """What a command prints; it has to end with 0. Variables of a `make` that runs these tests are not its own."""
+    """The output of a command, which must succeed. Variables of a surrounding `make` are removed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "ARGS"))}
     done = subprocess.run(command, cwd=folder, env=environment | settings, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -329,7 +329,7 @@ def run(command: list[str], folder: Path, **settings: str) -> str:
 # Exercises.
 
 def breaking() -> list[tuple[str, str, str, str, str]]:
-    """(heading, file, the right lines, the wrong ones, the test) of the exercises that break something."""
+    """(heading, file, correct lines, wrong lines, test) of the exercises that introduce a mistake."""
     parts = re.split(r"^## ", text_of("docs/exercises.md"), flags=re.M)[1:]
     found = []
     for part in parts:
@@ -418,7 +418,7 @@ def test_nothing_to_check_is_one_line_and_exit_code_2(arguments, said, tmp_path,
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of the project as a reader has it after `make setup`: no runs, no data, the bundled encoder only."""
+    """A copy of the project after `make setup`: no runs, no data, only the bundled encoder."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("README.md", "Makefile", "pyproject.toml", "requirements.txt", "requirements-dev.txt", "train.py",
                  "predict.py"):
@@ -435,7 +435,7 @@ def checkout(tmp_path_factory) -> Path:
 
 
 def hurried(command: str) -> str:
-    """The command with options after its own that make it a matter of seconds."""
+    """The command with additional options that reduce its time to seconds."""
     command = command.split("#")[0].strip()
     if command == "make train":
         return f'make train ARGS="{HURRY}"'
@@ -445,7 +445,7 @@ def hurried(command: str) -> str:
 
 
 def run_fence(fence: Fence, folder: Path) -> str:
-    """What a fence's commands print, one after the other in `folder`; the sample's test rows are cut to a dozen."""
+    """The output of a code block's commands, run in `folder`; the synthetic test rows are cut to a dozen."""
     printed = []
     for line in fence.text.strip().split("\n"):
         test_rows = folder / "data" / "synthetic" / "test.csv"
@@ -460,7 +460,7 @@ def sh_fences(mark: str) -> list[Fence]:
 
 
 def shape(line: str) -> str:
-    """A line of output with its figures, and what hangs on them, made equal."""
+    """A line of output with its numbers, and text that depends on them, replaced by placeholders."""
     line = re.sub(r"-?\d[\d,.]*(e-?\d+)?", "#", line.replace("NOT better", "Better"))
     return re.sub(r"\s+", " ", re.sub(r"^ended: .*", "ended:", line)).removesuffix(" best").strip()
 
@@ -529,7 +529,7 @@ def test_make_pretrain_makes_an_encoder(checkout):
 
 
 def few(command: str) -> str:
-    """A command of docs/experiments.md with options after its own that make it a matter of seconds."""
+    """A command of docs/experiments.md with additional options that reduce its time to seconds."""
     command = re.sub(r"\w+=\S+/model", "again=weights/minipref-tiny", command)      # encoders that a reader pretrains
     if "experiments.py" in command:
         own = re.search(r"--options '(.*?)'", command)

@@ -1,4 +1,4 @@
-"""The encoder and the classifier as built: against the definition written from arithmetic, and promise by promise."""
+"""Encoder and classifier: against a definition in elementary arithmetic, and property by property."""
 
 import copy
 import math
@@ -115,7 +115,7 @@ def test_every_token_is_of_the_prompt_of_a_of_b_or_of_nothing():
 
 
 def opinionated(head):
-    """The head with weights that are not its first ones, which are 0."""
+    """The head with random weights; its initial weights are 0."""
     assert not head.linear.weight.any() and not head.linear.bias.any()
     init_weights(head, 1.0)
     nn.init.normal_(head.linear.bias)

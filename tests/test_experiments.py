@@ -1,4 +1,4 @@
-"""The tables of encoders and baselines: scored on the rows they are said to be; a run that is over is not run again."""
+"""The tables of encoders and baselines: scored on the right rows; finished runs are not repeated."""
 
 import json
 import re
@@ -20,7 +20,7 @@ import experiments
 
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
-    """A function that calls the program with figures and page of its own, and returns the table's rows."""
+    """A function that runs the program with temporary files for results and page, and returns the table's rows."""
     monkeypatch.setattr(experiments, "FIGURES", tmp_path / "figures.json")
     monkeypatch.setattr(experiments, "PAGE", tmp_path / "page.md")
     (tmp_path / "page.md").write_text("Before.\n" + "".join(experiments.MARKS) + "After.\n")

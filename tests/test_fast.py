@@ -1,6 +1,6 @@
-"""`accelerate(model)` against the plain model, and what the fast forms promise beyond their values.
+"""`accelerate(model)` against the plain model, and the memory, dropout and speed of the fast forms.
 
-That every form of attention equals the definition is proven in `test_attention.py`.
+`test_attention.py` compares every form of attention with the definition.
 """
 
 import copy
@@ -42,7 +42,7 @@ SPAN, MAX_DISTANCE = 8, 24
 
 
 def inputs(B=2, H=2, L=20, d=6, dtype=torch.float64, seed=0):
-    """q, k, v, pos_q, pos_k that want gradients, and the table row of each distance."""
+    """q, k, v, pos_q, pos_k with requires_grad, and the table row of each distance."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(B, H, L, d)] * 3 + [(H, 2 * SPAN, d)] * 2
     tensors = [(1.5 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
@@ -132,7 +132,7 @@ def test_padding_costs_no_computation(monkeypatch):
 # What is kept, and what is not.
 
 def bytes_kept(function) -> int:
-    """What autograd keeps of a computation for its backward pass."""
+    """Bytes that autograd stores for the backward pass of a computation."""
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
             lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x) is None or x, lambda x: x):
@@ -174,13 +174,13 @@ def test_second_derivatives_are_refused_and_not_wrong():
 # Dropout.
 
 def attention_with_mask(q, k, v, pos_q, pos_k, attention_mask, rows, mask):
-    """The plain form with given dropout mask (B, H, L, L), already divided by the share that is kept."""
+    """The plain form with a given dropout mask (B, H, L, L), already divided by the keep probability."""
     scores = sum(attention_scores(q, k, pos_q, pos_k, relative_index(rows)))
     return (masked_softmax(scores, attention_mask) * mask) @ v
 
 
 def mask_of(q, k, pos_q, pos_k, attention_mask, rows, dropout, seed):
-    """What `blockwise_attention` multiplies its probabilities with: with v the identity, its result shows them."""
+    """The dropout mask of `blockwise_attention`, from its output with v the identity."""
     B, H, L, d = q.shape
     assert d == L, 'v must be a square'
     torch.manual_seed(seed)
@@ -369,7 +369,7 @@ def test_an_accelerated_model_uses_the_backend_selected_and_the_plain_one_none(m
 # The accelerated model against the plain one.
 
 def results(model, ids, attention_mask):
-    """Logits, every layer's output at real tokens, and all gradients of their sum, by name."""
+    """Logits, every layer's output without padding, and all gradients of their sum, by name."""
     weights = torch.randn(ids.shape[1], model.config.hidden_size, dtype=torch.float64,
                           generator=torch.Generator().manual_seed(1))
     logits, states = model(ids, attention_mask), list(model.encoder.hidden_states(ids, attention_mask))
@@ -432,7 +432,7 @@ def test_the_encoder_of_an_accelerated_classifier_still_gives_every_token():
 
 @pytest.fixture(scope="module")
 def six_layers():
-    """A fresh v3-small but for the vocabulary, its weights half as large again, and a batch of 330 tokens or fewer."""
+    """A v3-small with a small vocabulary and initial weights times 1.5, and a batch of up to 330 tokens."""
     torch.manual_seed(0)
     config = EncoderConfig(vocab_size=900)
     model = PreferenceModel(config)
@@ -482,13 +482,13 @@ def test_the_plain_model_under_torch_compile_gives_the_same():
 
 
 def resident() -> int:
-    """Bytes of memory that the process holds now."""
+    """Resident memory of the process in bytes."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
 
 
 def in_a_fork(measure) -> int:
-    """The number that `measure` gives in a forked process, so that what glibc is told there stays there."""
+    """The result of `measure` in a forked process, so that its glibc settings do not affect this one."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -517,7 +517,7 @@ def freed_at_once(at_least: int) -> int:
 
 @pytest.fixture
 def one_thread():
-    """A forked process has lost the others."""
+    """Forked processes have only one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

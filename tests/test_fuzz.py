@@ -1,5 +1,7 @@
-"""The readers of rows and of configurations take any damage: what they do not understand is one line that names the
-file, never another error. (For tokenizers see test_tokenizer.py and test_sentencepiece_model.py.)"""
+"""Fuzzing the readers of rows and configurations: damaged files give a one-line error with the file's name.
+
+For tokenizers see test_tokenizer.py and test_sentencepiece_model.py.
+"""
 
 import json
 
@@ -28,7 +30,7 @@ def tokenizer():
 
 
 def read_or_refuse(path, tokenizer) -> None:
-    """Rows that can be encoded, or one line that names the file."""
+    """The file gives rows that can be encoded, or a one-line error with its name."""
     for labels in ("required", "if present"):
         try:
             pairs = list(read_pairs(path, labels, unique_ids=labels != "required"))

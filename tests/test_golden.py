@@ -1,7 +1,7 @@
-"""minipref against golden tensors that transformers computed: the proof that needs no transformers to run.
+"""minipref against golden tensors computed by transformers, so that the comparison runs without transformers.
 
-The files are written by `tests/golden/make_golden.py`. The weights go through a checkpoint on disk and the rename
-table, as published ones do; a wrong name, a wrong transpose or a wrong sign ends as a wrong layer.
+The files are written by `tests/golden/make_golden.py`. The weights are loaded from a checkpoint on disk like published
+ones, so a wrong name, transpose or sign gives a wrong layer.
 """
 
 import copy
@@ -24,7 +24,7 @@ CASES = ("small_span", "v3_span")
 
 @pytest.fixture(scope="module", params=CASES)
 def plain(request, tmp_path_factory):
-    """What transformers computed, and minipref's plain model with the same weights."""
+    """The tensors of transformers, and minipref's plain model with the same weights."""
     with safe_open(GOLDEN / f"{request.param}.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is not a dict
         config = json.loads(file.metadata()["config"])

@@ -1,7 +1,6 @@
-"""Whatever a file holds, the programs end in one line and exit code 2, or do their work: a table of bad inputs.
+"""A table of bad inputs: for each, the programs work or end with one line and exit code 2.
 
-Each is run through `train.main` or `predict.main`, as the command line does. None may raise, hang, take memory beyond
-reason or leave a file behind.
+Each input is run through `train.main` or `predict.main`. None may raise, hang, use excessive memory or leave a file.
 """
 
 import gzip
@@ -34,7 +33,7 @@ SECONDS, MEGABYTES = 60, 400         # what one input may cost; the good ones ta
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A trained model's folder, which is an encoder's too."""
+    """A trained model's folder, which is also an encoder's."""
     folder = tmp_path_factory.mktemp("good")
     write_encoder(folder / "encoder")
     torch.manual_seed(1)
@@ -48,7 +47,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def bounded(capsys, main, arguments: list[str]) -> tuple[int, str, str]:
-    """Run a program under an alarm, and see what memory it took."""
+    """Run a program with a time limit, and measure its memory."""
     def too_long(*_):
         raise TimeoutError(f"{arguments} took more than {SECONDS} s")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -69,7 +68,7 @@ def files() -> dict[str, int]:
 
 
 def refused(capsys, main, arguments: list[str], what: str) -> None:
-    """Exit code 2, one line, and not a file more than before."""
+    """Exit code 2, one line of output, and no new file."""
     before = files()
     code, _, err = bounded(capsys, main, arguments)
     assert code == 2, err
@@ -165,7 +164,7 @@ def test_a_bad_test_file_is_one_line_and_no_submission(good, capsys, name):
 
 
 def no_file(kind: str) -> str:
-    """Something that has a name and is no ordinary file. Returns what is said of it."""
+    """Create something that is not a regular file. Returns its description in the message."""
     path = Path("bad.csv")
     if kind == "a directory":
         path.mkdir()
@@ -238,7 +237,7 @@ QUERY = "deberta.encoder.layer.0.attention.self.query_proj.weight"
 
 
 def with_tensor(value: torch.Tensor | None, name: str = QUERY):
-    """A change to a model's tensors: one of them anew, or gone."""
+    """A change to a model's tensors: one replaced or removed."""
     return lambda tensors: {k: v for k, v in (tensors | {name: value}).items() if v is not None}
 
 
@@ -278,12 +277,12 @@ LINKS = {"a link to nothing": "gone", "a link to itself": "model.safetensors", "
 
 @pytest.fixture
 def model(good, tmp_path):
-    """A copy of the good model, to be spoiled."""
+    """A copy of the good model, to be damaged."""
     return Path(shutil.copytree(good, tmp_path / "model"))
 
 
 def refused_by_both(capsys, model: Path, what: str, head: bool = True) -> None:
-    """By predict.py as a model; by train.py as an encoder, whatever its head."""
+    """Refused by predict.py as a model and by train.py as an encoder."""
     Path("t.csv").write_text(rows())
     refused(capsys, predict.main, ["t.csv", "--model", str(model)], what)
     if head:

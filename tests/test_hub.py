@@ -1,6 +1,6 @@
-"""Fetching, against a hub that the test serves itself on the loopback interface: no test here leaves the machine.
+"""Fetching from a fake hub on the loopback interface, without network.
 
-Retries, tokens and the cache are huggingface_hub's, and tested there. Tested here is what minipref makes of them.
+Retries, tokens and the cache are tested by huggingface_hub. These tests cover how minipref uses them.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ LARGE = {"model.safetensors", "pytorch_model.bin", "spm.model", "train.csv"}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The few routes of the hub that fetching uses, and the storage host that its large files are redirected to."""
+    """The routes of the hub that fetching uses, and the storage host to which large files are redirected."""
 
     protocol_version = "HTTP/1.1"
 
@@ -109,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Served:
-    """What the hub of a test holds, what it is told to do wrong, and what was asked of it."""
+    """The files of a test's hub, its simulated failures, and the log of requests."""
 
     def __init__(self):
         self.repos = {REPO: {"config.json": b'{"model_type": "deberta-v2"}', "spm.model": b"\x00pieces" * 3000,
@@ -124,7 +124,7 @@ class Served:
         self.faults[method, name] = itertools.repeat(faults[0]) if forever else iter(faults)
 
     def only_a_bin(self, **options) -> dict[str, bytes]:
-        """Makes the repository what microsoft/deberta-v3-small is: a .bin, no safetensors."""
+        """Gives the repository a .bin and no safetensors, like microsoft/deberta-v3-small."""
         files = self.repos[REPO]
         del files["model.safetensors"]
         files["pytorch_model.bin"] = saved(state_dict(), **options)
@@ -164,7 +164,7 @@ def point_at(url: str, monkeypatch):
 
 
 def cached(home: Path, repo: str, files: dict[str, bytes]) -> Path:
-    """The cache that another program, transformers say, leaves in `home` when it has used these files."""
+    """Fill the cache in `home` as another program, such as transformers, would."""
     folder = home / "hub" / f"models--{repo.replace('/', '--')}"
     for name in ("blobs", "refs", f"snapshots/{COMMIT}"):
         (folder / name).mkdir(parents=True)
@@ -177,7 +177,7 @@ def cached(home: Path, repo: str, files: dict[str, bytes]) -> Path:
 
 
 def command(*arguments: str | Path, home: Path, **environment: str) -> subprocess.CompletedProcess:
-    """`python -m minipref.hub ...` in a process of its own."""
+    """`python -m minipref.hub ...` in a separate process."""
     environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(home)} | environment
     return subprocess.run([sys.executable, "-m", "minipref.hub", *map(str, arguments)], cwd=ROOT, text=True,
                           capture_output=True, timeout=120, env=environment)
@@ -198,7 +198,7 @@ def same_tensors(found: dict, expected: dict):
 
 
 def refusal(call, *arguments, error: type[Exception] = InputError) -> str:
-    """The one line a failing call ends in."""
+    """The message of a failing call."""
     with pytest.raises(error) as caught:
         call(*arguments)
     line = str(caught.value)

@@ -1,4 +1,4 @@
-"""The layouts and files in which people keep preference rows give the same rows as the competition's CSV."""
+"""All supported layouts and file formats give the same rows as the competition's CSV."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ def rows(texts: str, labels: str) -> list[dict]:
 
 
 def written(path, records: list[dict]):
-    """Write records as the file's name says."""
+    """Write records in the format of the file's name."""
     if path.suffix == ".csv":
         pd = pytest.importorskip("pandas")
         cells = [{name: json.dumps(value) if isinstance(value, list) else value for name, value in row.items()}

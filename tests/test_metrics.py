@@ -1,4 +1,4 @@
-"""Scores, baselines and calibration against scikit-learn or by hand; the conclusions follow from the scores."""
+"""Scores, baselines and calibration against scikit-learn or by hand; conclusions follow from the scores."""
 
 import math
 
@@ -25,7 +25,7 @@ from minipref.surface import FEATURES
 
 
 def predictions(rows: int = 500, seed: int = 0, sharpness: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
-    """Random probabilities and labels that agree with them somewhat."""
+    """Random probabilities and correlated labels."""
     rng = np.random.default_rng(seed)
     logits = sharpness * rng.standard_normal((rows, 3))
     labels = (logits + rng.gumbel(size=(rows, 3))).argmax(1)
@@ -243,7 +243,7 @@ def test_the_score_table_has_a_line_for_each_result():
 # --- conclusions
 
 def preference_rows(count=600, seed=0, shares=(0.36, 0.34, 0.30)):
-    """Labels, segment lengths, and logits (N, 2, 3) that know the label, from a generator with a fixed seed."""
+    """Labels, segment lengths, and logits (N, 2, 3) that depend on the label, from a fixed seed."""
     random = np.random.default_rng(seed)
     labels = random.choice(3, count, p=shares)
     lengths = random.integers(50, 800, (count, 3))

@@ -1,9 +1,8 @@
-"""Mistakes made on purpose, one at a time, and for each the test that must notice.
+"""Deliberate mistakes, one at a time, and the test that must detect each.
 
-A test that passes proves little until it has been seen to fail. Each line below is a mistake that somebody made in some
-DeBERTa or some training loop, written as a change to the program's text; the text is changed in memory, the named test
-is run on it, and it has to fail. A mutant that survives is a test that is missing. `tests/sweep.py` does the same with
-every sign and comparison of the arithmetic.
+A test has little value until it has been seen to fail. Each entry below is a plausible mistake in a DeBERTa or a
+training loop, as a change of the source. The source is changed in memory, and the named test must fail. A mutant that
+survives shows a missing test. `tests/sweep.py` does the same with every sign and comparison of the arithmetic.
 """
 
 import subprocess

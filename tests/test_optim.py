@@ -1,4 +1,4 @@
-"""The optimizer, its schedule, the clipping and the groups: each against torch's or transformers' own."""
+"""AdamW, schedules, clipping and parameter groups, against torch's and transformers' implementations."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ def two_groups(parameters: list[nn.Parameter]) -> list[dict]:
 
 
 def draw_gradients(parameters: list[nn.Parameter], step: int) -> None:
-    """Random gradients, the same for equal `step`: most rows of the (40, 3) one zero, as a word table's are, and in
+    """Random gradients, the same for equal `step`: most rows of the (40, 3) one are zero, as in word embeddings, and in
     every fifth step one parameter without any."""
     generator = torch.Generator().manual_seed(1000 + step)
     for index, p in enumerate(parameters):

@@ -1,4 +1,4 @@
-"""Nothing that is not ours is overwritten, replaced or read: folders of runs, outputs that are no files, siblings."""
+"""The programs never overwrite other files: run folders, outputs that are links or pipes, sibling files."""
 
 import contextlib
 import os
@@ -41,13 +41,13 @@ def model(encoder, tmp_path_factory) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, links and pipes as what they are."""
+    """Every file below a folder, including links and pipes."""
     return {str(path): path.read_bytes() if path.is_file() else str(path.lstat().st_mode).encode()
             for path in sorted(folder.rglob("*"))}
 
 
 def refused(capsys, main, arguments: list[str], *said: str) -> None:
-    """Exit code 2, one line that says what, and every file as it was."""
+    """Exit code 2, a one-line message, and all files unchanged."""
     before = content(Path())
     assert main(arguments) == 2
     err = capsys.readouterr().err
@@ -158,7 +158,7 @@ def test_a_figure_that_nobody_named_is_not_written_over(model, capsys):
 
 @contextlib.contextmanager
 def reading(path: str | int):
-    """A list that holds, after the block, what was written into a pipe or a terminal."""
+    """A list that after the block contains the data written into a pipe or a terminal."""
     found = []
 
     def read() -> None:

@@ -1,11 +1,11 @@
-"""minipref against transformers, live: every layer's values, the logits, the loss, and the gradient of every parameter.
+"""minipref against transformers: every layer's output, the logits, the loss, and the gradient of every parameter.
 
-Only real tokens compare: transformers masks queries as well as keys, so what it computes for padding is something else,
-and nobody reads either. Two objectives are differentiated: the classifier's loss, which reads [CLS] alone, and a random
-projection of every layer's output, which reads everything.
+Padding is not compared: transformers also masks queries, so its outputs there differ, and they are unused. Two
+objectives are differentiated: the classifier's loss, which depends only on [CLS], and a random projection of every
+layer's output, which depends on all tokens.
 
-What the tolerances are: transformers' own float32 gradients are within 4e-5 of its float64 ones, so 2e-4 is a factor of
-a few; its float64 differs from ours by its rounding of sqrt(3 d) to float32 and, that apart, by 1e-14.
+Tolerances: transformers' float32 gradients are within 4e-5 of its float64 ones, so 2e-4 leaves a factor of 5. Its
+float64 results differ from ours by its rounding of sqrt(3 d) to float32 and otherwise by 1e-14.
 """
 
 from functools import lru_cache
@@ -66,7 +66,7 @@ def assert_same(ours: Outcome, theirs: Outcome, attention_mask: Tensor, toleranc
 
 @lru_cache(maxsize=3)                 # the forms of the model come one after the other, and share the reference
 def problem(config, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[PreferenceModel, tuple, Outcome]:
-    """A model with large weights, a batch for it, and what transformers makes of both."""
+    """A model with large weights, a batch, and the results of transformers."""
     model = large_model(config, dtype=dtype)
     batch = *padded_batch(config, lengths), torch.arange(len(lengths)) % 3
     with reference_scale_in_float64():
@@ -128,7 +128,7 @@ def test_training_mode_without_dropout_is_evaluation_mode():
 
 
 def dropout_by_place(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """A dropout that decides on an entry by its place alone: the same in two programs that call it in another order,
+    """A dropout whose mask depends only on an entry's position: the same in two programs that call it in another order,
     or for the first query only, or for the relative table without its row 0 (tables are counted from their end)."""
     if not training or p == 0:
         return x

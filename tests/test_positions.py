@@ -1,4 +1,4 @@
-"""Distances, buckets and rows: DeBERTa-v3's only notion of order."""
+"""Distances, buckets and rows of the relative embeddings."""
 
 import math
 
@@ -14,7 +14,7 @@ ANCHORS = {0: 0, 1: 1, 2: 2, 127: 127, 128: 128, 129: 129, 130: 130, 131: 131, 1
 
 
 def exact_bucket(distance: int, position_buckets: int, max_distance: int) -> int:
-    """The formula in whole numbers, where nothing rounds.
+    """The bucket formula in exact integer arithmetic.
 
     ceil(log(a / half) / log(reach / half) * (half - 1)) is the smallest n for which
     (a / half)^(half - 1) <= (reach / half)^n; multiplied out, both sides are integers.

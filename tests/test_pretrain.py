@@ -1,4 +1,4 @@
-"""Replaced-token detection: what goes in, which gradient reaches which table, what comes out, and that it learns."""
+"""Replaced-token detection: inputs, gradients of the shared table, exported encoder, and learning."""
 
 import csv
 import gzip
@@ -48,7 +48,7 @@ DOES = ("reads both answers twice before choosing one of them", "keeps seven cop
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    """A file of 400 lines, each a document: six people, each doing any of six things."""
+    """A file of 400 one-line documents: six people, each with one of six activities."""
     rng = random.Random(0)
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_text("\n".join(f"{rng.choice(WHO)} {rng.choice(DOES)}." for _ in range(400)), encoding="utf-8")
@@ -381,7 +381,7 @@ def run(text: Path, output: Path, *more: str) -> int:
 
 
 def interrupt(monkeypatch, after: int, how) -> None:
-    """Let `how()` happen in the middle of the optimizer step of this number."""
+    """Call `how()` in the middle of this optimizer step."""
     real, calls = loop.clip_and_step, []
 
     def clip_and_step(*args):

@@ -1,6 +1,4 @@
-"""A run survives anything, ends the same, and says what is wrong: the promises of docs/reliability.md.
-
-Hostile input has files of its own: test_hostile.py is the table, test_fuzz.py the dice.
+"""Fault tolerance: the guarantees of docs/reliability.md. For bad input see test_hostile.py and test_fuzz.py.
 """
 
 import contextlib
@@ -44,14 +42,14 @@ OUTCOME = ("metrics.csv", "valid_predictions.csv", "model/model.safetensors", "m
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Each test in a folder of its own with rows to train on."""
+    """Each test runs in its own folder with training rows."""
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "t.csv", 60)
 
 
 @pytest.fixture(scope="module")
 def whole(encoder, tmp_path_factory):
-    """The run that nothing happened to, with a state after each step."""
+    """An uninterrupted run, with a state after each step."""
     folder = tmp_path_factory.mktemp("whole")
     with contextlib.chdir(folder):
         write_rows(Path("t.csv"), 60)
@@ -61,7 +59,7 @@ def whole(encoder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def half(encoder, tmp_path_factory):
-    """The same run, stopped after its fourth of six steps, with the state before it still there."""
+    """The same run, stopped after the fourth of six steps, with its previous state."""
     folder = tmp_path_factory.mktemp("half")
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         write_rows(Path("t.csv"), 60)
@@ -81,7 +79,7 @@ STEP = "learning_rates"         # what train.py calls once at the beginning of e
 
 
 def signal_at(patch, module, name, number, which=signal.SIGTERM):
-    """Let a signal arrive just before the `number`-th call of a function."""
+    """Send a signal just before the `number`-th call of a function."""
     real, calls = getattr(module, name), []
 
     def called(*args, **kwargs):
@@ -107,7 +105,7 @@ def call(capsys, arguments, main=train.main) -> tuple[int, str, str]:
 
 
 def refused(capsys, arguments, main=train.main) -> str:
-    """The one line of a refusal, with exit code 2."""
+    """The one-line message of a refused command with exit code 2."""
     code, _, err = call(capsys, arguments, main)
     assert code == 2 and err.count("\n") == 1, err
     return err
@@ -173,13 +171,13 @@ def test_a_stopped_half_precision_run_keeps_its_loss_scale(encoder, monkeypatch)
 
 
 def resumable(half: Path) -> None:
-    """A copy of the half-done run in the current folder."""
+    """A copy of the stopped run in the current folder."""
     shutil.copytree(half, "run")
     shutil.copy(half.parent / "t.csv", "t.csv")
 
 
 def change_manifest(change) -> None:
-    """Write other values into config.json, checksum and all, as another machine or version would have."""
+    """Change config.json and its checksum, as if another machine or version had written it."""
     path = Path("run/config.json")
     stored = run_folder.read_manifest(path.parent, "train.py")
     change(stored)
@@ -508,7 +506,7 @@ def test_a_signal_that_comes_while_processes_compare_theirs_is_not_lost(monkeypa
 
 @pytest.fixture
 def hang_up_ends_a_program():
-    """As in a terminal, also where these tests run under nohup."""
+    """SIGHUP has its default action, as in a terminal, also if these tests run under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -585,7 +583,7 @@ def test_a_run_outside_the_main_thread_says_that_no_signal_is_handled(encoder, c
 
 
 def process_globals() -> dict:
-    """What a program shares with all else in its process, as far as Python can tell."""
+    """The global settings of the process."""
     backends = torch.backends
     return {
         "deterministic": (torch.get_deterministic_debug_mode(), torch.are_deterministic_algorithms_enabled(),
@@ -654,7 +652,7 @@ def test_what_is_global_is_as_it_was_after_every_command_and_every_error(encoder
 
 
 class NoCompiler(RuntimeError):
-    """As torch raises it, in everything but the seconds that the import of its class takes."""
+    """Like torch's error, without the slow import of its class."""
 
     __module__ = "torch._inductor.exc"
 
@@ -707,7 +705,7 @@ def test_save_every_bounds_what_sudden_death_costs(encoder, monkeypatch):
 # --- numbers
 
 def poison(monkeypatch, step: int, value: float, where: str) -> None:
-    """Let the loss or a gradient of one step not be finite."""
+    """Make the loss or a gradient of one step NaN or infinite."""
     real, calls = train.clip_gradients, []
 
     def clip(parameters, most):
@@ -785,7 +783,7 @@ socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refused
 
 
 def without_network(folder: Path) -> dict[str, str]:
-    """An environment in which every attempt at a connection fails and is written down."""
+    """An environment in which every connection attempt fails and is recorded."""
     (folder / "sitecustomize.py").write_text(NO_NETWORK.format(marker=str(folder / "tried")))
     return {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"PYTHONPATH": str(folder)}
 

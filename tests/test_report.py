@@ -1,4 +1,4 @@
-"""A run's page and model card: they show the run's scores, whatever the texts hold, and without matplotlib too."""
+"""A run's page and model card: correct scores, any texts, with and without matplotlib."""
 
 import argparse
 import json
@@ -48,7 +48,7 @@ FACTS = {"run": "runs/one", "date": "2026-01-01 12:00", "encoder": "weights/tiny
 
 
 class Axes:
-    """Stands in for matplotlib's axes and remembers what it is told to draw."""
+    """Replaces matplotlib's axes and records the calls."""
 
     def __init__(self):
         self.calls = []

@@ -1,4 +1,4 @@
-"""Whether two runs have the same numbers: equal means equal bytes; a difference is named with its place and size."""
+"""Comparison of two runs: equal bytes, or differences with place and size."""
 
 import sys
 from pathlib import Path

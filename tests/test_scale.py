@@ -1,4 +1,4 @@
-"""Larger encoders and lower precisions: what must hold before one rents a machine for them."""
+"""Larger encoders and lower precisions: checks before the use of a larger machine."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The reader of spm.model says in one line what is wrong with a file. (Its ids are in test_tokenizer.py.)"""
+"""Errors of the reader of spm.model. Its ids are tested in test_tokenizer.py."""
 
 import math
 import struct
@@ -116,7 +116,7 @@ def test_a_model_that_is_cut_off_anywhere_is_refused():
 
 
 def edited(data: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
-    """Each edit (place, length, new) puts `new` in the place of `length` bytes."""
+    """Apply edits (position, length, new), each of which replaces `length` bytes by `new`."""
     for place, length, new in edits:
         place %= len(data) + 1
         data = data[:place] + new + data[place + length:]

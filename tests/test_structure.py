@@ -1,7 +1,7 @@
-"""The picture of the package: who may import whom, and how long the two files that are read first may be.
+"""The structure of the package: allowed imports, and the maximum length of train.py and model.py.
 
-Imports are read from the sources with ast. Those inside functions count too, except for cycles, which only imports at
-the top of a file can make.
+Imports are read from the sources with ast, including those inside functions; for cycles only imports at the top of a
+file count.
 """
 
 import ast
@@ -22,7 +22,7 @@ MAY_IMPORT_FAST = ("train", "predict", "minipref.fast", "minipref.pretrain", "mi
 
 
 def module_name(path: Path) -> str:
-    """A file as an import names it: minipref/run/state.py is minipref.run.state."""
+    """The module name of a file: minipref/run/state.py is minipref.run.state."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -32,13 +32,13 @@ PACKAGE = sorted(module for module in FILES if module.startswith("minipref."))
 
 
 def is_in(module: str, places: tuple[str, ...]) -> bool:
-    """Whether a module is one of the places or lies in one that is a folder."""
+    """Whether a module is one of the places or inside one that is a package."""
     return any(module == place or module.startswith(f"{place}.") for place in places)
 
 
 @cache
 def imports(module: str, top_only: bool = False) -> frozenset[str]:
-    """What a file imports. `from minipref.run import state` is minipref.run.state, as that is a file too."""
+    """The modules that a file imports. `from minipref.run import state` imports minipref.run.state."""
     tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
     found = set()
     for node in tree.body if top_only else ast.walk(tree):

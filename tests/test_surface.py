@@ -1,4 +1,4 @@
-"""What is counted in a pair, the regression on it, and its blend with a model."""
+"""Surface features, the regression on them, and its blend with a model."""
 
 import json
 import math
@@ -81,7 +81,7 @@ def test_features_are_named_and_counted_on_the_whole_text():
 
 
 def labelled(rows: int, seed: int = 0) -> tuple[list[Pair], np.ndarray]:
-    """Pairs of which the longer answer wins mostly, and equal ones are ties."""
+    """Pairs in which the longer answer usually wins, and equal answers are ties."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 200, (rows, 2))
     sizes[rng.random(rows) < 0.2, 1] = 0
@@ -113,7 +113,7 @@ def test_other_features_than_length_count_in_full_with_many_rows_and_hardly_with
 # --- the blend
 
 def parts(rows: int, of_model: float, of_surface: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits (rows, 2, 3) of a model three times too sure, a surface's (rows, 3), and labels drawn from their sum."""
+    """Logits (rows, 2, 3), three times too large, surface logits (rows, 3), and labels drawn from their sum."""
     rng = np.random.default_rng(seed)
     model, surface = of_model * rng.standard_normal((rows, 3)), of_surface * rng.standard_normal((rows, 3))
     labels = (model + surface + rng.gumbel(size=(rows, 3))).argmax(1)

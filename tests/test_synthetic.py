@@ -1,4 +1,4 @@
-"""The synthetic dataset keeps its promises: a known rule, exact probabilities, no shortcut by length or by words."""
+"""The synthetic dataset: a known rule, exact probabilities, no shortcut by length or by words."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def last_turns(rows: synthetic.SyntheticRows, column: str) -> list[str]:
 
 
 def answers_with_flaws(rows: synthetic.SyntheticRows):
-    """(kind, prompt, answer, its flaws) of every answer."""
+    """(kind, prompt, answer, flaws) of every answer."""
     for side in "ab":
         columns = [f"{side}_{flaw}" for flaw in synthetic.FLAWS]
         replies = last_turns(rows, f"response_{side}")
@@ -210,7 +210,7 @@ def test_the_easy_qualities_make_most_of_the_gap_and_the_right_answer_the_rest()
     best = synthetic.bayes_optimal_log_loss(rows.probabilities)
 
     def closed(*flaws):
-        """Share of the gap that knowing just these flaws of both answers closes."""
+        """Gap closed by knowing only these flaws of both answers."""
         known = rows.flaws[[f"{side}_{flaw}" for flaw in flaws for side in "ab"]]
         group = known.groupby(list(known)).ngroup().to_numpy()
         means = pd.DataFrame(rows.probabilities).groupby(group).mean().to_numpy()[group]
@@ -318,7 +318,7 @@ def prior_log_loss(train: synthetic.SyntheticRows, test: synthetic.SyntheticRows
 
 
 def share_closed(split, features, strengths=(0.01, 0.1, 0.5)) -> float:
-    """Share of the gap from prior to best closed by logistic regression, with the best strength by its test score."""
+    """Gap closed by logistic regression, with the penalty that is best on the test rows."""
     train, test = split
     x_train, x_test = features(train), features(test)
     losses = [log_loss(LogisticRegression(C=c, tol=1e-2, max_iter=300).fit(x_train, train.labels)

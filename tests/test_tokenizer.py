@@ -1,8 +1,8 @@
-"""The tokenizer gives sentencepiece's ids for any text, and reads any tokenizer.json or says in one line what is wrong.
+"""The tokenizer gives sentencepiece's ids for any text, and reads any tokenizer.json or gives a one-line error.
 
-sentencepiece is the reference: it trains the models, on the docstrings of the standard library, and encodes with them.
-Where two segmentations have the same sum of scores it may choose either (`minipref/tokenizer.py` says why);
-`assert_same_ids` accepts other ids than sentencepiece's only if their scores have the same sum.
+sentencepiece is the reference: it trains models on the docstrings of the standard library and encodes with them. If two
+segmentations have the same score, it may choose either (see `minipref/tokenizer.py`); `assert_same_ids` accepts other
+ids than sentencepiece's only if their score is the same.
 """
 
 import base64
@@ -72,7 +72,7 @@ HARD_TEXTS = [
 
 
 def random_text(draw: random.Random, length: int) -> str:
-    """A third of all are from the whole of Unicode, a third below U+10000, a third below U+0700."""
+    """Random characters: a third from all of Unicode, a third below U+10000, a third below U+0700."""
     top = draw.choice([0x110000, 0x10000, 0x700])
     points = [draw.randrange(top) for _ in range(length)]
     return "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)
@@ -124,7 +124,7 @@ def trained():
 
 
 def sum_of_scores(oracle, spelled: str, ids: list[int]) -> float:
-    """What the Viterbi search maximises. Each character that no piece of the ids covers was unknown."""
+    """The score that the Viterbi search maximises. Characters that no piece covers were unknown."""
     pieces = [id for id in ids if not (oracle.is_byte(id) or oracle.is_unknown(id))]
     ordinary = [oracle.get_score(id) for id in range(oracle.vocab_size())
                 if not (oracle.is_byte(id) or oracle.is_unknown(id) or oracle.is_control(id) or oracle.is_unused(id))]
@@ -133,7 +133,7 @@ def sum_of_scores(oracle, spelled: str, ids: list[int]) -> float:
 
 
 def assert_same_ids(tokenizer, oracle, texts: list[str]) -> None:
-    """Our ids are sentencepiece's, or add up to the same score, within what float32 can hold of such a sum."""
+    """Our ids are sentencepiece's, or have the same score within float32's precision."""
     for text, ours, theirs in zip(texts, tokenizer.encode_batch(texts), oracle.encode(texts), strict=True):
         if ours != theirs:
             spelled = oracle.normalize(text)
@@ -402,7 +402,7 @@ def test_a_failed_save_leaves_what_was_there(like_v3, trained, tmp_path, monkeyp
 
 
 def hugging_face_json(model: Path, *, charsmap: bytes, **changes) -> dict:
-    """The tokenizer.json that transformers 4 made of a DeBERTa-v3 spm.model, with some of its keys changed."""
+    """The tokenizer.json that transformers 4 writes for a DeBERTa-v3 spm.model, with some keys changed."""
     vocabulary = read_model((model / "spm.model").read_bytes())
     entries = [[piece, score] for piece, score in zip(vocabulary.pieces, vocabulary.scores)]
     specials = {0: "[PAD]", 1: "[CLS]", 2: "[SEP]", 3: "[UNK]", len(entries): "[MASK]"}
@@ -424,7 +424,7 @@ def hugging_face_json(model: Path, *, charsmap: bytes, **changes) -> dict:
 
 @pytest.fixture(scope="session")
 def nmt_nfkc(sentencepiece) -> bytes:
-    """The character map nmt_nfkc, as sentencepiece has it inside."""
+    """sentencepiece's built-in character map nmt_nfkc."""
     spec = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc").serialized_normalizer_spec()
     return dict(read_fields(spec))[CHARSMAP]
 
@@ -669,7 +669,7 @@ def test_the_tokenizer_json_of_transformers_5_is_read_as_it_is(like_v3, tmp_path
 
 
 def changed(**keys):
-    """A change to the content of a good tokenizer.json: these keys anew."""
+    """A valid tokenizer.json with these keys replaced."""
     return lambda file: {**file, **keys}
 
 

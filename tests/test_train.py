@@ -1,4 +1,4 @@
-"""train.py and predict.py as people run them: what they write, what they refuse, and that a stopped run resumes."""
+"""train.py and predict.py from the command line: outputs, refused input, and resuming."""
 
 import contextlib
 import json
@@ -35,14 +35,14 @@ FAST = ["--recipe", "tiny", "--epochs", "4", "--lr", "5e-3", "--precision", "fp3
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Each test in a folder of its own, without a second of drawing."""
+    """Each test runs in its own folder, without slow figures."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minipref.run.report.figures_html", lambda figures: "")
 
 
 @pytest.fixture(scope="module")
 def finished(encoder, tmp_path_factory):
-    """A run that went to its end, in `folder`, with its rows beside it."""
+    """A completed run in `folder`, with its rows."""
     folder = tmp_path_factory.mktemp("finished")
     rows = write_rows(folder / "train.csv", 400)
     with contextlib.chdir(folder):
@@ -400,7 +400,7 @@ def test_the_auxiliary_head_is_trained_and_saved_with_the_state_and_is_not_in_th
 # --- stopping and resuming
 
 def stop_at_check(monkeypatch, number):
-    """Let the run believe that SIGTERM came just before its n-th check."""
+    """Simulate a SIGTERM just before the n-th check."""
     checks = 0
 
     def check(self, *_):
