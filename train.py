@@ -121,7 +121,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
     tokenizer, tokenized, valid = setup.tokenizer, setup.tokenized, setup.tokenized.take(valid_rows)
 
     seed_everything(options.seed)
-    classifier = load_classifier(options.encoder, device=device)           # pooler and classifier are fresh
+    classifier = load_classifier(options.encoder, device=device)           # pooler and classifier are new
     if options.newline_token:
         grow_embeddings(classifier, tokenizer.vocab_size)
     check_vocabulary(tokenizer, classifier.config.vocab_size, options.encoder)

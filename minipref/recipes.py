@@ -104,7 +104,7 @@ RECIPES: dict[str, dict[str, tuple[int | float | str, str]]] = {   # preset -> h
         "evals_per_epoch": (4, "the best score often comes inside an epoch; not measured here"),
         "max_length": (1024, "half of the competition's rows are longer than 512 tokens; not measured here"),
         "aux_loss": (0.0, "for the small encoder only"),
-        "head_lr": (1e-4, "a fresh head has farther to go; not measured here"),
+        "head_lr": (1e-4, "a new head needs larger steps; not measured here"),
         "layer_decay": (0.9, f"{ELECTRA}: 0.8 for its small and base sizes, 0.9 for large; not measured here"),
     },
     "tiny": {

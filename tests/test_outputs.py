@@ -342,7 +342,7 @@ def test_a_trained_model_whose_state_is_gone_is_not_replaced(model, encoder, cap
     a_run(Path("folds"))
     shutil.copytree("run/model", "folds/fold-1/model")
     refused(capsys, train.main, ["--train", "t.csv", "--encoder", str(encoder), "--run", "folds"],
-            "folds: a run's model")
+            "folds: a trained model")
 
 
 def test_folds_are_averaged_only_where_all_are_there(model, capsys):

@@ -54,12 +54,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> dict:
     add("--corpus", nargs="+", metavar="PATH", help="folders, .jsonl, .jsonl.gz or .txt files")
     add("--output", metavar="DIR", help="the run's folder, with the encoder in its model/ (default: runs/pretrain)")
     add("--resume", action="store_true", help="resume the run in --output, with its options")
-    add("--encoder", metavar="DIR", help="start from this encoder and its tokenizer instead of fresh weights")
+    add("--encoder", metavar="DIR", help="start from this encoder and its tokenizer instead of random weights")
     add("--objective", choices=("rtd", "mlm"), help="mlm: train a BERT without discriminator (default: rtd)")
     add("--sharing", choices=("gdes", "es", "nes"), help="sharing of the word embeddings in rtd (default: gdes)")
     add("--precision", choices=("auto", "fp32", "bf16"), help="precision of the forward pass (default: auto)")
     add("--device", choices=runtime.DEVICES, help="(default: auto)")
-    fresh = parser.add_argument_group("a fresh encoder", "Not with --encoder, which has its own.")
+    fresh = parser.add_argument_group("a new encoder", "Not with --encoder, which has its own.")
     fresh.add_argument("--tokenizer", metavar="DIR", help="folder with a tokenizer, instead of training a vocabulary")
     for group, rows in ((parser, NUMBERS), (fresh, FRESH)):
         for name, (kind, default, text) in rows.items():

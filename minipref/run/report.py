@@ -55,7 +55,7 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
         if weights_sha256(classifier) != state.best_weights:
             raise InputError(file=run / "model" / "model.safetensors",
                              found="other weights than the best evaluation's",
-                             expected=f"those of step {state.best_step:,}, as they were written")
+                             expected=f"the unchanged weights of step {state.best_step:,}")
         if not options.no_fast:
             accelerate(classifier)
         logits = predict_logits(classifier, setup.tokenized.take(valid_rows), setup.tokenizer,
@@ -202,10 +202,10 @@ prefers B or calls it a tie ({", ".join(f"{i} {label}" for i, label in enumerate
 Use: `minipref.load_judge(folder).compare(prompt, a, b)`, `python predict.py test.csv --model folder`, or
 `transformers.AutoModelForSequenceClassification.from_pretrained(folder)` on ids laid out as
 `[CLS] prompt [SEP] A [SEP] B [SEP]`. `minipref.json` holds the budgets, the temperature and the regression on surface
-features; the first two use them, transformers computes the network's logits alone.
+features. The first two use them; transformers returns only the network's logits.
 
-It reproduces the preferences of its annotators, their preference for longer responses included. It does not check
-facts, and a probability of 0.6 is a weak preference.
+The model reproduces the preferences of its annotators, including their preference for longer responses. It does not
+check facts, and a probability of 0.6 is a weak preference.
 
 Recipe `{recipe}`, seed {seed}, {report['steps']:,} steps, the best after {report['best_step']:,}:
 
