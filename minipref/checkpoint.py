@@ -151,7 +151,7 @@ def save_classifier(model: PreferenceModel, folder: str | Path) -> None:
 
     The file is float32 in the Hugging Face layout; each file is replaced whole or not at all.
     """
-    tensors = {BODY_PREFIX + hf: model.encoder.get_parameter(name) for name, hf in _body_names(model.config).items()}
+    tensors = encoder_tensors(model.encoder)
     tensors |= {f"{hf}.{kind}": model.get_parameter(f"{name}.{kind}")
                 for name, hf in HEAD_NAMES.items() for kind in ("weight", "bias")}
     write_checkpoint(tensors, model.config.to_json(), folder)

@@ -358,7 +358,7 @@ def kill_all(place: Path, small: bool) -> Tally:
     return tally
 
 
-# --- what is said of it -----------------------------------------------------------------------------------------------
+# --- the report -------------------------------------------------------------------------------------------------------
 
 def report(tally: Tally) -> str:
     """The figures as the page has them: the kills inside a write by part and moment, the others one by one."""

@@ -22,7 +22,7 @@ def rounded(*shape: int) -> torch.Tensor:
 
 
 a, b, c = rounded(30, 200), rounded(200, 40), rounded(30, 40)
-CASES = {  # what is computed, and the same in float64
+CASES = {  # name: (operation, the same in float64)
     "mm": (lambda: a @ b, lambda: a.double() @ b.double()),
     "mm into": (lambda: torch.mm(a, b, out=torch.empty_like(c)), lambda: a.double() @ b.double()),
     "addmm": (lambda: torch.addmm(c, a, b), lambda: c.double() + a.double() @ b.double()),

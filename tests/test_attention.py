@@ -203,7 +203,7 @@ def test_path_passes_gradcheck(path, B, H, L, d, position_buckets, max_distance,
 
 @every_path
 def test_path_at_one_token_gives_zero_gradients_to_all_that_cannot_matter(path):
-    # One key has probability 1 whatever its score: q, k and the table have gradients of exactly 0.
+    # A single key always has probability 1, so q, k and the table have gradients of exactly 0.
     inputs = random_inputs(2, 2, 1, 4, position_buckets=4, seed=2)
     out, dq, dk, dv, dpos_q, dpos_k = value_and_gradients(path, inputs, tokens([1, 1]), 4, 8)
     assert torch.equal(out, inputs[2])

@@ -94,7 +94,7 @@ def test_only_the_main_process_prints_and_writes(still):
 
 
 def test_accumulated_micro_batches_of_several_processes_are_one_large_batch(still):
-    """33 rows in micro-batches of 5, two to a step: the last step has one of 3 rows, for 2 ranks."""
+    """33 rows in micro-batches of 5, two per step: the last step has one micro-batch of 3 rows, for 2 ranks."""
     base = [*TWENTY_STEPS, "--encoder", str(still), "--lr", "1e-3", "--epochs", "1"]
     small = ["--batch-size", "5", "--accumulate", "2"]
     assert train.main([*base, *small, "--run", "one"]) == 0
@@ -125,7 +125,7 @@ def test_the_score_is_that_of_one_process_on_the_same_weights(whole):
 
 
 def test_early_stopping_stops_all(encoder):
-    """At this learning rate the score gets worse at once."""
+    """At this learning rate the score gets worse from the first evaluation on."""
     arguments = [*SHORT, "--encoder", str(encoder), "--run", "r", "--lr", "0.3", "--epochs", "30", "--patience", "1"]
     ranks = run_ranks(2, "train", arguments)
     assert_all_ended_well(ranks)
@@ -160,9 +160,9 @@ def test_every_way_to_train_works_in_several_processes(still, options):
 # --- the rule that makes it so
 
 def test_every_parameter_has_a_gradient_or_ddp_would_wait_for_it():
-    """DDP, as it is used here, is an error where a trained parameter takes no part; [CLS]-only layers must not be one.
+    """DDP raises an error for a trainable parameter without gradient; the [CLS]-only last layer must have none.
 
-    The second forward pass is where it would notice.
+    DDP would detect it in the second forward pass.
     """
     model = PreferenceModel(resized(SMALL, num_hidden_layers=3))
     store = dist.HashStore()
@@ -226,7 +226,7 @@ def test_each_rank_draws_its_own_dropout_and_rank_0_what_one_process_would(group
 # --- stopping and resuming
 
 def test_a_signal_to_one_stops_all_and_the_run_resumes_exactly(encoder, whole):
-    """With dropout: each rank's generator must be where it was."""
+    """With dropout: each rank's generator must be restored."""
     arguments = [*SHORT, "--encoder", str(encoder), "--run", "broken"]
     ranks = run_ranks(3, "train", arguments, before=signal_at_step(7, victim=2))
     assert [ended.code for ended in ranks] == [143] * 3

@@ -172,7 +172,7 @@ PROGRAMS = {"train.py": ["train.py", "minipref/recipes.py"], "predict.py": ["pre
 
 
 def test_every_option_and_target_of_a_command_exists():
-    """On all pages, also in the text: `train.py --x` needs an option --x, `make x` a target x."""
+    """On all pages, also in running text: `train.py --x` needs an option --x, `make x` a target x."""
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.M))
     commands = 0
     for page in PAGES:
@@ -359,7 +359,7 @@ def test_the_test_that_an_exercise_names_fails_after_the_change_and_only_then(ex
     assert failures([test]) == {}
 
 
-ANSWERS = {  # exercise: (one that is right, one that is not, what is said of that)
+ANSWERS = {  # exercise: (a right answer, a wrong one, the message for the wrong one)
     "buckets": ("from minipref import log_bucket",
                 "def log_bucket(d, span, most):\n    return d.clamp(1 - span, span - 1)", "are in another bucket"),
     "adamw": ("from minipref import AdamW", "from torch.optim import Adam as AdamW", "after step 1"),
@@ -500,7 +500,7 @@ PRETRAINING = [(page, line) for page in ("docs/pretraining.md", "weights/minipre
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [line for _, line in PRETRAINING], ids=[line for _, line in PRETRAINING])
 def test_every_pretraining_command_makes_an_encoder(arguments, tmp_path, monkeypatch):
-    """As the pages have them, on a few hundred lines of text, with options after them that make it four small steps."""
+    """The commands of the pages on a few hundred lines of text, with options that reduce them to four small steps."""
     from minipref.pretrain.__main__ import main
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").symlink_to(ROOT / "weights")
@@ -541,7 +541,7 @@ def few(command: str) -> str:
 
 @pytest.mark.slow
 def test_every_command_of_the_experiments_runs(checkout):
-    """With rows of the sample in the files that a reader has to fetch, and one seed."""
+    """With synthetic rows in place of the files that a reader must fetch, and one seed."""
     text = " ".join(text_of("docs/experiments.md").split())                      # a command may run over a line's end
     commands = re.findall(r"`python ((?:train\.py|predict\.py|benchmarks/|-m )[^`]*)`", text)
     assert len(commands) > 4 and {"train.py", "predict.py"} < {command.split()[0] for command in commands}
@@ -562,7 +562,7 @@ def test_every_command_of_the_experiments_runs(checkout):
     ("same-numbers", "benchmarks/same_numbers.py"),
     ("weights", "-m minipref.hub weights"), ("data", "-m minipref.hub data")])
 def test_make_runs_the_script_that_other_tests_run(target, script):
-    """What takes minutes or fetches is tested as a script; here, that `make` runs that and hands options on."""
+    """Targets that take minutes or fetch files are tested as scripts; this tests that `make` passes options to them."""
     out = run(["make", "--dry-run", "--no-print-directory", target, "ARGS=--one --two"], ROOT)
     assert out.splitlines()[-1] == f".venv/bin/python {script} --one --two"
 
@@ -576,7 +576,7 @@ def test_make_parity_writes_the_page(checkout):
 
 
 def test_the_pretraining_pages_excerpts_are_what_the_code_does(tmp_path):
-    """Its two snippets are run with a small model's parts for their names, beside the model's own methods."""
+    """Its two snippets are run with parts of a small model, and compared with the model's own methods."""
     from test_pretrain import DOES, WHO, small_model, some_ids
 
     from minipref.pretrain import load_corpus
@@ -613,7 +613,7 @@ def test_commands_that_need_fetched_files_run_where_the_files_are(fence, checkou
 
 
 def test_the_readme_counts_the_tests_that_make_test_runs(request):
-    """What it prints at its end; when only some of the tests run, how many there are cannot be known."""
+    """The number of tests is only known when all of them run."""
     text = text_of("README.md")
     passed, skipped = map(int, re.search(r"^(\d+) passed, (\d+) skipped in .*$", text, re.M).groups())
     assert f"The {skipped} want files" in text
@@ -636,7 +636,7 @@ def test_the_ladder_says_what_the_pages_say_that_it_names():
 
 @pytest.mark.slow
 def test_the_readmes_figures_of_the_synthetic_dataset_are_its_own(tmp_path):
-    """All that `make train` prints and no training decides: rows, split, baselines and the Bayes-optimal score."""
+    """All output of `make train` that does not depend on training: rows, split, baselines, Bayes-optimal score."""
     import train
     text = next(fence.text for fence in fences("README.md") if fence.mark == "printed by: make train")
     path = synthetic.write_dataset(tmp_path)["train"]

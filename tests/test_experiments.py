@@ -120,7 +120,7 @@ def test_the_page_in_the_repository_is_of_the_figures_in_it(monkeypatch):
 
 
 def test_words_tell_apart_what_they_can(tmp_path):
-    """'yes' wins over 'no': TF-IDF of A minus B sees it, and says so of prompts it was not fitted on."""
+    """'yes' wins against 'no': TF-IDF of A minus B learns this, and predicts it for new prompts."""
     pytest.importorskip("sklearn")
     train, valid = (list(read_pairs(write_rows(tmp_path / f"{seed}.csv", 200, seed))) for seed in (1, 2))
     labels, valid_labels = (np.array([p.label for p in pairs]) for pairs in (train, valid))

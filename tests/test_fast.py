@@ -129,7 +129,7 @@ def test_padding_costs_no_computation(monkeypatch):
     assert (out[0, :, 30:] == 0).all() and (out[1] == 0).all() and (out[2, :, 29:] == 0).all()
 
 
-# What is kept, and what is not.
+# Memory kept for the backward pass.
 
 def bytes_kept(function) -> int:
     """Bytes that autograd stores for the backward pass of a computation."""
@@ -333,7 +333,7 @@ def test_autocast_leaves_float32_inputs_in_float32():
 
 @pytest.mark.parametrize("length", [37, 512, 700])
 def test_the_softmax_of_bfloat16_scores_is_the_float32_one_rounded(length):
-    # Blocks rely on it: the kernel computes in float32 whatever it is given, and in place too.
+    # Blocks rely on it: the kernel computes in float32 for every dtype, also in place.
     scores = 4 * torch.randn(300, length, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact, rounded = torch.softmax(scores.double(), -1), torch.softmax(scores, -1)
     assert torch.equal(torch.softmax(scores, -1, out=scores), rounded)
@@ -537,8 +537,8 @@ def test_freed_memory_goes_back_to_the_system_at_once(one_thread):
 
 @glibc_alone
 def test_what_a_step_frees_it_finds_again(monkeypatch):
-    """What malloc.h calls -1 and -3 is set, and does what it should: page faults of a fresh process that fills 40
-    tensors of 4 MB and frees them, five times after the first. As glibc would by itself mostly 40,000 or 200,000."""
+    """The thresholds of malloc take effect: page faults of a new process that fills 40 tensors of 4 MB and frees them,
+    five times after the first. With glibc's defaults these are usually 40,000 or 200,000."""
     program = """if True:
         import resource, torch
         from minipref.fast.layers import tune_malloc

@@ -82,7 +82,7 @@ def rows(*cells: str, good_rows: int = ROWS, prompt: str = "p{}") -> str:
     return "\n".join([HEADER + LABELS, *lines, *([",".join(cells)] if cells else [])]) + "\n"
 
 
-# --- CSV files that are refused: what is in them, and what the line says
+# --- refused CSV files: their content and the message
 
 def row(label: str) -> str:
     return rows("x", "p", "a", "b", label)
@@ -188,7 +188,7 @@ def test_what_is_no_file_is_one_line_and_never_waited_for(good, capsys, kind):
     refused(capsys, predict.main, ["bad.csv", "--model", str(good)], what)
 
 
-# --- CSV files that are strange and fine: what is said of them
+# --- unusual but valid CSV files: the printed notes
 
 LISTS = '"[""p{}""]"'       # prompts that make a file one of JSON lists
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -395,7 +395,7 @@ def test_wrong_bytes_never_get_the_name(server, tmp_path, content):
     server.faults.clear()
     if len(content) == len(CSV):
         assert "wrong checksum of train.csv, sha256" in line and "remove this file" in line
-        Path(line.partition(": wrong checksum")[0]).unlink()                    # as the line says
+        Path(line.partition(": wrong checksum")[0]).unlink()                    # as the message advises
     else:
         assert "Consistency check failed" in line
     hub.fetch_data(DATA, tmp_path / "data")

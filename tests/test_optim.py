@@ -75,7 +75,7 @@ def test_adamw_first_step_by_hand():
 
 
 def test_adamw_decay_is_decoupled_from_the_gradient():
-    # Coupled decay would pass through the moments: with a zero gradient a step of it is lr, whatever the weight.
+    # Coupled decay would go through the moments: with a zero gradient its step is lr for every weight.
     p = nn.Parameter(torch.tensor([4.0, 0.5], dtype=torch.float64))
     p.grad = torch.zeros_like(p)
     AdamW([p], lr=0.1, weight_decay=0.5).step()

@@ -91,7 +91,7 @@ def test_a_new_or_empty_folder_and_that_of_a_run_are_taken():
 
 
 def test_a_run_killed_at_its_first_write_is_begun_again():
-    """What a process that dies inside a write leaves behind: our temporary folder and nothing else."""
+    """A process killed inside a write leaves only our temporary folder."""
     with atomic_write("run/config.json") as temporary:
         temporary.write_text("half")
         temporary.with_name(".tmpAbC123").write_text("safetensors' own")
@@ -301,7 +301,7 @@ def test_a_run_beside_a_foreign_truth_reports_no_bayes_optimal_score(encoder, ca
     assert "Bayes" not in capsys.readouterr().out
 
 
-# --- what is there already
+# --- existing files
 
 @pytest.mark.parametrize("name", ["notes.txt", "run/config.json", "run/state/current.json", "run/valid_predictions.csv",
                                   "t.csv"])

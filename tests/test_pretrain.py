@@ -81,9 +81,9 @@ def rows_of(path: Path) -> list[dict[str, float]]:
 # --- It learns ---
 
 def test_a_few_hundred_lines_of_text_teach_generator_and_discriminator(text, tmp_path):
-    """The margins, on held-out lines: from the first evaluation to the last the MLM loss falls by 40%; the RTD loss
-    ends 15% below the best constant's; F1 is above 0.3, where 'always original' has 0, and word frequency, its
-    threshold tuned on these very tokens, stays below 0.3."""
+    """On held-out lines: from the first to the last evaluation the MLM loss falls by 40%; the final RTD loss is 15%
+    below the best constant's; F1 is above 0.3, while 'always original' has 0 and word frequency, with its threshold
+    tuned on these tokens, is below 0.3."""
     code = main(["--corpus", str(text), "--output", str(tmp_path), *SIZES, "--long-share", "0",
                           "--steps", "200", "--warmup", "20", "--batch-tokens", "1024", "--init-std", "0.15",
                           "--lr", "1e-2", "--discriminator-lr", "5e-3", "--evaluations", "4"])
@@ -96,7 +96,7 @@ def test_a_few_hundred_lines_of_text_teach_generator_and_discriminator(text, tmp
 
 @pytest.mark.slow
 def test_a_few_hundred_lines_of_other_text_teach_the_generator_more_than_word_frequencies(tmp_path):
-    """300 answers of the sample. The generator's loss on held-out ones ends at least 0.3 below that of guessing by
+    """300 synthetic answers. The generator's final loss on held-out ones is at least 0.3 below a prediction by
     frequency. The discriminator has not begun to learn by then: what it is to find is still nearly random."""
     answers = [json.loads(cell)[-1] for cell in synthetic.generate(300, 5).frame["response_a"]]
     text = tmp_path / "answers.txt"
@@ -127,7 +127,7 @@ def table_gradients(model: Pretraining, input_ids: torch.Tensor) -> dict[str, tu
 
 
 @pytest.mark.parametrize(("sharing", "mlm", "rtd"), [
-    ("gdes", (True, False), (False, True)),        # E_G from MLM alone, E_delta from RTD alone
+    ("gdes", (True, False), (False, True)),        # E_G only from MLM, E_delta only from RTD
     ("nes", (True, False), (False, True)),         # two tables
     ("es", (True, True), (True, True)),            # one table, seen twice
 ])
@@ -243,7 +243,7 @@ def test_only_hidden_tokens_are_replaced_and_a_right_guess_counts_as_original(co
     is_masked, corrupted, _ = model.corrupt(ids)
     assert torch.equal(corrupted[~is_masked], ids[~is_masked])
     assert (corrupted != ids).sum() > 0
-    with torch.no_grad():                          # a generator that always says the word of id 300
+    with torch.no_grad():                          # a generator that always predicts id 300
         model.masked_token_head.bias[300] = 1e4
     is_masked, corrupted, _ = model.corrupt(ids)
     assert (corrupted[is_masked] == 300).all()
@@ -370,7 +370,7 @@ def test_an_evaluation_repeats_itself_and_leaves_the_random_state_alone(corpus):
     assert model.training
 
 
-# --- A run that is stopped goes on as if it had not been ---
+# --- A stopped run resumes exactly ---
 
 RUN = [*SIZES, "--steps", "16", "--warmup", "3", "--batch-tokens", "384", "--evaluations", "4", "--dropout", "0.1",
        "--long-share", "0.3"]
@@ -509,7 +509,7 @@ def test_where_half_precision_would_be_fp16_it_is_fp32_since_no_loss_is_scaled(t
     assert folder.read_manifest(tmp_path, "")["fingerprint"]["precision"] == "fp32"
 
 
-# --- An encoder that goes on ---
+# --- A run that starts from an encoder ---
 
 @pytest.mark.parametrize(("objective", "sharing"), [("rtd", "gdes"), ("rtd", "es"), ("rtd", "nes"), ("mlm", "gdes")])
 def test_an_encoder_goes_on_from_where_it_was_and_the_generator_from_its_words_and_lowest_layers(corpus, objective,
@@ -540,7 +540,7 @@ def test_a_run_goes_on_from_a_folder_with_its_sizes_and_its_vocabulary_and_resum
     with monkeypatch.context() as patched:
         interrupt(patched, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert main([*more, "--output", str(tmp_path / "parts")]) == 143
-    folder.rename(tmp_path / "elsewhere")                                # what is needed of it is in the state
+    folder.rename(tmp_path / "elsewhere")                                # the state has everything needed
     assert main([*more, "--output", str(tmp_path / "parts"), "--resume"]) == 0
     (tmp_path / "elsewhere").rename(folder)
     same_result(tmp_path / "whole", tmp_path / "parts")

@@ -340,7 +340,7 @@ def test_a_state_of_another_format_is_refused_by_its_number(half):
 
 
 def test_a_state_of_the_first_edition_is_refused(half, capsys):
-    """Its tensors have other names and its facts other fields: no key of it may be looked up."""
+    """Its tensors and facts have other names, so no key may be looked up before the format is checked."""
     resumable(half)
     for name in ("current.json", "previous.json"):
         pointer = json.loads(Path("run/state", name).read_text())
@@ -526,7 +526,7 @@ def test_each_signal_has_its_exit_code_and_the_command_to_resume(encoder, monkey
 
 @pytest.mark.parametrize("number", set(signals.SIGNALS) - {signal.SIGINT})
 def test_a_signal_that_is_ignored_stays_ignored(number):
-    """As SIGHUP under nohup. SIGINT is not among them: a script ignores it for what it puts into the background."""
+    """For example SIGHUP under nohup. SIGINT is an exception: scripts ignore it for background jobs."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with train.StopSignal() as stop:
@@ -539,7 +539,7 @@ def test_a_signal_that_is_ignored_stays_ignored(number):
 
 @pytest.mark.usefixtures("hang_up_ends_a_program")
 def test_a_closed_terminal_costs_nothing_though_each_print_fails(encoder, monkeypatch):
-    """The terminal is gone when SIGHUP arrives, which comes from the system and again from the shell."""
+    """The terminal is closed when SIGHUP arrives, from the system and again from the shell."""
     ours, theirs = pty.openpty()
     with open(theirs, "w") as terminal, monkeypatch.context() as patch:
         def hang_up(*args):
@@ -561,7 +561,7 @@ def test_a_closed_terminal_costs_nothing_though_each_print_fails(encoder, monkey
 
 
 def test_a_log_whose_reader_got_the_signal_too_is_no_error(encoder, monkeypatch):
-    """As in `train.py | tee log`. Python flushes the stream once more at the end, so that must not fail either."""
+    """As in `train.py | tee log`. Python flushes the stream again at exit, which must not fail either."""
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as pipe, monkeypatch.context() as patch:

@@ -79,7 +79,7 @@ def test_a_page_fetches_nothing_and_takes_no_text_for_html(tmp_path):
 
 
 def test_characters_that_html_forbids_are_on_no_page(tmp_path):
-    """Lone surrogates neither: a page is written as UTF-8, after all of the training."""
+    """Lone surrogates cannot be written as UTF-8, and the page is written after the whole training."""
     report, rows, _, logits = finished_run(20)
     forbidden = "".join(map(chr, (*range(9), 11, 12, *range(14, 32), *range(127, 160), 0xfdd0, 0xfdef, 0xfffe, 0xffff,
                                   0x1fffe, 0x10ffff)))

@@ -74,7 +74,7 @@ def check_shape(config: EncoderConfig, folder: Path, lengths: list[int]) -> None
 
 @pytest.mark.parametrize("name", ["v3-xsmall", "v3-base", "v3-large"])
 def test_other_widths_load_match_transformers_and_train(name, tmp_path):
-    """Full hidden size, heads and feed-forward; two layers and a small vocabulary, which are only more of the same."""
+    """Full hidden size, heads and feed-forward, but only two layers and a small vocabulary."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     check_shape(resized(scaling.SIZES[name], num_hidden_layers=2, vocab_size=300, **NO_DROPOUT), tmp_path, [150, 131])
 
@@ -106,7 +106,7 @@ print(private() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="only Linux tells private from shared memory")
 def test_a_loaded_model_lies_in_its_file_until_it_is_trained(tmp_path):
-    """Several processes that load one float32 file share its pages; none has a copy of its own at the start."""
+    """Several processes that load one float32 file share its pages at the start."""
     config = EncoderConfig(vocab_size=30_000, hidden_size=384, num_attention_heads=6, num_hidden_layers=2,
                            intermediate_size=1536)
     save_classifier(large_model(config), tmp_path)
@@ -155,7 +155,7 @@ def test_each_precision_learns(precision):
 
 
 def test_each_precision_learns_in_a_run(tmp_path, monkeypatch):
-    """train.py itself, on rows with a rule: far below the 1.06 of a model that knows the classes' shares only."""
+    """train.py on rows with a rule: far below the class-prior baseline of 1.06."""
     monkeypatch.chdir(tmp_path)
     rows, encoder = write_rows(tmp_path / "t.csv", 300), write_encoder(tmp_path / "encoder", dropout=0.0)
     for precision in ("fp32", "bf16"):                                    # fp16 in the test after the next
@@ -240,7 +240,7 @@ def test_rows_that_fit_are_on_the_safe_side():
 
 
 def test_counted_operations_are_those_of_the_model():
-    """The formula of the estimate against torch's own count of what the batched form multiplies."""
+    """The formula of the estimate against torch's count of the operations of the batched form."""
     from torch.utils.flop_counter import FlopCounterMode
     config = resized(scaling.SIZES["v3-small"], vocab_size=400)
     counter = FlopCounterMode(display=False)
@@ -266,7 +266,7 @@ def test_a_part_is_written_between_its_marks_and_the_rest_of_the_page_stays(tmp_
 
 @pytest.mark.slow
 def test_the_gpu_check_runs_on_a_cpu_too(tmp_path):
-    """So that it has not rotted on the day when somebody has a GPU."""
+    """Keeps the GPU checks runnable without a GPU."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--device", "cpu", "--small",
                            "--output", str(tmp_path / "report.md")], capture_output=True, text=True, timeout=300,

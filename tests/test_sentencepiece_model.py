@@ -24,7 +24,7 @@ from minipref.sentencepiece_model import (
 )
 from minipref.tokenizer import Tokenizer, load_tokenizer
 
-WRONG_MODELS = {   # name: (bytes, what the message says)
+WRONG_MODELS = {   # name: (bytes, part of the message)
     "empty": (b"", "it lacks its pieces"),
     "text": (b"this is not a model", "damaged"),
     "zeros": (bytes(1000), "it lacks its pieces"),

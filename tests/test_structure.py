@@ -64,7 +64,7 @@ def test_the_model_imports_torch_and_its_configuration_and_nothing_else():
 
 
 def test_speed_comes_from_outside():
-    """The fast versions are imported only where a model is put to work; minipref/__init__.py hands accelerate on."""
+    """fast/ is imported only by programs and the predictor; minipref/__init__.py re-exports accelerate."""
     importing = {module for module in FILES if any(is_in(name, ("minipref.fast",)) for name in imports(module))}
     assert {"train", "minipref.predictor", "minipref"} <= importing
     assert not {module for module in importing - {"minipref"} if not is_in(module, MAY_IMPORT_FAST)}
@@ -85,7 +85,7 @@ def test_every_file_of_the_package_is_core_or_a_side_room():
 
 
 def test_no_imports_go_in_a_circle():
-    """minipref/__init__.py is left out: it hands on what the others define, and they take no more than the version."""
+    """minipref/__init__.py is excluded: it re-exports names, and other files import only its version."""
     graph = {module: {name for name in imports(module, top_only=True) if name in PACKAGE} for module in PACKAGE}
     list(TopologicalSorter(graph).static_order())         # CycleError names the circle
 

@@ -217,12 +217,12 @@ def test_the_easy_qualities_make_most_of_the_gap_and_the_right_answer_the_rest()
         return (prior - synthetic.bayes_optimal_log_loss(means)) / (prior - best)
 
     assert closed("off", "cut", "form", "amount") > 0.80
-    assert closed("off", "cut", "form", "amount") < 0.90     # what is right matters too
+    assert closed("off", "cut", "form", "amount") < 0.90     # correctness matters too
     assert closed(*synthetic.FLAWS) > 0.99                      # length is next to nothing
     assert all(closed(flaw) < 0.50 for flaw in synthetic.FLAWS)
 
 
-# --- The texts have the flaws they are said to have, read back from the texts alone ---
+# --- The texts have their flaws, as derived from the texts ---
 
 def test_an_answer_is_cut_exactly_if_it_has_no_full_stop(rows):
     for _, _, reply, flaws in answers_with_flaws(rows):
@@ -278,7 +278,7 @@ def test_an_answer_on_a_passage_says_what_the_passage_says_unless_flawed():
                     first = texts.answer_passage(rng, flaws, world, facts, asked).split(". ")[0]
                     truths = [texts.capital(say.format(*facts[asked])) for say in world["say"]]
                     assert (first in truths) == (flaws == ())
-                    if flaws == ("wrong",):   # wrong about who was asked about, not about someone else
+                    if flaws == ("wrong",):   # wrong about the subject of the question
                         assert facts[asked][0].lower() in first.lower()
 
 
@@ -350,7 +350,7 @@ def test_length_alone_closes_less_than_15_percent(split):
 
 
 def test_lengths_and_final_full_stops_close_less_than_a_third(split):
-    """The tabular shortcut that there is: cut answers show. It must be worth something, and far from everything."""
+    """Cut answers can be recognised without the prompt. This shortcut must close a part of the gap, but only a part."""
     scale = StandardScaler().fit(full_stops(split[0]))
     assert 0.10 < share_closed(split, lambda rows: scale.transform(full_stops(rows))) < 0.33
 

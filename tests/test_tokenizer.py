@@ -31,7 +31,7 @@ from minipref.tokenizer import CACHED_WORD_LENGTH, Tokenizer, load_tokenizer
 
 V3_ORDER = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3,
             "pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"}
-MODELS = {   # how sentencepiece trains each, beside the ids of the special pieces
+MODELS = {   # training options of sentencepiece, without the ids of special pieces
     "like_v3": {"byte_fallback": True},
     "without_bytes": {},
     "across_words": {"byte_fallback": True, "split_by_whitespace": False},
@@ -78,7 +78,7 @@ def random_text(draw: random.Random, length: int) -> str:
     return "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)
 
 
-# Whole Unicode, and, twice as often, what the pieces and the rules are made of.
+# All of Unicode and, twice as often, characters of pieces and rules.
 any_text = st.lists(st.one_of(
     st.text(max_size=8), st.sampled_from([" ", "▁", "[SEP]", "<0x41>", "\u0301", "\u3099", "か", "\u1161", "ing"]),
     st.text(st.sampled_from("abet  \u0300\u0301\u0323\u0327\u304b\u3099\u1100\u1161\u11a8\uff76\uff9e"), max_size=8),
@@ -483,7 +483,7 @@ def small_spm(tmp_path) -> tuple[Path, Tokenizer]:
     return tmp_path, load_tokenizer(tmp_path)
 
 
-ADDED_BESIDE = {   # name -> what is in that file for these {content: id}
+ADDED_BESIDE = {   # name -> content of that file for {content: id}
     "tokenizer.json": lambda ids: {"added_tokens": [{"id": id, **token(content)} for content, id in ids.items()]},
     "tokenizer_config.json": lambda ids: {"added_tokens_decoder": {str(id): token(c) for c, id in ids.items()}},
     "added_tokens.json": lambda ids: dict(sorted(ids.items())),
@@ -685,7 +685,7 @@ REPLACE = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}
 PUNCTUATION = {"type": "Sequence",
                "pretokenizers": [{"type": "Punctuation"}, {"type": "Metaspace", "replacement": "▁"}]}
 DAMAGED_MAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
-WRONG_JSON = {   # name: (what is made of a good file, what the message says)
+WRONG_JSON = {   # name: (changes to a valid file, part of the message)
     "a list": (lambda file: [file], "no Unigram model with"),
     "no model": (lambda file: {}, "no Unigram model with"),
     "BPE": (changed(model={"type": "BPE", "vocab": {}, "merges": []}), "a model of type 'BPE'"),

@@ -360,7 +360,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(tmp_path):
 
 @pytest.mark.parametrize("more", [[], ["--checkpoint-activations", "--aux-loss", "0"]])
 def test_the_plain_model_trains_as_the_accelerated_one(tmp_path, more):
-    """Twelve steps without dropout: the same scores and weights up to rounding, with and without accelerate()."""
+    """Twelve steps without dropout: equal scores and weights up to rounding, with and without accelerate()."""
     encoder = write_encoder(tmp_path / "still", dropout=0.0)
     rows = write_rows(tmp_path / "t.csv", 60)
     base = ["--train", str(rows), "--encoder", str(encoder), *FAST, "--epochs", "2", "--lr", "1e-3", *more]
@@ -534,7 +534,7 @@ def test_a_single_validation_row_is_not_called_collapsed(encoder, tmp_path, caps
     assert code == 0 and "1 validation rows" in out and "CONSTANT" not in out
 
 
-# --- what is refused
+# --- refused options
 
 @pytest.mark.parametrize(("arguments", "what"), [
     (["--train", "none.csv"], "none.csv: no such file"),

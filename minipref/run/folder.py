@@ -127,7 +127,7 @@ def lock_run(folder: str | Path, resume: bool = False, encoder: str | None = Non
     try:
         if fcntl:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:                    # before the `finally` below, which removes the folder
+    except BlockingIOError:                    # not in the `try` below: the folder is not ours to remove
         os.close(descriptor)
         raise InputError(file=folder, found="in use by another process",
                          expected="the end of that process, or another folder") from None
