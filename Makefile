@@ -8,7 +8,7 @@ PY := .venv/bin/python
 help:        ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
-train: .venv/runtime        ## train on data/train.csv from weights/deberta-v3-small; without them, on synthetic rows from the bundled encoder (ARGS=...)
+train: .venv/runtime        ## train: data/train.csv and weights/deberta-v3-small, or else synthetic rows and the bundled encoder (ARGS=...)
 	$(PY) train.py $(ARGS)
 
 predict: .venv/runtime      ## predict the rows of CSV=test.csv with the newest run's model; writes submission.csv

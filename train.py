@@ -312,7 +312,7 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     add("--run", metavar="DIR", help="the run's folder (default: runs/ and the time)")
     add("--recipe", type=recipe_name, metavar="NAME", help=f"preset of hyperparameters: {', '.join(sorted(RECIPES))}")
     add("--resume", action="store_true", help="resume the run in --run")
-    add("--folds", type=number(int, 2, 1000), help="cross-validation: train N models, each validated on its own fold")
+    add("--folds", type=number(int, 2, 1000), help="cross-validation with this many folds, one model for each")
     add("--all-rows", action="store_true", help="train on every row, without validation")
     for option in fields(TrainConfig):
         if option.metadata and option.name not in ("adam_eps", "clip"):
@@ -326,7 +326,7 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     add("--newline-token", action="store_true", help="add a token for line breaks, which v3's vocabulary lacks")
     add("--no-swap", action="store_true", help="do not swap A and B at random in training")
     add("--freeze-embeddings", action="store_true", help="do not train the word embeddings")
-    add("--checkpoint-activations", action="store_true", help="recompute activations in backward: less memory")
+    add("--checkpoint-activations", action="store_true", help="less memory: recompute activations in backward")
     add("--compile", action="store_true", help="torch.compile the plain model")
     add("--no-fast", action="store_true", help="train the plain model of minipref/model.py: same numbers, slower")
     add("--no-blend", action="store_true", help="do not blend the model with a regression on surface features")

@@ -21,7 +21,7 @@ def _between(lowest: float, highest: float, help: str, default=MISSING):
 class TrainConfig:
     """The hyperparameters that change a run's result."""
 
-    epochs: int = _between(1, 10**4, "epochs over the training rows")
+    epochs: int = _between(1, 10**4, "training epochs")
     batch_size: int = _between(1, 10**9, "rows of a micro-batch, over all processes")
     eval_batch_size: int = _between(1, 10**9, "rows of a batch in evaluation")
     lr: float = _between(0, 1e30, "peak learning rate")
@@ -37,7 +37,7 @@ class TrainConfig:
     accumulate: int = _between(1, 10**9, "micro-batches per optimizer step", default=1)
     valid_fraction: float = _between(0.001, 0.9, "fraction of the rows used for validation", default=0.1)
     head_lr: float = _between(0, 1e30, "peak learning rate of the new head; 0: as --lr", default=0.0)
-    layer_decay: float = _between(0.01, 1, "ratio of a layer's learning rate to the next layer's", default=1.0)
+    layer_decay: float = _between(0.01, 1, "learning rate of a layer, relative to the layer above it", default=1.0)
     label_smoothing: float = _between(0, 0.999, "share of each label spread over all three classes", default=0.0)
     aux_loss: float = _between(0, 1000, "weight of the auxiliary head's loss; 0: no auxiliary head", default=0.0)
     schedule: str = field(default="cosine", metadata={"choices": ("cosine", "linear"), "help": "of the learning rate"})
