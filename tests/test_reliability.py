@@ -838,7 +838,7 @@ def test_a_second_process_in_the_same_runs_folder_is_refused(half, whole, capsys
 def test_a_process_that_is_refused_leaves_the_folder_to_the_one_that_has_it():
     with run_folder.lock_run("run"):
         for _ in range(2):                       # the second one, too: the folder that is locked is still the folder
-            with pytest.raises(InputError, match="another process at work"), run_folder.lock_run("run"):
+            with pytest.raises(InputError, match="in use by another process"), run_folder.lock_run("run"):
                 raise AssertionError("two at once")
             assert Path("run").is_dir()
     assert not Path("run").exists()
