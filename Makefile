@@ -14,6 +14,9 @@ train: .venv/runtime        ## train: on data/train.csv and weights/deberta-v3-s
 predict: .venv/runtime      ## predict the rows of CSV=test.csv with the newest run's model; writes submission.csv
 	$(PY) predict.py $(CSV) $(ARGS)
 
+demo: .venv/runtime         ## the live page: type a pair, and see what each head attends to
+	$(PY) -m minipref.explain --serve $(ARGS)
+
 test: .venv/dev             ## the tests, a process for each core up to four
 	MINIPREF_REQUIRE=transformers,sentencepiece,sklearn $(PY) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 

@@ -364,6 +364,30 @@ MISTAKES = [
     Mistake("any table of probabilities is the truth", "minipref/synthetic/generator.py",
             " & (abs(a * b - (tie / TIE)**2) < 1e-6)", "",
             "test_outputs::test_a_truth_that_is_not_the_synthetic_datasets_is_not_read"),
+
+    # The page and its server.
+    Mistake("the page's swapped order is not mapped back", "minipref/explain/attribution.py",
+            "b_first[[1, 0, 2]]", "b_first", "test_explain::test_the_prediction_is_the_judges_in_both_orders"),
+    Mistake("the swapped order's attributions stay at its own places", "minipref/explain/attribution.py",
+            "b_first[places]", "b_first",
+            "test_explain::test_attributions_are_the_slope_of_the_log_odds_along_each_tokens_embedding"),
+    Mistake("c2p's vector is p2c's", "minipref/explain/attribution.py",
+            "pos_q[:, buckets], pos_k[:, buckets]", "pos_k[:, buckets], pos_q[:, buckets]",
+            "test_explain::test_the_vectors_products_add_up_to_each_term"),
+    Mistake("any difference between the orders is order-sensitive", "minipref/explain/attribution.py",
+            " and _leads(first) and _leads(second)", "", "test_explain::test_the_words_fit_the_probabilities"),
+    Mistake("a text ends the page's script", "minipref/explain/page.py", r'.replace("<", "\\u003c")', "",
+            "test_explain::test_what_a_text_holds_stays_text"),
+    Mistake("a page of any host may ask", "minipref/explain/serve.py", "host not in self.server.hosts", "not host",
+            "test_live::test_other_pages_of_the_browser_are_refused"),
+    Mistake("a page of any origin may ask", "minipref/explain/serve.py",
+            'origin not in (None, f"http://{host}")', "False",
+            "test_live::test_other_pages_of_the_browser_are_refused"),
+    Mistake("the address needs no token", "minipref/explain/serve.py",
+            "not secrets.compare_digest(token.encode(), self.server.token.encode())", "not token",
+            "test_live::test_without_the_token_nothing_is_there"),
+    Mistake("a text of any size is taken", "minipref/explain/serve.py", "if int(length) <= MOST_BYTES:", "if True:",
+            "test_live::test_ten_megabytes_are_refused_with_a_sentence_and_a_megabyte_of_text_is_explained"),
 ]
 
 

@@ -574,13 +574,14 @@ def test_a_half_written_checkpoint_is_refused_and_nothing_is_overwritten(finishe
     for file in (finished / "run" / "model").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     whole = (folder / "model.safetensors").read_bytes()
-    Path("submission.csv").write_text("mine")
+    mine = "id,winner_model_a,winner_model_b,winner_tie\n1,1,0,0\n"
+    Path("submission.csv").write_text(mine)
     test = write_rows(tmp_path / "t.csv", 3, labels=False)
     for part in range(0, 16):
         (folder / "model.safetensors").write_bytes(whole[:len(whole) * part // 16])
         code, _, err = call(capsys, [str(test), "--model", str(folder)], predict.main)
         assert code == 2 and "model.safetensors" in err and err.count("\n") == 1
-    assert Path("submission.csv").read_text() == "mine"
+    assert Path("submission.csv").read_text() == mine
 
 
 @pytest.mark.parametrize(("arguments", "what"), [
