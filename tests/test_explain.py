@@ -102,9 +102,9 @@ def test_watching_changes_nothing_and_the_terms_make_the_layers_probabilities(mo
     used = []
     softmax = model_module.masked_softmax
     monkeypatch.setattr(model_module, "masked_softmax", lambda *given: used.append(softmax(*given)) or used[-1])
-    traced = attribution.trace(model, input_ids, attention_mask)
-    terms, probs = traced.scores, list(used)
-    assert torch.equal(traced.logits, model(input_ids, attention_mask))
+    watched = attribution.watch(model, input_ids, attention_mask)
+    terms, probs = attribution.attention_terms(model, watched.inputs)[0], list(used)
+    assert torch.equal(watched.logits, model(input_ids, attention_mask))
     assert terms.shape == (SMALL.num_hidden_layers, SMALL.num_attention_heads, 3, 20, 20)
     for layer in range(SMALL.num_hidden_layers):
         assert torch.allclose(softmax(terms[layer].sum(1)[None], attention_mask), probs[layer], atol=1e-5)
@@ -129,7 +129,8 @@ def test_probabilities_are_those_of_the_full_scores_though_the_means_are_subtrac
     _, judge = judge
     tokenized = encode_pairs([Pair("", ("Name a fruit.",), ("An apple.",), (HOSTILE,))], judge.tokenizer, 96)
     input_ids, attention_mask, _ = collate(tokenized, [0], [False], judge.tokenizer)
-    terms = attribution.trace(judge.model, input_ids, attention_mask).scores.detach()
+    watched = attribution.watch(judge.model, input_ids, attention_mask)
+    terms = attribution.attention_terms(judge.model, watched.inputs)[0]
     assert np.allclose(explanation.probs, torch.softmax(terms.sum(2), -1).numpy(), atol=1e-6)
     assert np.allclose(explanation.scores.mean(-1), 0, atol=1e-5)
     assert np.allclose(explanation.probs.sum(-1), 1, atol=1e-5)

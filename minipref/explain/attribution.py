@@ -89,81 +89,84 @@ def explain(judge: Judge, pair: Pair, max_length: int, name: str = "") -> Explan
     """
     model, tokenizer = judge.model, judge.tokenizer
     tokenized, untruncated = (encode_pairs([pair], tokenizer, length) for length in (max_length, MAX_LENGTH))
-    traces = []
-    for swapped in (False, True) if not model.load_report.new else (False,):
+    orders = []
+    for swapped in (False,) if model.load_report.new else (False, True):
         input_ids, attention_mask, _ = collate(tokenized, [0], [swapped], tokenizer)
-        traces.append(trace(model, input_ids, attention_mask))
-    first, input_ids = traces[0], collate(tokenized, [0], [False], tokenizer)[0]
-    means = first.scores.mean(-1, keepdim=True)
-    scores = first.scores - means
-    probs = masked_softmax(scores.sum(2), torch.ones_like(input_ids, dtype=torch.bool))      # (N, H, L, L)
+        orders.append(watch(model, input_ids, attention_mask))
+    scores, vectors, buckets, rows = attention_terms(model, orders[0].inputs)
+    means = scores.mean(-1, keepdim=True)
+    scores = scores - means
+    probs = masked_softmax(scores.sum(2), attention_mask)                # (N, H, L, L); nothing is padding
+    input_ids = collate(tokenized, [0], [False], tokenizer)[0][0].tolist()
     segments, gaps = [""], {}
     for segment, tokens, all_tokens in zip(("prompt", "A", "B"), tokenized.segments(0), untruncated.segments(0)):
         if len(tokens) < len(all_tokens):                                # cut as `truncate_head_tail` cuts
             gaps[len(segments) + len(tokens) - len(tokens) // 2] = len(all_tokens) - len(tokens)
         segments += [segment] * len(tokens) + [""]
     return Explanation(
-        model=name, pair=pair, tokens=readable(tokenizer, input_ids[0].tolist()), segments=segments,
+        model=name, pair=pair, tokens=readable(tokenizer, input_ids), segments=segments,
         scores=scores.numpy(), means=means[..., 0].numpy(), probs=probs.numpy(),
-        vectors={name: vectors.numpy() for name, vectors in first.vectors.items()},
-        buckets=first.buckets.numpy() - model.config.position_buckets, rows=first.rows.numpy(), gaps=gaps,
-        attribution=None if model.load_report.new else attribute(judge, pair, tokenized, traces))
+        vectors={name: vector.numpy() for name, vector in vectors.items()},
+        buckets=buckets.numpy() - model.config.position_buckets, rows=rows.numpy(), gaps=gaps,
+        attribution=None if model.load_report.new else attribute(judge, pair, tokenized, orders))
 
 
 @dataclass
-class Trace:
-    """What was seen of one forward pass. Shapes: 1 sequence of L tokens; U: the different rows of its distances."""
+class Watched:
+    """A forward pass of one sequence, and what was seen of it."""
 
     embeddings: Tensor             # (1, L, D), a leaf of the graph that ends in the logits
     logits: Tensor                 # (1, 3)
-    scores: Tensor                 # (N, H, 3, L, L)
-    vectors: dict[str, Tensor]     # q, k (N, H, L, d), pos_q, pos_k (N, H, U, d)
-    buckets: Tensor                # (U,) int64, rows of the relative embeddings
-    rows: Tensor                   # (2L - 1,) int64, for each distance its place in `buckets`
+    inputs: list[tuple]            # of each layer's attention
 
 
-def trace(model: PreferenceModel, input_ids: Tensor, attention_mask: Tensor) -> Trace:
-    """Run `model(input_ids, attention_mask)` with hooks that keep its embeddings and what each attention is given.
+def watch(model: PreferenceModel, input_ids: Tensor, attention_mask: Tensor) -> Watched:
+    """Run `model(input_ids, attention_mask)` with hooks. Shapes: (1, L), (1, L)."""
+    embeddings, inputs = [], []
 
-    The scores are then computed from that by the model's own functions. Shapes: (1, L), (1, L).
-    """
-    encoder, embeddings, given = model.encoder, [], []
-
-    def make_leaf(module, inputs, x):
+    def make_leaf(module, given, x):
         embeddings.append(x.detach().requires_grad_())
         return embeddings[0]
 
-    hooks = [encoder.dropout.register_forward_hook(make_leaf),           # the last step of `Encoder.embed`
-             *(layer.attention.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
-               for layer in encoder.layers)]
+    hooks = [model.encoder.dropout.register_forward_hook(make_leaf),     # the last step of `Encoder.embed`
+             *(layer.attention.register_forward_pre_hook(lambda _, given: inputs.append(given))
+               for layer in model.encoder.layers)]
     try:
         logits = model(input_ids, attention_mask)
     finally:
         for hook in hooks:
             hook.remove()
+    return Watched(embeddings[0], logits, inputs)
+
+
+@torch.no_grad()
+def attention_terms(model: PreferenceModel, inputs: list[tuple]) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """Every head's scores and vectors, by the model's own functions, from what its attentions were given.
+
+    Shapes: -> scores (N, H, 3, L, L); q, k (N, H, L, d) and pos_q, pos_k (N, H, U, d) for the U rows of the relative
+    embeddings that occur; these rows (U,); and for each distance its place among them (2L - 1,).
+    """
     scores, vectors = [], {name: [] for name in VECTORS}
-    buckets, rows = given[0][3].unique(return_inverse=True)
-    with torch.no_grad():
-        for layer, (x, _, rel_embeddings, distances) in zip(encoder.layers, given):
-            q, k, _, pos_q, pos_k = layer.attention.project(x, rel_embeddings)
-            scores.append(torch.cat(attention_scores(q, k, pos_q, pos_k, relative_index(distances))).transpose(0, 1))
-            for name, vector in zip(VECTORS, (q[0], k[0], pos_q[:, buckets], pos_k[:, buckets])):
-                vectors[name].append(vector)
-    return Trace(embeddings[0], logits, torch.stack(scores),
-                 {name: torch.stack(layers) for name, layers in vectors.items()}, buckets, rows)
+    buckets, rows = inputs[0][3].unique(return_inverse=True)
+    for layer, (x, _, rel_embeddings, distances) in zip(model.encoder.layers, inputs):
+        q, k, _, pos_q, pos_k = layer.attention.project(x, rel_embeddings)
+        scores.append(torch.cat(attention_scores(q, k, pos_q, pos_k, relative_index(distances))).transpose(0, 1))
+        for name, vector in zip(VECTORS, (q[0], k[0], pos_q[:, buckets], pos_k[:, buckets])):
+            vectors[name].append(vector)
+    return torch.stack(scores), {name: torch.stack(layers) for name, layers in vectors.items()}, buckets, rows
 
 
-def attribute(judge: Judge, pair: Pair, tokenized: TokenizedPairs, traces: list[Trace]) -> Attribution:
-    """The probabilities and attributions of both orders, from their traces (A first, B first)."""
+def attribute(judge: Judge, pair: Pair, tokenized: TokenizedPairs, orders: list[Watched]) -> Attribution:
+    """The probabilities and attributions of both orders (A first, B first)."""
     added = judge.surface_logits([pair])                                 # of the blend; no token has a part in them
     surface = torch.zeros(1, len(LABELS)) if added is None else torch.from_numpy(added)
-    a_first, b_first = (one.logits[0] / judge.temperature for one in traces)
+    a_first, b_first = (order.logits[0] / judge.temperature for order in orders)
     logits = torch.stack([a_first, b_first[[1, 0, 2]]]) + surface        # (2, 3), both in the order A, B, tie
     probabilities = torch.softmax(logits.detach().double(), -1).numpy()
     prediction = int(probabilities.mean(0).argmax())
     others = [c for c in range(len(LABELS)) if c != prediction]
     log_odds = logits[:, prediction] - torch.logsumexp(logits[:, others], -1)
-    embeddings = [one.embeddings for one in traces]
+    embeddings = [order.embeddings for order in orders]
     gradients = torch.autograd.grad(log_odds.sum(), embeddings)
     a_first, b_first = ((g * x.detach())[0].sum(-1).numpy() for g, x in zip(gradients, embeddings))
     places = swapped_places([len(segment) for segment in tokenized.segments(0)])
