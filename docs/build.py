@@ -242,7 +242,7 @@ def scaling() -> str:
         parts += panel({"measured": (xs, ys)}, xs, y_ticks, titles[axis],
                        "milliseconds a step" if axis == "rows" else "", guides=guides, notes=notes, dots=True, log=True,
                        area=(left, TOP, SMALL, 240))
-        left += SMALL + 36
+        left += SMALL + 44
     return svg("The time of a training step by rows, length, hidden size and processes; dotted: the factor that the "
                "operations suggest for twice as much", left, TOP + 240 + 54, parts)
 
