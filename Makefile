@@ -14,6 +14,9 @@ train: .venv/runtime        ## train: data/train.csv and weights/deberta-v3-smal
 predict: .venv/runtime      ## predict the rows of CSV=test.csv with the newest run's model; writes submission.csv
 	$(PY) predict.py $(CSV) $(ARGS)
 
+demo: .venv/runtime         ## serve the live page: type a pair, and see the attention of each head
+	$(PY) -m minipref.explain --serve $(ARGS)
+
 test: .venv/dev             ## run the tests, one process per core, at most four
 	MINIPREF_REQUIRE=transformers,sentencepiece,sklearn $(PY) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 

@@ -173,10 +173,11 @@ def readme_table(figures: dict) -> str:
             if found:
                 rows.append([f"{title}, {batch} rows of {length} tokens",
                              *(compared(found[precision])[0] for precision in ("fp32", "bf16"))])
-    for row in figures.get("prediction", []):
-        rows.append([f"predicting {row['rows']:,} rows of {row['file']}", compared(row["seconds"])[0],
-                     f"{compared(row['seconds'], f'{US}, bf16')[0]} (theirs in fp32)"])
-    return table(["times as fast as transformers", "fp32", "bf16"], rows)
+    machine = figures["machine"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, {machine['instructions']}"
+    versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
+    return (table(["times as fast as transformers", "fp32", "bf16"], rows)
+            + f"\nv3-small with random weights; {where}; {versions}.\n")
 
 
 def compared(seconds: dict[str, list[float]], name: str = US) -> list[str]:

@@ -1,6 +1,6 @@
 """Cost of a run: memory by model and precision; time by rows, length, width and processes; an estimate of a full run.
 
-    python benchmarks/scaling.py                      all parts; writes docs/scaling.md and docs/scaling.svg
+    python benchmarks/scaling.py                      all parts; writes docs/scaling.md; then run `make docs`
     python benchmarks/scaling.py memory paper         only these parts
 
 `memory` is computed: the real model runs a training step on torch's fake tensors, which have no content, with the
@@ -10,6 +10,7 @@ vendors' specifications.
 
 import argparse
 import contextlib
+import json
 import os
 import platform
 import subprocess
@@ -37,9 +38,9 @@ from minipref.model import PreferenceModel, distance_buckets  # noqa: E402
 from minipref.optim import AdamW, decay_groups  # noqa: E402
 from minipref.recipes import recipe  # noqa: E402
 from minipref.run import distributed  # noqa: E402
-from minipref.runtime import atomic_write, write_text  # noqa: E402
+from minipref.runtime import write_text  # noqa: E402
 
-PAGE, FIGURE = ROOT / "docs" / "scaling.md", ROOT / "docs" / "scaling.svg"
+PAGE, FIGURES = ROOT / "docs" / "scaling.md", ROOT / "benchmarks" / "scaling.json"
 SIZES = {  # the published v3 encoders: one architecture, four sizes
     "v3-xsmall": EncoderConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536),
     "v3-small": EncoderConfig(),
@@ -204,7 +205,7 @@ def processes_seconds(count: int, rows: int = 16) -> float:
 
 
 def growth() -> str:
-    """Measure along each axis, with the others at `BASE`, and draw the figure."""
+    """Measure along each axis, with the others at `BASE`, and save the data of the figure."""
     measured = {}
     for axis, values in AXES.items():
         measured[axis] = [(value, step_seconds(**BASE | {axis: value})) for value in values]
@@ -212,7 +213,7 @@ def growth() -> str:
     cores = len(os.sched_getaffinity(0))
     measured["processes"] = [(count, processes_seconds(count)) for count in range(1, cores + 1)]
     print("processes", measured["processes"], flush=True)
-    draw(measured)
+    save(measured)
     table = [["axis", "others", *[""] * max(map(len, AXES.values())), "last doubling"], ["---", "---"]]
     table[1] += ["---:"] * (len(table[0]) - 2)
     for axis, points in measured.items():
@@ -224,26 +225,10 @@ def growth() -> str:
     return GROWTH.format(machine=machine(), cores=cores, table=markdown(table))
 
 
-def draw(measured: dict[str, list[tuple[int, float]]]) -> None:
-    """The four axes as log-log curves."""
-    import matplotlib
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-    matplotlib.rcParams["svg.hashsalt"] = "minipref"     # equal measurements give equal files
-    figure, panels = pyplot.subplots(1, len(measured), figsize=(11, 2.8), sharey=True)
-    for panel, (axis, points) in zip(panels, measured.items()):
-        values, seconds = zip(*points)
-        panel.loglog(values, [1000 * s for s in seconds], marker="o", color="#1f4e79", base=2)
-        panel.set_xticks(values, [str(value) for value in values])
-        panel.set_xlabel(axis)
-        panel.minorticks_off()
-        panel.grid(True, color="#dddddd")
-    panels[0].set_ylabel("ms a step")
-    panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    figure.tight_layout()
-    with atomic_write(FIGURE) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+def save(measured: dict[str, list[tuple[int, float]]]) -> None:
+    """Write the data of the figure, which `make docs` draws."""
+    points = {axis: [[value, round(1000 * seconds, 1)] for value, seconds in pairs] for axis, pairs in measured.items()}
+    write_text(FIGURES, json.dumps({"machine": machine(), "milliseconds": points}, indent=1) + "\n")
 
 
 # --- on paper ---------------------------------------------------------------------------------------------------------

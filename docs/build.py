@@ -11,9 +11,11 @@ another processor. `drift` allows for that.
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,95 +26,159 @@ import torch  # noqa: E402
 
 from minipref import metrics  # noqa: E402
 from minipref.checkpoint import load_classifier  # noqa: E402
+from minipref.config import EncoderConfig  # noqa: E402
 from minipref.data import Pair  # noqa: E402
 from minipref.explain import explain, figure  # noqa: E402
 from minipref.model import log_bucket  # noqa: E402
-from minipref.optim import cosine_with_warmup  # noqa: E402
+from minipref.optim import learning_rates  # noqa: E402
 from minipref.predictor import Judge  # noqa: E402
 from minipref.recipes import RECIPES, recipe  # noqa: E402
 from minipref.runtime import write_text  # noqa: E402
 from minipref.tokenizer import load_tokenizer  # noqa: E402
 
 TINY = ROOT / "weights" / "minipref-tiny"
-SHOWN = Pair("", ("Who wrote Hamlet?",), ("Shakespeare wrote Hamlet.",), ("I think that Dickens wrote it.",))
-LEFT, TOP, WIDTH, HEIGHT = 52, 14, 480, 240            # of a chart's axes, in pixels
+SHOWN = Pair("", ("Who wrote Hamlet?",), ("Shakespeare did.",), ("I think Dickens.",))
+PRINTED = re.compile(r"<!-- printed by: make train -->\n```\n(.*?)^```", re.S | re.M)
+EPOCH = re.compile(r"^epoch +(?P<epoch>[\d.]+) +train loss (?P<train>[\d.]+) +log loss (?P<valid>[\d.]+)", re.M)
+LEFT, TOP, WIDTH, HEIGHT = 60, 16, 620, 300            # of a chart's axes, in pixels
+SMALL = 196                                            # the width of each of scaling's panels
+Lines = dict[str, tuple[Sequence[float], Sequence[float]]]
 
 
 # --- charts -----------------------------------------------------------------------------------------------------------
 
-def chart(title: str, lines: dict[str, tuple[Sequence[float], Sequence[float]]], x_ticks: Sequence[float],
-          y_ticks: Sequence[float], x_label: str, y_label: str, dotted: str = "") -> str:
-    """Lines {name: (x, y)} over axes that end at the outermost ticks, as SVG; `title` is its text alternative."""
-    def at(x: float, y: float) -> str:
-        right = LEFT + WIDTH * (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        return f"{right:.1f},{TOP + HEIGHT * (1 - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])):.1f}"
-
-    bottom, parts = TOP + HEIGHT, []
-    for tick in x_ticks:
-        x = float(at(tick, 0).split(",")[0])
-        parts.append(f'<path class="axis" d="M{x} {bottom}v5"/><text x="{x}" y="{bottom + 18}" class="middle">{tick:g}'
-                     "</text>")
-    for tick in y_ticks:
-        y = float(at(0, tick).split(",")[1])
-        parts.append(f'<path class="axis" d="M{LEFT} {y}h-5"/><text x="{LEFT - 8}" y="{y + 4:.1f}" class="end">{tick:g}'
-                     "</text>")
-    for number, (name, (xs, ys)) in enumerate(lines.items()):
-        points = " ".join(at(x, y) for x, y in zip(xs, ys))
-        kind = "dotted" if name == dotted else f"line{number}"
-        parts.append(f'<polyline class="{kind}" points="{points}"/>')
-        if len(lines) > 1:
-            parts.append(f'<path class="{kind}" d="M{LEFT + 14} {TOP + 8 + 16 * number}h22"/>'
-                         f'<text x="{LEFT + 42}" y="{TOP + 12 + 16 * number}">{name}</text>')
-    parts += [f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{LEFT + WIDTH}"/>',
-              f'<text x="{LEFT + WIDTH / 2:g}" y="{bottom + 36}" class="middle">{x_label}</text>',
-              f'<text transform="translate(12 {TOP + HEIGHT / 2:g}) rotate(-90)" class="middle">{y_label}</text>']
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 24} {bottom + 44}" '
-            f'width="{LEFT + WIDTH + 24}" height="{bottom + 44}" role="img"><title>{title}</title>\n<style>{STYLE}'
-            "</style>\n" + "\n".join(parts) + "\n</svg>\n")
-
-
-STYLE = ("text{font:12px system-ui,sans-serif;fill:#24292f}.middle{text-anchor:middle}.end{text-anchor:end}"
+STYLE = ("text{font:14px system-ui,sans-serif;fill:#24292f}.middle{text-anchor:middle}.end{text-anchor:end}"
+         ".bold{font-weight:600}.mono{font:12px ui-monospace,monospace}.small{font-size:12px}"
          "path,polyline{fill:none;stroke-width:2}.axis{stroke:#57606a;stroke-width:1}"
-         ".dotted{stroke:#57606a;stroke-width:1;stroke-dasharray:3 3}"
-         ".line0{stroke:#c8641e}.line1{stroke:#2a78c8}.line2{stroke:#5f8f3a}"
-         "@media(prefers-color-scheme:dark){text{fill:#d0d7de}.axis,.dotted{stroke:#9198a1}}")
+         ".dotted{stroke:#57606a;stroke-width:1.5;stroke-dasharray:4 4}.tip{fill:#57606a}"
+         ".line0{stroke:#c8641e}.line1{stroke:#2a78c8}.line2{stroke:#5f8f3a}.line3{stroke:#9a5fb5}"
+         ".dot{fill:#24292f}.box{fill:#f6f8fa;stroke:#57606a}.frame{fill:none;stroke:#57606a;stroke-dasharray:4 4}"
+         ".c2c{fill:#fbe9dd;stroke:#c8641e}.c2p{fill:#dfedfb;stroke:#2a78c8}.p2c{fill:#e6f0dd;stroke:#5f8f3a}"
+         "@media(prefers-color-scheme:dark){text,.dot{fill:#d0d7de}.axis,.dotted,.frame{stroke:#9198a1}"
+         ".tip{fill:#9198a1}.box{fill:#161b22;stroke:#9198a1}"
+         ".c2c{fill:#3d2314}.c2p{fill:#12283f}.p2c{fill:#1f2d16}}")
+
+
+def svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:
+    """A picture; `title` is its text alternative."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
+            f'height="{height:g}" role="img"><title>{title}</title>\n<style>{STYLE}</style>\n' + "\n".join(parts)
+            + "\n</svg>\n")
+
+
+def panel(lines: Lines, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_label: str = "",
+          dotted: Sequence[str] = (), legend: tuple[float, float] | None = None, notes: Sequence[tuple] = (),
+          guides: Sequence[tuple] = (), marks: Sequence[tuple] = (), dots: bool = False, log: bool = False,
+          area: tuple[int, int, int, int] = (LEFT, TOP, WIDTH, HEIGHT)) -> list[str]:
+    """Lines {name: (x, y)} over axes that end at the outermost ticks, inside `area` (left, top, width, height).
+
+    The names stand in a legend whose first line begins at `legend`, in the axes' units. Guides are dotted lines (x, y)
+    without a name, marks single dots (x, y). A note is (x, y, text, anchor, right, down): a text, moved so many pixels.
+    """
+    left, top, width, height = area
+    scale = math.log2 if log else float
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        shares = [(scale(value) - scale(ticks[0])) / (scale(ticks[-1]) - scale(ticks[0]))
+                  for value, ticks in ((x, x_ticks), (y, y_ticks))]
+        return left + width * shares[0], top + height * (1 - shares[1])
+
+    bottom, parts = top + height, []
+    for tick in x_ticks:
+        x, _ = at(tick, y_ticks[0])
+        parts.append(f'<path class="axis" d="M{x:.1f} {bottom}v5"/>'
+                     f'<text x="{x:.1f}" y="{bottom + 20}" class="middle">{tick:,g}</text>')
+    for tick in y_ticks:
+        _, y = at(x_ticks[0], tick)
+        parts.append(f'<path class="axis" d="M{left} {y:.1f}h-5"/>')
+        if y_label:
+            parts.append(f'<text x="{left - 9}" y="{y + 5:.1f}" class="end">{tick:,g}</text>')
+    for xs, ys in guides:
+        points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in zip(xs, ys))
+        parts.append(f'<polyline class="dotted" points="{points}"/>')
+    kinds, full = {}, 0
+    for name in lines:
+        kinds[name] = "dotted" if name in dotted else f"line{full}"
+        full += name not in dotted
+    for name, (xs, ys) in lines.items():
+        points = [at(x, y) for x, y in zip(xs, ys)]
+        parts.append(f'<polyline class="{kinds[name]}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
+        if dots and name not in dotted:
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" class="dot"/>' for x, y in points]
+    if legend:
+        x, y = at(*legend)
+        for number, name in enumerate(lines):
+            parts.append(f'<path class="{kinds[name]}" d="M{x:.1f} {y + 20 * number:.1f}h24"/>'
+                         f'<text x="{x + 32:.1f}" y="{y + 5 + 20 * number:.1f}">{name}</text>')
+    parts += ['<circle cx="{:.1f}" cy="{:.1f}" r="4.5" class="dot"/>'.format(*at(x, y)) for x, y in marks]
+    for note_x, note_y, text, anchor, right, down in notes:
+        x, y = at(note_x, note_y)
+        parts.append(f'<text x="{x + right:.1f}" y="{y + down:.1f}" class="{anchor}">{text}</text>')
+    parts += [f'<path class="axis" d="M{left} {top}V{bottom}H{left + width}"/>',
+              f'<text x="{left + width / 2:g}" y="{bottom + 42}" class="middle">{x_label}</text>']
+    if y_label:
+        parts.append(f'<text transform="translate({left - 44} {top + height / 2:g}) rotate(-90)" class="middle">'
+                     f"{y_label}</text>")
+    return parts
+
+
+def chart(title: str, *args, **kwargs) -> str:
+    """One panel with its title as the text alternative."""
+    return svg(title, LEFT + WIDTH + 30, TOP + HEIGHT + 54, panel(*args, **kwargs))
 
 
 def buckets() -> str:
-    distance = torch.arange(600)
-    return chart("The bucket of each distance", {
-        "bucket (span 256, max_distance 512)": (distance.tolist(), log_bucket(distance).tolist()),
-        "every distance its own": ([0, 256], [0, 256])}, range(0, 601, 100), range(0, 257, 64), "distance i - j",
-        "bucket", dotted="every distance its own")
+    distance = torch.arange(513)
+    return chart("The bucket of each distance: a straight line to 128, then steps that grow longer, to 255 at 511", {
+        "log_bucket, position_buckets 256, max_distance 512": (distance.tolist(), log_bucket(distance).tolist()),
+        "one bucket for each distance": ([0, 256], [0, 256])}, range(0, 513, 64), range(0, 257, 64), "distance i - j",
+        "bucket", dotted=["one bucket for each distance"], legend=(200, 46), marks=[(128, 128), (511, 255)],
+        notes=[(128, 128, "to distance 128: one bucket for each", "", 14, 14),
+               (511, 255, "511: bucket 255, the last", "end", -2, 54)])
 
 
 def schedule() -> str:
-    total, warmup = 1000, 80
-    steps = [*range(0, warmup, 8), *range(warmup, total + 1, 10)]
-    lines = {"warmup and cosine": (steps, [cosine_with_warmup(step, total, warmup, 1.0) for step in steps])}
-    return chart("The learning rate over a run of 1,000 steps, 80 of them warmup", lines, range(0, 1001, 200),
-                 [0, 0.25, 0.5, 0.75, 1], "step", "share of the peak")
+    """Every recipe's learning rate, over the rows it is meant for, and a run that stops early."""
+    competition, bundled = 51_729, 40_499              # training rows: of the competition, of the synthetic dataset
+    shares, lines = [n / 200 for n in range(201)], {}
+    for name in RECIPES:
+        config = recipe(name)
+        total = config.epochs * -(-(bundled if name == "tiny" else competition) // config.batch_size)
+        warmup = min(config.warmup_steps(total), max(1, total // 10))                  # as train.py has it
+        lines[f"{name}: {config.epochs} epochs, {config.schedule}"] = shares, [
+            learning_rates(config.schedule, round(share * total), total, warmup, [1.0])[0] for share in shares]
+    epochs, stop = recipe("baseline").epochs, 5
+    share = stop / epochs
+    height = np.interp(share, *next(iter(lines.values())))
+    return chart("The learning rate of each recipe over its run, and where an early stop would leave it", lines,
+                 [n / 10 for n in range(0, 11, 2)], [0, 0.25, 0.5, 0.75, 1], "share of the planned steps",
+                 "learning rate / peak", legend=(0.62, 0.94), marks=[(share, height)],
+                 guides=[([share, share], [0, height])], notes=[
+                     (share, 0.17, f"baseline stopped after epoch {stop} of {epochs}:", "", 10, 5),
+                     (share, 0.10, f"the learning rate is still {height:.0%} of its peak", "", 10, 5)])
 
 
 def overconfident(rows: int = 20_000, factor: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
-    """Made-up logits that are `factor` times too sure, and labels drawn from the honest ones: (N, 1, 3), (N,)."""
+    """Synthetic logits `factor` times too large, and labels drawn from the calibrated ones: (N, 1, 3), (N,)."""
     draw = np.random.default_rng(0)
-    honest = draw.normal(size=(rows, 1, 3))
-    labels = (draw.random((rows, 1)) > metrics.softmax(honest)[:, 0].cumsum(1)).sum(1).clip(max=2)
-    return factor * honest, labels
+    calibrated = draw.normal(size=(rows, 1, 3))
+    labels = (draw.random((rows, 1)) > metrics.softmax(calibrated)[:, 0].cumsum(1)).sum(1).clip(max=2)
+    return factor * calibrated, labels
 
 
 def reliability() -> str:
     logits, labels = overconfident()
     temperature = metrics.fit_temperature(logits, labels)
     lines = {}
-    for name, t in (("as it is", 1.0), (f"divided by the fitted temperature, {temperature:.2f}", temperature)):
+    for name, t in (("uncalibrated", 1.0), (f"divided by the fitted temperature, {temperature:.2f}", temperature)):
         bins = metrics.evaluate(metrics.swap_averaged(logits, t), labels)["calibration"]
         lines[name] = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
-    lines["honest"] = [0.3, 1], [0.3, 1]
+    lines["perfect calibration"] = [0.3, 1], [0.3, 1]
     tenths = [n / 10 for n in range(2, 11)]
-    return chart("Accuracy at each confidence, before and after a temperature", lines, tenths[1:], tenths[::2],
-                 "confidence in the likeliest class", "accuracy", dotted="honest")
+    return chart("Accuracy at each confidence of synthetic logits, before and after a temperature", lines, tenths[1:],
+                 tenths[::2], "confidence: the probability of the likeliest class", "accuracy",
+                 dotted=["perfect calibration"], legend=(0.32, 0.95), dots=True,
+                 notes=[(1, 0.23, "20,000 synthetic rows, logits twice too large", "end", 0, 5)])
 
 
 def pretraining() -> str:
@@ -122,12 +188,135 @@ def pretraining() -> str:
     names = next(row for row in cells if row[0] == "step")
     table = [dict(zip(names, row)) for row in cells if row[1].endswith(" M") and len(row) == len(names)]
     tokens = [float(row["tokens"].removesuffix(" M")) for row in table]
-    lines = {"best F1 of the discriminator": (tokens, [float(row["best F1"]) for row in table]),
-             "its F1 at even odds": (tokens, [float(row["F1"]) for row in table]),
-             "best F1 of word frequency": (tokens, [float(row["word frequency"]) for row in table]),
-             "'always original'": ([0, tokens[-1]], [0, 0])}
-    return chart("Replaced tokens found in held-out text, by tokens read", lines, range(0, 41, 8),
-                 [n / 10 for n in range(7)], "million tokens read", "F1", dotted="'always original'")
+    steps = [int(row["step"].replace(",", "")) for row in table]
+    restart = next(tokens[n - 1] for n in range(1, len(steps)) if steps[n] < steps[n - 1])
+    lines = {"discriminator, best threshold": (tokens, [float(row["best F1"]) for row in table]),
+             "discriminator, threshold 0.5": (tokens, [float(row["F1"]) for row in table]),
+             "word frequency, best threshold": (tokens, [float(row["word frequency"]) for row in table])}
+    return chart("F1 of replaced-token detection on held-out text, by tokens of pretraining", lines, range(0, 41, 8),
+                 [n / 10 for n in range(7)], "million tokens of pretraining", "F1", legend=(1, 0.57),
+                 guides=[([restart, restart], [0, 0.6])], notes=[
+                     (restart, 0.57, "second run, new generator:", "", 8, 5),
+                     (restart, 0.53, "easier replacements at first", "", 8, 5)])
+
+
+def training() -> str:
+    """README's run of `make train`: the losses of each evaluation, from the lines that README has of it."""
+    printed = PRINTED.search((ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    found = [{name: float(value) for name, value in match.groupdict().items()} for match in EPOCH.finditer(printed)]
+    epochs = [row["epoch"] for row in found]
+    prior, best = (float(re.search(rf"^{name} +([\d.]+)", printed, re.M)[1]) for name in ("class prior",
+                                                                                        "Bayes-optimal"))
+    lines = {"validation": (epochs, [row["valid"] for row in found]),
+             "training, mean since the last evaluation": (epochs, [row["train"] for row in found])}
+    return chart("Training and validation log loss of README's run on the synthetic dataset", lines,
+                 [n / 4 for n in range(0, int(4 * epochs[-1]) + 1)], [n / 10 for n in range(5, 13)],
+                 "epochs of the synthetic dataset", "log loss", legend=(1.05, 1.0), dots=True,
+                 guides=[([0, epochs[-1]], [level, level]) for level in (prior, best)], notes=[
+                     (0, level, f"{name} {level}", "", 10, -8)
+                     for name, level in (("class prior", prior), ("Bayes-optimal", best))])
+
+
+def scaling() -> str:
+    """A step's time along each axis, from benchmarks/scaling.json, beside the slopes that the operations suggest."""
+    measured = json.loads((ROOT / "benchmarks" / "scaling.json").read_text(encoding="utf-8"))["milliseconds"]
+    titles = {"rows": "rows a step", "length": "tokens a row", "width": "hidden size", "processes": "processes"}
+    slopes = {"rows": [1], "length": [1, 2], "width": [1, 2], "processes": [-1]}
+    times = [math.log2(milliseconds) for points in measured.values() for _, milliseconds in points]
+    y_ticks, left, parts = [2**n for n in range(math.floor(min(times)), math.ceil(max(times)) + 1)], LEFT, []
+    for axis, points in measured.items():
+        if len(points) < 2:                                              # one core has one process
+            continue
+        xs, ys = zip(*points)
+        anchor_x, anchor_y = points[0] if axis == "processes" else points[-1]
+        guides, notes = [], []
+        for slope in slopes[axis]:
+            ideal = [(x, anchor_y * (x / anchor_x)**slope) for x in xs]
+            if ideal[0][1] < y_ticks[0]:                             # cut off where it leaves the panel
+                ideal = [(anchor_x * (y_ticks[0] / anchor_y)**(1 / slope), y_ticks[0]), *(
+                    point for point in ideal if point[1] > y_ticks[0])]
+            guides.append(tuple(zip(*ideal)))
+            x, y = (math.sqrt(a * b) for a, b in zip(ideal[0], ideal[-1]))                # the middle of the line
+            above = len(slopes[axis]) == 2 and slope == 1
+            notes.append((x, y, f"x {2.0**slope:g}", *(("end", -6, -4) if above else ("", 8, 30 if slope < 0 else 14))))
+        parts += panel({"measured": (xs, ys)}, xs, y_ticks, titles[axis],
+                       "milliseconds a step" if axis == "rows" else "", guides=guides, notes=notes, dots=True, log=True,
+                       area=(left, TOP, SMALL, 240))
+        left += SMALL + 44
+    return svg("The time of a training step by rows, length, hidden size and processes; dotted: the factor that the "
+               "operations suggest for twice as much", left, TOP + 240 + 54, parts)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+def box(left: float, top: float, width: float, height: float, lines: Sequence[str], kind: str = "box") -> str:
+    """A box with lines of text in its middle; a line that begins with a parenthesis is a shape."""
+    texts = "".join(
+        f'<text x="{left + width / 2:g}" y="{top + height / 2 + 5 + 17 * (n - (len(lines) - 1) / 2):g}" '
+        f'class="middle{" mono" if line[0] == "(" else ""}">{line}</text>' for n, line in enumerate(lines))
+    return f'<rect x="{left}" y="{top}" width="{width}" height="{height}" rx="5" class="{kind}"/>{texts}'
+
+
+def arrow(*points: tuple[float, float], kind: str = "axis") -> str:
+    """A line through points, with its tip at the last; the last piece is vertical or horizontal."""
+    (x0, y0), (x, y) = points[-2:]
+    dx, dy = (x > x0) - (x < x0), (y > y0) - (y < y0)
+    line = " ".join(f"{a:g},{b:g}" for a, b in [*points[:-1], (x - 6 * dx, y - 6 * dy)])
+    return (f'<polyline class="{kind}" points="{line}"/><path class="tip" d="M{x:g} {y:g}L{x - 7 * dx - 4 * dy:g} '
+            f'{y - 7 * dy - 4 * dx:g}L{x - 7 * dx + 4 * dy:g} {y - 7 * dy + 4 * dx:g}z"/>')
+
+
+def model() -> str:
+    """The classifier from token ids to logits on the left, one layer of its encoder on the right."""
+    parts, left, middle = [], 306, 125
+    column = [(44, ["input_ids", "(B, L)"]), (130, ["word_embeddings, LayerNorm", "(B, L, D)"]),
+              (250, ["N encoder layers", "(B, L, D)"]), (370, ["hidden state of [CLS]", "(B, D)"]),
+              (456, ["pooler: Linear, GELU", "(B, D)"]), (542, ["classifier: A, B, tie", "(B, 3)"])]
+    parts += [box(10, top, 2 * middle - 20, 50, lines) for top, lines in column]
+    parts += [arrow((middle, above + 50), (middle, below)) for (above, _), (below, _) in pairwise(column)]
+    parts += ['<text x="10" y="26" class="bold">the classifier</text>',
+              f'<text x="{left}" y="26" class="bold">one encoder layer</text>',
+              f'<rect x="{left}" y="40" width="584" height="552" rx="8" class="frame"/>',
+              f'<path class="dotted" d="M{2 * middle - 10} 250L{left} 48M{2 * middle - 10} 300L{left} 584"/>']
+
+    def at(x: float, top: float, width: float, lines: list[str], kind: str = "box", height: float = 48) -> None:
+        parts.append(box(left + x, top, width, height, lines, kind))
+
+    def to(*points: tuple[float, float], kind: str = "axis") -> None:
+        parts.append(arrow(*((left + x, y) for x, y in points), kind=kind))
+
+    at(16, 56, 304, ["x: hidden states", "(B, L, D)"])
+    at(350, 56, 218, ["rel_embeddings, LayerNorm", "(R, D), one for all layers"])
+    for x, width, weights, name, shape in (
+            (16, 96, "v_proj", "v", "(B, H, L, d)"), (120, 96, "k_proj", "k", "(B, H, L, d)"),
+            (224, 96, "q_proj", "q", "(B, H, L, d)"), (350, 100, "k_proj", "pos_k", "(H, R, d)"),
+            (468, 100, "q_proj", "pos_q", "(H, R, d)")):
+        at(x, 140, width, [name, shape])
+        to((x + width / 2, 104), (x + width / 2, 140))
+        parts.append(f'<text x="{left + x + width / 2 + 6}" y="126" class="mono">{weights}</text>')
+    for x, name, query, key in ((122, "c2c", "q", "k"), (276, "c2p", "q", "pos_k"), (430, "p2c", "k", "pos_q")):
+        at(x, 256, 138, [f"{name}: {query} &#183; {key}", "(B, H, L, L)"], name)
+    at(122, 344, 446, ["(c2c + c2p + p2c) / &#8730;(3 d), softmax over the keys", "(B, H, L, L)"])
+    at(16, 430, 552, ["probs @ v, Linear, + x, LayerNorm", "(B, L, D)"])
+    at(16, 516, 552, ["Linear to (B, L, F), GELU, Linear to D, + its input, LayerNorm", "(B, L, D)"], height=56)
+    to((160, 188), (160, 256), kind="line0")
+    to((262, 188), (262, 214), (230, 214), (230, 256), kind="line0")
+    to((282, 188), (282, 214), (310, 214), (310, 256), kind="line1")
+    to((400, 188), (400, 256), kind="line1")
+    to((180, 188), (180, 234), (452, 234), (452, 256), kind="line2")
+    to((518, 188), (518, 256), kind="line2")
+    for x in (191, 345, 499):
+        to((x, 304), (x, 344))
+    to((345, 392), (345, 430))
+    to((64, 188), (64, 430))
+    to((292, 478), (292, 516))
+    small = EncoderConfig()
+    sizes = (f"B rows, L tokens. v3-small: N {small.num_hidden_layers}, D {small.hidden_size}, H "
+             f"{small.num_attention_heads}, d {small.hidden_size // small.num_attention_heads}, F "
+             f"{small.intermediate_size:,}, R {2 * small.position_buckets} rows for the buckets of i - j.")
+    parts.append(f'<text x="10" y="622">{sizes}</text>')
+    return svg("The classifier from token ids to logits, and one encoder layer with its three score terms, with every "
+               "tensor's shape", left + 594, 636, parts)
 
 
 # --- one head ---------------------------------------------------------------------------------------------------------
@@ -138,10 +327,15 @@ def one_head() -> tuple[str, str]:
     explanation = explain(Judge(load_classifier(TINY), load_tokenizer(TINY), 96), SHOWN, 96)
     weakest = explanation.scores.std((-1, -2)).min(-1)                                         # (N, H)
     layer, head = (int(n) for n in np.unravel_index(weakest.argmax(), weakest.shape))
-    caption = f"""Layer {layer + 1}, head {head + 1} of the bundled encoder on '{SHOWN.prompt[0]}' and two responses.
-Rows are queries, columns keys. Orange: a score above its row's mean; blue: below. The fourth picture is the sum of the
-other three, on their scale."""
-    return figure(explanation, layer, head, ("c2c", "c2p", "p2c", "sum")), caption
+    probs, terms = explanation.probs[layer, head], explanation.scores[layer, head]
+    queries = np.arange(1, len(probs))                                           # those with a token before them
+    hits = int((probs.argmax(-1)[queries] == queries - 1).sum())
+    largest = np.bincount(terms[:, queries, queries - 1].argmax(0), minlength=3)
+    caption = f"""Layer {layer + 1}, head {head + 1} of the bundled encoder is a previous-token head: {hits} of \
+{len(queries)} queries attend most to the token before them.
+In that score c2p is the largest term for {largest[1]} queries, p2c for {largest[2]}, c2c for {largest[0]}.
+Orange: score above the row mean; blue: below. All scores share one scale."""
+    return figure(explanation, layer, head), caption
 
 
 # --- tables and the notebook ------------------------------------------------------------------------------------------
@@ -153,6 +347,25 @@ def recipes() -> str:
     for name in dict.fromkeys(name for preset in RECIPES.values() for name in preset):
         values = [getattr(recipe(preset), name) for preset in RECIPES]
         lines.append(f"| {name} | " + " | ".join(v if isinstance(v, str) else f"{v:g}" for v in values) + " |")
+    return "\n".join(lines)
+
+
+def results() -> str:
+    """The README's table: means over seeds from benchmarks/experiments.json."""
+    tables = json.loads((ROOT / "benchmarks" / "experiments.json").read_text(encoding="utf-8"))
+    synthetic, real, by_task = (tables[name]["rows"] for name in ("batch-32", "real-32", "real"))
+
+    def mean(runs: dict[str, dict], value: str = "log_loss") -> float:
+        return float(np.mean([run[value] for run in runs.values()]))
+
+    prior, best = mean(synthetic["class prior"]), mean(synthetic["class prior"], "bayes_optimal")
+    lines = ["| | synthetic: log loss | gap closed | real: log loss |", "|---|---:|---:|---:|"]
+    for title, name in (("class prior", "class prior"), ("random weights, fine-tuned", "random"),
+                        ("bundled encoder, fine-tuned", "bundled")):
+        loss = mean(synthetic[name])
+        lines.append(f"| {title} | {loss:.4f} | {(prior - loss) / (prior - best):.0%} | {mean(real[name]):.4f} |")
+    lines.append(f"| synthetic: Bayes-optimal; real: class prior of each task | {best:.4f} | 100% | "
+                 f"{mean(by_task['class prior by model_a']):.4f} |")
     return "\n".join(lines)
 
 
@@ -204,10 +417,10 @@ def build() -> dict[str, str]:
     """Every generated file's content, by its path from the root."""
     head, caption = one_head()
     figures = {"buckets": buckets(), "schedule": schedule(), "reliability": reliability(), "head": head,
-               "pretraining": pretraining()}
-    files = {f"docs/figures/{name}.svg": text for name, text in figures.items()}
+               "pretraining": pretraining(), "training": training(), "model": model()}
+    files = {f"docs/figures/{name}.svg": text for name, text in figures.items()} | {"docs/scaling.svg": scaling()}
     readme = marked((ROOT / "README.md").read_text(encoding="utf-8"), "head", caption)
-    files["README.md"] = marked(readme, "parity", parity())
+    files["README.md"] = marked(marked(readme, "parity", parity()), "results", results())
     files["docs/training.md"] = marked((ROOT / "docs/training.md").read_text(encoding="utf-8"), "recipes", recipes())
     files["docs/kaggle.ipynb"] = notebook((ROOT / "docs/kaggle_notebook.py").read_text(encoding="utf-8"))
     return files

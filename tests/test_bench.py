@@ -64,6 +64,7 @@ def test_the_page_has_the_ratio_of_the_medians_and_says_what_was_not_measured(fi
     assert "| forward, 8 rows of 512 tokens | **3.00** | **3.00** |" in readme and "old" not in readme
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_process_of_its_own():
     arguments = {"name": bench.US, "folder": "weights/minipref-tiny", "task": "forward", "precision": "fp32",
                  "batch": 1, "length": 16, "threads": 1, "device": "cpu"}

@@ -157,11 +157,11 @@ def test_every_function_that_is_named_is_in_the_file_that_the_link_leads_to(page
     assert page != "docs/attention.md" or len(named) >= 15
 
 
-def test_nothing_in_minipref_is_missing_from_the_reading_order():
-    order = re.search(r"^## Reading order\n(.*?)^## ", text_of("README.md"), re.S | re.M)[1]
+def test_nothing_in_minipref_is_missing_from_the_learning_path():
+    order = re.search(r"^## Learning path\n(.*?)^## ", text_of("README.md"), re.S | re.M)[1]
     for path in sorted((ROOT / "minipref").glob("*.py")):
         if path.name != "__init__.py":
-            assert path.name in order, f"README's reading order lacks {path.name}"
+            assert path.name in order, f"README's learning path lacks {path.name}"
             assert path.name in minipref.__doc__, f"minipref's docstring lacks {path.name}"
 
 
@@ -477,7 +477,7 @@ def test_every_command_of_the_readme_runs_and_prints_what_the_readme_says(checko
             lines = {shape(line) for line in printed[fence.mark.removeprefix("printed by: ")].splitlines()}
             for line in fence.text.splitlines():
                 assert line == "..." or shape(line) in lines, f"not printed: {line}"
-    assert len(printed) >= 3
+    assert len(printed) >= 2
     header = re.search(r"`(id,[\w,]+)`", text_of("README.md"))[1]
     assert (checkout / "submission.csv").read_text().startswith(f"{header}\n")
 
@@ -616,22 +616,22 @@ def test_the_readme_counts_the_tests_that_make_test_runs(request):
     """The number of tests is only known when all of them run."""
     text = text_of("README.md")
     passed, skipped = map(int, re.search(r"^(\d+) passed, (\d+) skipped in .*$", text, re.M).groups())
-    assert f"The {skipped} want files" in text
+    assert f"{skipped} tests are skipped because they need files" in text
     options = request.config.option
     if options.markexpr == "not slow" and not options.keyword and request.config.args == ["tests"]:
         assert request.session.testscollected == passed + skipped
 
 
-def test_the_ladder_says_what_the_pages_say_that_it_names():
-    text = text_of("README.md")
-    rows = re.findall(r"^\| (.+?) \| (\d\.\d{4}) \| (\d+%) \|.*\| (.+?) \|$", text.split("<!-- results -->")[1], re.M)
-    assert len(rows) == 9
-    printed = next(fence.text for fence in fences("README.md") if fence.mark == "printed by: make train")
-    for what, score, gap, command in rows:
-        page = re.search(r"\((docs/.*?\.md)", command)
-        where = text_of(page[1]) if page else printed
-        assert score in where, what
-        assert re.search(rf"(?<!\d){gap}", where) or what in ("class prior", "length only", "Bayes-optimal"), what
+def test_the_readmes_results_are_the_measured_ones_and_the_pages_have_them_too():
+    """The table is generated from benchmarks/experiments.json; here, its gap and the pages that it is explained in."""
+    rows = re.findall(r"^\| (.+?) \| (\d\.\d{4}) \| (\d+)% \| (\d\.\d{4}) \|$",
+                      text_of("README.md").split("<!-- results -->")[1], re.M)
+    (_, prior, *_), *_, (_, best, *_) = rows
+    pages = "".join(text_of(page) for page in PAGES if page != "README.md")
+    for what, loss, gap, real in rows:
+        assert round(100 * (float(prior) - float(loss)) / (float(prior) - float(best))) == int(gap), what
+        assert loss in pages and real in pages, what
+    assert len(rows) == 4
 
 
 @pytest.mark.slow
@@ -644,6 +644,9 @@ def test_the_readmes_figures_of_the_synthetic_dataset_are_its_own(tmp_path):
     labels, lengths = np.array([pair.label for pair in pairs]), character_counts(pairs)
     a, b, ties = np.bincount(labels)
     assert f"{len(pairs):,} rows: {a:,} A, {b:,} B, {ties:,} ties; 0 missing" in text
+    lines = path.read_text(encoding="utf-8").splitlines()
+    shown = next(fence.text for fence in fences("README.md") if fence.text.startswith("id,")).splitlines()
+    assert len(shown) == 3 and set(shown) <= set(lines)
 
     options = train.resolve_options({"train": [str(path)], "encoder": "weights/minipref-tiny"})
     (train_rows, valid_rows), = train.split_rows(pairs, [], train.hyperparameters(options), options)

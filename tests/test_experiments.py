@@ -38,6 +38,7 @@ def log_loss(folder, csv) -> float:
     return metrics.evaluate(minipref.load_judge(folder).compare_many(pairs), [p.label for p in pairs])["log_loss"]
 
 
+@pytest.mark.slow
 def test_with_test_rows_the_kept_model_is_judged_on_those(tmp_path, measure):
     encoder, rows = write_encoder(tmp_path / "small"), write_rows(tmp_path / "rows.csv", 80)
     test = write_rows(tmp_path / "test.csv", 60, seed=9)

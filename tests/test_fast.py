@@ -440,6 +440,7 @@ def six_layers():
     return model.eval(), *padded_batch(config, [330, 211])
 
 
+@pytest.mark.slow
 def test_float32_probabilities_are_the_plain_forms_within_1e_5_and_bfloat16_ones_within_1e_2(six_layers):
     model, ids, attention_mask = six_layers
     with torch.inference_mode():

@@ -96,7 +96,7 @@ def test_every_length_has_the_reference_values_and_gradients_in_float32(length, 
     assert_parity(V3_DISTANCES, [length, max(1, length // 2)], torch.float32, form)
 
 
-@pytest.mark.parametrize("form", ["plain", "fast"], indirect=True)
+@pytest.mark.parametrize("form", [pytest.param("plain", marks=pytest.mark.slow), "fast"], indirect=True)
 def test_v3_small_has_the_reference_values_and_gradients(form):
     assert_parity(V3_SMALL, [140], torch.float32, form)
 

@@ -80,6 +80,7 @@ def rows_of(path: Path) -> list[dict[str, float]]:
 
 # --- It learns ---
 
+@pytest.mark.slow
 def test_a_few_hundred_lines_of_text_teach_generator_and_discriminator(text, tmp_path):
     """On held-out lines: from the first to the last evaluation the MLM loss falls by 40%; the final RTD loss is 15%
     below the best constant's; F1 is above 0.3, while 'always original' has 0 and word frequency, with its threshold

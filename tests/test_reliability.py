@@ -126,6 +126,7 @@ def test_a_signal_at_any_moment_costs_nothing(encoder, whole, monkeypatch, modul
     same_ending(Path("run"), whole)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_right_after_early_stopping_stays_stopped_and_ends_the_same(encoder, capsys, monkeypatch):
     early = begin(encoder, "--patience", "1", "--epochs", "30", "--lr", "0.1")
     assert train.main(early) == 0
@@ -788,6 +789,7 @@ def without_network(folder: Path) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"PYTHONPATH": str(folder)}
 
 
+@pytest.mark.slow
 def test_prediction_needs_no_network_and_writes_nothing_but_its_output(encoder, whole, tmp_path):
     project, model, here = tmp_path / "project", tmp_path / "model", tmp_path / "here"
     shutil.copytree(ROOT / "minipref", project / "minipref", ignore=shutil.ignore_patterns("__pycache__"))
@@ -849,6 +851,7 @@ def test_a_run_that_comes_to_nothing_leaves_no_folder(encoder, capsys):
     assert {p.name for p in Path.cwd().iterdir()} == {"t.csv"}
 
 
+@pytest.mark.slow
 def test_paths_with_spaces_and_other_scripts_work_on_a_terminal_without_them(encoder, whole, tmp_path):
     folder = tmp_path / "mit Leerzeichen, 模型 é"
     shutil.copytree(encoder, folder / "der Encoder ß")

@@ -104,6 +104,7 @@ print(private() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="only Linux tells private from shared memory")
 def test_a_loaded_model_lies_in_its_file_until_it_is_trained(tmp_path):
     """Several processes that load one float32 file share its pages at the start."""
@@ -154,6 +155,7 @@ def test_each_precision_learns(precision):
     assert moved[-1] and all(math.isfinite(loss) for loss in losses)
 
 
+@pytest.mark.slow
 def test_each_precision_learns_in_a_run(tmp_path, monkeypatch):
     """train.py on rows with a rule: far below the class-prior baseline of 1.06."""
     monkeypatch.chdir(tmp_path)

@@ -262,6 +262,7 @@ def test_many_rows_are_predicted_in_blocks_and_the_next_is_tokenized_meanwhile(f
     assert predicted == [3, 3, 2] and np.allclose(found, wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_several_models_are_averaged(finished, encoder, monkeypatch, capsys):
     monkeypatch.chdir(finished)
     rows = [("old", "yes", "no red"), ("red", "no", "no")]
@@ -339,6 +340,7 @@ def test_frozen_embeddings_stay_as_they_were(encoder, tmp_path):
     assert not torch.equal(before.encoder.rel_embeddings.weight, after.encoder.rel_embeddings.weight)
 
 
+@pytest.mark.slow
 def test_checkpointed_activations_give_the_same_run_bit_for_bit(encoder, tmp_path):
     rows = write_rows(tmp_path / "t.csv", 60)
     base = ["--train", str(rows), "--encoder", str(encoder), *FAST]
@@ -411,7 +413,8 @@ def stop_at_check(monkeypatch, number):
     monkeypatch.setattr(train.StopSignal, "check", check)
 
 
-@pytest.mark.parametrize("check", [1, 7, 8, 9, 16, 20, 25])    # mid-epoch, in an evaluation, after one, at the very end
+# Mid-epoch, in an evaluation, after one, at the very end.
+@pytest.mark.parametrize("check", [1, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 9, 16, 20)), 25])
 def test_a_run_stopped_anywhere_and_resumed_ends_as_if_it_had_not_been(encoder, tmp_path, monkeypatch, check):
     rows = write_rows(tmp_path / "t.csv", 120)
     base = ["--train", str(rows), "--encoder", str(encoder), *FAST, "--accumulate", "2"]
@@ -426,6 +429,7 @@ def test_a_run_stopped_anywhere_and_resumed_ends_as_if_it_had_not_been(encoder, 
     assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_signal_finishes_the_step_saves_and_prints_how_to_resume(encoder, tmp_path):
     rows = write_rows(tmp_path / "t.csv", 2000)
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--train", str(rows), "--encoder", str(encoder),
@@ -574,13 +578,14 @@ def test_a_half_written_checkpoint_is_refused_and_nothing_is_overwritten(finishe
     for file in (finished / "run" / "model").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     whole = (folder / "model.safetensors").read_bytes()
-    Path("submission.csv").write_text("mine")
+    mine = "id,winner_model_a,winner_model_b,winner_tie\n1,1,0,0\n"
+    Path("submission.csv").write_text(mine)
     test = write_rows(tmp_path / "t.csv", 3, labels=False)
     for part in range(0, 16):
         (folder / "model.safetensors").write_bytes(whole[:len(whole) * part // 16])
         code, _, err = call(capsys, [str(test), "--model", str(folder)], predict.main)
         assert code == 2 and "model.safetensors" in err and err.count("\n") == 1
-    assert Path("submission.csv").read_text() == "mine"
+    assert Path("submission.csv").read_text() == mine
 
 
 @pytest.mark.parametrize(("arguments", "what"), [

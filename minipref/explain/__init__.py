@@ -2,19 +2,23 @@
 
     python -m minipref.explain --prompt "Name a fruit." --a "An apple." --b "A chair."
     python -m minipref.explain data/train.csv --row 3 --model runs/first/model --output row3.html
+    python -m minipref.explain --serve
 
-Writes a page, one HTML file that needs no server and fetches nothing, and a figure beside it, the same name with .svg.
+The first two write a page, one HTML file that needs no server and fetches nothing, and a figure beside it with the same
+name, .svg. The third serves the same page to a browser on this machine, and explains what is typed into it.
 Without --model it uses the newest run's model, else the bundled encoder, which has no trained classifier: the page
 then shows its attention and no prediction.
 
 What is unusual here:
 - Scores are shown less their row's mean. Adding a number to all of a query's scores changes no probability, and in
   trained heads that number is often larger than the differences that matter.
-- The swap check. The pair is predicted in both orders; a token that matters in one order only shows position bias.
+- The pair is predicted in both orders. A token that matters in one order only shows position bias.
+- There is no second forward pass: hooks on the model keep what each attention is given.
 
-    attribution.py   the forward pass with its scores, and the attributions
+    attribution.py   the forward pass, watched, and the attributions
     figure.py        one head as an SVG
-    page.py          everything as an HTML page
+    page.py          everything as an HTML page: page.html, its style, and page.js, its script
+    serve.py         the live page's server
 """
 
 from minipref.explain.attribution import Attribution, Explanation, explain

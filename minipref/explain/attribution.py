@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minipref.config import LABELS
-from minipref.data import Pair, collate, encode_pairs
+from minipref.data import Pair, TokenizedPairs, collate, encode_pairs
 from minipref.model import PreferenceModel, attention_scores, masked_softmax, relative_index
 from minipref.predictor import MAX_LENGTH, Judge
 from minipref.runtime import FORBIDDEN
@@ -19,6 +19,9 @@ from minipref.sentencepiece_model import BYTE_PIECES
 from minipref.tokenizer import SPACE, Tokenizer
 
 TERMS = ("c2c", "c2p", "p2c")
+VECTORS = ("q", "k", "pos_q", "pos_k")
+OUTCOMES = ("A is better", "B is better", "a tie")
+MARGIN = 0.05          # two probabilities that are closer than this are not told apart in words
 
 
 @dataclass
@@ -35,19 +38,43 @@ class Attribution:
         """(3,) the model's answer: the mean of both orders."""
         return self.probabilities.mean(0)
 
+    @property
+    def outcome(self) -> str:
+        """The answer in words: an outcome of `OUTCOMES`, or 'undecided' where the first two are within `MARGIN`."""
+        return OUTCOMES[self.prediction] if _leads(self.averaged) else "undecided"
+
+    @property
+    def order_sensitive(self) -> bool:
+        """Whether exchanging A and B changes the winner, with a lead of `MARGIN` in both orders."""
+        first, second = self.probabilities
+        return bool(first.argmax() != second.argmax()) and _leads(first) and _leads(second)
+
+
+def _leads(probabilities: np.ndarray) -> bool:
+    second, first = np.sort(probabilities)[-2:]
+    return bool(first - second >= MARGIN)
+
 
 @dataclass
 class Explanation:
-    """Everything that the page shows of one pair, in the order that has A first."""
+    """Everything that the page shows of one pair, in the order that has A first. U: the distances' different rows."""
 
     model: str                     # its name
+    pair: Pair
     tokens: list[str]              # L, as plain text
     segments: list[str]            # L: prompt, A, B, or "" for a special token
     scores: np.ndarray             # (N, H, 3, L, L): c2c, c2p, p2c, each row less its mean
+    means: np.ndarray              # (N, H, 3, L): those means
     probs: np.ndarray              # (N, H, L, L)
-    num_truncated: int             # tokens that did not fit and were left out
-    gaps: list[int]                # the tokens in front of which they stood
+    vectors: dict[str, np.ndarray]     # q, k (N, H, L, d), pos_q, pos_k (N, H, U, d)
+    buckets: np.ndarray            # (U,) the bucket of each of these rows
+    rows: np.ndarray               # (2L - 1,) which of the U belongs to the distance i - j, at i - j + L - 1
+    gaps: dict[int, int]           # the tokens in front of which something did not fit, and how many tokens that were
     attribution: Attribution | None    # None without a trained classifier
+
+    @property
+    def num_truncated(self) -> int:
+        return sum(self.gaps.values())
 
     def panels(self, layer: int, head: int) -> dict[str, np.ndarray]:
         """The matrices of one head, counted from 0, under the names of `PANELS`."""
@@ -62,64 +89,88 @@ def explain(judge: Judge, pair: Pair, max_length: int, name: str = "") -> Explan
     """
     model, tokenizer = judge.model, judge.tokenizer
     tokenized, untruncated = (encode_pairs([pair], tokenizer, length) for length in (max_length, MAX_LENGTH))
-    input_ids, attention_mask, _ = collate(tokenized, [0], [False], tokenizer)
-    swapped_ids, _, _ = collate(tokenized, [0], [True], tokenizer)
-    _, scores, _ = forward_with_scores(model, input_ids, attention_mask)
-
-    scores = scores - scores.mean(-1, keepdim=True)
-    probs = masked_softmax(scores.sum(2), attention_mask)                # (N, H, L, L)
-    attribution = None
-    if not model.load_report.new:
-        places = swapped_places([len(segment) for segment in tokenized.segments(0)])
-        untruncated_probs = judge.compare_many([pair])[0] if tokenized.num_truncated[0] else None
-        added = judge.surface_logits([pair])
-        surface = torch.zeros(1, len(LABELS)) if added is None else torch.from_numpy(added)
-        attribution = attribute(model, input_ids, swapped_ids, places, judge.temperature, surface, untruncated_probs)
-    segments, gaps = [""], []
+    orders = []
+    for swapped in (False,) if model.load_report.new else (False, True):
+        input_ids, attention_mask, _ = collate(tokenized, [0], [swapped], tokenizer)
+        orders.append(watch(model, input_ids, attention_mask))
+    scores, vectors, buckets, rows = attention_terms(model, orders[0].inputs)
+    means = scores.mean(-1, keepdim=True)
+    scores = scores - means
+    probs = masked_softmax(scores.sum(2), attention_mask)                # (N, H, L, L); nothing is padding
+    input_ids = collate(tokenized, [0], [False], tokenizer)[0][0].tolist()
+    segments, gaps = [""], {}
     for segment, tokens, all_tokens in zip(("prompt", "A", "B"), tokenized.segments(0), untruncated.segments(0)):
-        if len(tokens) < len(all_tokens):
-            gaps.append(len(segments) + len(tokens) - len(tokens) // 2)  # as `truncate_head_tail` cuts
+        if len(tokens) < len(all_tokens):                                # cut as `truncate_head_tail` cuts
+            gaps[len(segments) + len(tokens) - len(tokens) // 2] = len(all_tokens) - len(tokens)
         segments += [segment] * len(tokens) + [""]
-    return Explanation(name, readable(tokenizer, input_ids[0].tolist()), segments, scores.numpy(), probs.numpy(),
-                       int(tokenized.num_truncated[0]), gaps, attribution)
+    return Explanation(
+        model=name, pair=pair, tokens=readable(tokenizer, input_ids), segments=segments,
+        scores=scores.numpy(), means=means[..., 0].numpy(), probs=probs.numpy(),
+        vectors={name: vector.numpy() for name, vector in vectors.items()},
+        buckets=buckets.numpy() - model.config.position_buckets, rows=rows.numpy(), gaps=gaps,
+        attribution=None if model.load_report.new else attribute(judge, pair, tokenized, orders))
 
 
-def forward_with_scores(model: PreferenceModel, input_ids: Tensor, attention_mask: Tensor
-                        ) -> tuple[Tensor, Tensor, Tensor]:
-    """`PreferenceModel.forward` that also returns its embeddings, a leaf with a gradient, and every layer's scores.
+@dataclass
+class Watched:
+    """A forward pass of one sequence, and what was seen of it."""
 
-    Shapes: input_ids, attention_mask (1, L) -> (1, L, D), (N, H, 3, L, L), (1, 3).
+    embeddings: Tensor             # (1, L, D), a leaf of the graph that ends in the logits
+    logits: Tensor                 # (1, 3)
+    inputs: list[tuple]            # of each layer's attention
+
+
+def watch(model: PreferenceModel, input_ids: Tensor, attention_mask: Tensor) -> Watched:
+    """Run `model(input_ids, attention_mask)` with hooks. Shapes: (1, L), (1, L)."""
+    embeddings, inputs = [], []
+
+    def make_leaf(module, given, x):
+        embeddings.append(x.detach().requires_grad_())
+        return embeddings[0]
+
+    hooks = [model.encoder.dropout.register_forward_hook(make_leaf),     # the last step of `Encoder.embed`
+             *(layer.attention.register_forward_pre_hook(lambda _, given: inputs.append(given))
+               for layer in model.encoder.layers)]
+    try:
+        logits = model(input_ids, attention_mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Watched(embeddings[0], logits, inputs)
+
+
+@torch.no_grad()
+def attention_terms(model: PreferenceModel, inputs: list[tuple]) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """Every head's scores and vectors, by the model's own functions, from what its attentions were given.
+
+    Shapes: -> scores (N, H, 3, L, L); q, k (N, H, L, d) and pos_q, pos_k (N, H, U, d) for the U rows of the relative
+    embeddings that occur; these rows (U,); and for each distance its place among them (2L - 1,).
     """
-    encoder = model.encoder
-    with torch.no_grad():
-        embeddings = encoder.embed(input_ids, attention_mask)
-        rel_embeddings, buckets = encoder.relative_table(input_ids.shape[1])
-    x, scores = embeddings.requires_grad_(), []
-    for layer in encoder.layers:
-        with torch.no_grad():
-            q, k, _, pos_q, pos_k = layer.attention.project(x, rel_embeddings)
-            terms = attention_scores(q, k, pos_q, pos_k, relative_index(buckets))
-            scores.append(torch.cat(terms).transpose(0, 1))              # (H, 3, L, L)
-        x = layer(x, attention_mask, rel_embeddings, buckets)
-    return embeddings, torch.stack(scores), model.classify(x[:, 0])
+    scores, vectors = [], {name: [] for name in VECTORS}
+    buckets, rows = inputs[0][3].unique(return_inverse=True)
+    for layer, (x, _, rel_embeddings, distances) in zip(model.encoder.layers, inputs):
+        q, k, _, pos_q, pos_k = layer.attention.project(x, rel_embeddings)
+        scores.append(torch.cat(attention_scores(q, k, pos_q, pos_k, relative_index(distances))).transpose(0, 1))
+        for name, vector in zip(VECTORS, (q[0], k[0], pos_q[:, buckets], pos_k[:, buckets])):
+            vectors[name].append(vector)
+    return torch.stack(scores), {name: torch.stack(layers) for name, layers in vectors.items()}, buckets, rows
 
 
-def attribute(model: PreferenceModel, input_ids: Tensor, swapped_ids: Tensor, places: list[int], temperature: float,
-              surface: Tensor, untruncated_probs: np.ndarray | None) -> Attribution:
-    """Both orders' probabilities and attributions. `places` says where a token of the first order is in the other;
-    `surface` (1, 3) are the logits that the blend adds, which no token has a part in.
-    """
-    attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
-    passes = [forward_with_scores(model, order, attention_mask) for order in (input_ids, swapped_ids)]
-    logits = torch.cat([logits for _, _, logits in passes]) / temperature
-    logits = torch.stack([logits[0], logits[1, [1, 0, 2]]]) + surface    # both in the order A, B, tie
+def attribute(judge: Judge, pair: Pair, tokenized: TokenizedPairs, orders: list[Watched]) -> Attribution:
+    """The probabilities and attributions of both orders (A first, B first)."""
+    added = judge.surface_logits([pair])                                 # of the blend; no token has a part in them
+    surface = torch.zeros(1, len(LABELS)) if added is None else torch.from_numpy(added)
+    a_first, b_first = (order.logits[0] / judge.temperature for order in orders)
+    logits = torch.stack([a_first, b_first[[1, 0, 2]]]) + surface        # (2, 3), both in the order A, B, tie
     probabilities = torch.softmax(logits.detach().double(), -1).numpy()
     prediction = int(probabilities.mean(0).argmax())
     others = [c for c in range(len(LABELS)) if c != prediction]
     log_odds = logits[:, prediction] - torch.logsumexp(logits[:, others], -1)
-    embeddings = [x for x, _, _ in passes]
+    embeddings = [order.embeddings for order in orders]
     gradients = torch.autograd.grad(log_odds.sum(), embeddings)
     a_first, b_first = ((g * x.detach())[0].sum(-1).numpy() for g, x in zip(gradients, embeddings))
+    places = swapped_places([len(segment) for segment in tokenized.segments(0)])
+    untruncated_probs = judge.compare_many([pair])[0] if tokenized.num_truncated[0] else None
     return Attribution(prediction, probabilities, np.stack([a_first, b_first[places]]), untruncated_probs)
 
 

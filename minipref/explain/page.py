@@ -1,4 +1,7 @@
-"""An explanation as one HTML file that needs no server and fetches nothing. The template is page.html."""
+"""The page: page.html with page.js and one explanation inside. It needs no server and fetches nothing.
+
+`serve.py` sends the same page without an explanation; the page then asks for one whenever a text changes.
+"""
 
 import base64
 import json
@@ -8,108 +11,69 @@ from pathlib import Path
 import numpy as np
 
 from minipref.config import LABELS
-from minipref.explain.attribution import Attribution, Explanation
-from minipref.explain.figure import PANELS, alternative, label
+from minipref.data import Pair
+from minipref.explain.attribution import Explanation
+from minipref.explain.figure import PANELS
 from minipref.runtime import html_text
 
-TEMPLATE = Path(__file__).with_name("page.html")
-PAGE_MARK = "<title>One pair explained</title>"          # of the template: another file is not written over
-GAP = "[...]"                # where tokens were left out
-OUTCOMES = ("A is better", "B is better", "a tie")
+TEMPLATE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.html", "page.js"))
+PAGE_MARK = '<meta name="generator" content="minipref.explain">'      # another file is not written over
+TITLE_LENGTH = 60
 
 
 def page(explanation: Explanation, layer: int, head: int) -> str:
-    """The page, opening on one head (from 0). Every text is escaped: a response may hold HTML."""
-    parts = {"MODEL": html_text(explanation.model), "PREDICTION": _prediction_html(explanation),
-             "LAYERS": _options(explanation.probs.shape[0], layer), "HEADS": _options(explanation.probs.shape[1], head),
-             "QUERIES": "".join(f"<option value={i}>{i + 1}: {html_text(label(token))}</option>"
-                                for i, token in enumerate(explanation.tokens)),
-             "ALTERNATIVE": html_text(alternative(explanation, layer, head)),
-             "DATA": json.dumps(_page_data(explanation)).replace("<", "\\u003c")}    # so no text can end its <script>
-    template = TEMPLATE.read_text(encoding="utf-8")
-    return re.sub(r"@([A-Z]+)@", lambda mark: parts[mark[1]], template)    # in one pass: texts may hold marks as well
+    """The static page, opening on one head (from 0)."""
+    title = " ".join(" ".join(filter(None, explanation.pair.prompt)).split()) or "no prompt"
+    return fill_template(f"{title[:TITLE_LENGTH]} \u00b7 minipref", layer, head, {"data": page_data(explanation)})
 
 
-def _options(count: int, chosen: int) -> str:
-    return "".join(f"<option value={n}{' selected' * (n == chosen)}>{n + 1}</option>" for n in range(count))
+def fill_template(title: str, layer: int, head: int, content: dict) -> str:
+    """The template with its script and a JSON object for it. All texts are escaped: a response may hold HTML."""
+    settings = {"layer": layer, "head": head, "panels": PANELS, "labels": LABELS} | content
+    parts = {"TITLE": html_text(title), "SCRIPT": SCRIPT.read_text(encoding="utf-8"), "PAGE": to_json(settings)}
+    return re.sub("@(TITLE|SCRIPT|PAGE)@", lambda mark: parts[mark[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _page_data(explanation: Explanation) -> dict:
-    """Scores as signed bytes, each matrix with its own step; probabilities as the square root's share of 255.
+def to_json(value: object) -> str:
+    """JSON in ASCII in which no text can end the <script> that holds it."""
+    return json.dumps(value).replace("<", "\\u003c")
 
-    A score is off by at most half a step, a 254th of the matrix's largest; a probability by at most 0.4%.
+
+def page_data(explanation: Explanation) -> dict:
+    """What the page shows of a pair. A number in `_int16` is off by at most a 65,534th of its row's largest, at worst.
+
+    Scores come less their row's mean, with the means beside; probabilities as shares of 65,535.
     """
-    steps = np.abs(explanation.scores).max((-1, -2), keepdims=True) / 127
-    scores = np.rint(explanation.scores / np.where(steps > 0, steps, 1)).astype(np.int8)
-    probs = np.rint(np.sqrt(explanation.probs) * 255).astype(np.uint8)
-    return {"tokens": explanation.tokens, "segments": explanation.segments, "heads": explanation.probs.shape[1],
-            "panels": PANELS, "steps": [float(f"{step:.6g}") for step in steps.ravel()],
-            "scores": base64.b64encode(scores.tobytes()).decode(), "probs": base64.b64encode(probs.tobytes()).decode()}
+    attribution = explanation.attribution
+    probs = np.rint(explanation.probs * 65535).astype("<u2")
+    return {
+        "model": explanation.model, "texts": pair_texts(explanation.pair), "tokens": explanation.tokens,
+        "segments": explanation.segments, "gaps": explanation.gaps,
+        "layers": probs.shape[0], "heads": probs.shape[1], "size": explanation.vectors["q"].shape[-1],
+        "buckets": explanation.buckets.tolist(), "rows": explanation.rows.tolist(),
+        "scores": _int16(explanation.scores), "means": _base64(explanation.means.astype("<f4")),
+        "probs": _base64(probs), "vectors": {name: _int16(v) for name, v in explanation.vectors.items()},
+        "prediction": attribution and {
+            "outcome": attribution.outcome, "order_sensitive": attribution.order_sensitive,
+            "label": attribution.prediction, "orders": attribution.probabilities.tolist(),
+            "averaged": attribution.averaged.tolist(), "attributions": attribution.attributions.tolist(),
+            "untruncated": None if attribution.untruncated_probs is None else attribution.untruncated_probs.tolist()}}
 
 
-def _prediction_html(explanation: Explanation) -> str:
-    """The upper half of the page: prediction, swap check, and the tokens shaded by their attributions."""
-    attribution, parts = explanation.attribution, []
-    if explanation.num_truncated:
-        parts.append(f"<p>{explanation.num_truncated:,} tokens did not fit and were left out, where {GAP} stands. This "
-                     "page describes what is left.</p>")
-    if attribution is None:
-        parts.append("<p><strong>There is no trained classifier here</strong>, so there is no prediction to explain: "
-                     "this is what an encoder attends to before fine-tuning. <code>train.py</code> trains a classifier."
-                     "</p>" + _tokens_html(explanation, None, "the pair"))
-    else:
-        parts += [_swap_check_html(attribution),
-                  *(_tokens_html(explanation, values, name)
-                    for values, name in zip(attribution.attributions, ("A first", "B first"))),
-                  _strongest_html(explanation)]
-    return "\n".join(parts)
+def pair_texts(pair: Pair) -> list[str]:
+    """Prompt, A and B as texts that `to_pair` reads back as the same turns: JSON lists where one turn is not enough."""
+    segments = pair.prompt, pair.response_a, pair.response_b
+    if all(len(turns) == 1 for turns in segments):
+        return [turns[0] or "" for turns in segments]
+    return [json.dumps(turns, ensure_ascii=False) for turns in segments]
 
 
-def _swap_check_html(attribution: Attribution) -> str:
-    probs, averaged, prediction = attribution.probabilities, attribution.averaged, OUTCOMES[attribution.prediction]
-    a_first, b_first = (OUTCOMES[c] for c in probs.argmax(1))
-    rows = [("A first", probs[0]), ("B first", probs[1]), ("averaged", averaged)]
-    if attribution.untruncated_probs is not None:
-        rows.append(("averaged, without truncation", attribution.untruncated_probs))
-    table = "".join(f"<tr><th scope=row>{name}</th>" + "".join(f"<td>{p:.3f}</td>" for p in row) + "</tr>"
-                    for name, row in rows)
-    agreement = (f"Both orders agree; their probabilities differ by at most {abs(probs[0] - probs[1]).max():.3f}."
-                 if a_first == b_first else
-                 f"<strong>The order decides</strong>: with A first the prediction is '{a_first}', with B first "
-                 f"'{b_first}'.")
-    return (f"<p>Prediction: <strong>{prediction}</strong>, {averaged[attribution.prediction]:.0%}. {agreement}</p>"
-            "<table><caption>The swap check</caption><tr><td></td>" +
-            "".join(f"<th scope=col>{label}</th>" for label in LABELS) + f"</tr>{table}</table>"
-            f"<h3>Token attributions</h3><p>Orange: for '{prediction}'; blue: against it (gradient times input: "
-            "a local sensitivity of the prediction's log odds, not a causal explanation). Underlined tokens change "
-            "sides with the order.</p>")
+def _int16(matrices: np.ndarray) -> dict:
+    """(..., rows, columns) as signed 16-bit numbers, each matrix in steps of its own."""
+    steps = np.abs(matrices).max((-1, -2), keepdims=True) / 32767
+    values = np.rint(matrices / np.where(steps > 0, steps, 1)).astype("<i2")
+    return {"steps": [float(f"{step:.8g}") for step in steps.ravel()], "values": _base64(values)}
 
 
-def _strongest_html(explanation: Explanation) -> str:
-    attributions = explanation.attribution.attributions
-    strongest = np.argsort(-abs(attributions).max(0), kind="stable")[:10]
-    rows = "".join(f"<tr><th scope=row>{html_text(label(explanation.tokens[t]))}</th><td>{t + 1}</td>"
-                   f"<td>{explanation.segments[t]}</td><td>{attributions[0, t]:+.3f}</td>"
-                   f"<td>{attributions[1, t]:+.3f}</td></tr>" for t in strongest)
-    return ("<table><caption>The ten largest attributions, in nats of log odds</caption><tr><th scope=col>token</th>"
-            "<th scope=col>place</th><th scope=col>in</th><th scope=col>A first</th><th scope=col>B first</th></tr>"
-            f"{rows}</table>")
-
-
-def _tokens_html(explanation: Explanation, attributions: np.ndarray | None, name: str) -> str:
-    """The sequence as text, a line a segment, each token shaded by its attribution."""
-    both = explanation.attribution.attributions if explanation.attribution else np.zeros((2, len(explanation.tokens)))
-    limit = abs(both).max() or 1.0
-    lines = {"prompt": [], "A": [], "B": []}
-    for t, (token, segment) in enumerate(zip(explanation.tokens, explanation.segments)):
-        if not segment:
-            continue
-        if t in explanation.gaps:
-            lines[segment].append(f" {GAP} ")
-        share = 0.0 if attributions is None else attributions[t] / limit
-        turns = both[0, t] * both[1, t] < 0 and abs(both[:, t]).min() > 0.1 * limit
-        kind = f'{"for" if share > 0 else "against"}{" turns" if turns else ""}'
-        lines[segment].append(f'<span class="{kind}" style="--share:{abs(share):.2f}" title="{share * limit:+.3f}">'
-                              f"{html_text(token)}</span>")
-    rows = "".join(f"<dt>{segment}</dt><dd>{''.join(spans)}</dd>" for segment, spans in lines.items())
-    return f'<figure><figcaption>{name}</figcaption><dl class="tokens">{rows}</dl></figure>'
+def _base64(array: np.ndarray) -> str:
+    return base64.b64encode(array.tobytes()).decode()
