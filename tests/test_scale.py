@@ -267,11 +267,17 @@ def test_a_part_is_written_between_its_marks_and_the_rest_of_the_page_stays(tmp_
 # --- everything that only a GPU can show
 
 @pytest.mark.slow
-def test_the_gpu_check_runs_on_a_cpu_too(tmp_path):
+def test_the_gpu_session_runs_on_a_cpu_too(tmp_path):
     """Keeps the GPU checks runnable without a GPU."""
     pytest.importorskip("transformers", reason="transformers is not installed")
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--device", "cpu", "--small",
-                           "--output", str(tmp_path / "report.md")], capture_output=True, text=True, timeout=300,
-                          cwd=tmp_path, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(["bash", str(ROOT / "benchmarks" / "gpu_session.sh"), str(tmp_path / "out"), "", "--small"],
+                          capture_output=True, text=True, timeout=900, cwd=tmp_path, check=False,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "report.md").read_text().count("| ok |") == 9
+    assert (tmp_path / "out" / "gpu.md").read_text().count("| ok |") == 9
+    speed = json.loads((tmp_path / "out" / "speed.json").read_text())
+    assert [row["what"] for row in speed["shapes"]] == ["forward", "training step"] and len(speed["fine_tuning"]) == 1
+    assert all(contender["ms"] > 0 for row in speed["shapes"] for contender in row["times"].values())
+    assert max(contender["difference"] for contender in speed["shapes"][0]["times"].values()) < 1e-5
+    assert "| forward, 2 x 32, fp32 |" in (tmp_path / "out" / "speed.md").read_text()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gpu.md", "speed.json", "speed.md"]

@@ -1,0 +1,180 @@
+"""minipref beside what a user could take instead: transformers, BERT with SDPA, ONNX Runtime and OpenVINO.
+
+    python benchmarks/peers.py                   all of it: twenty minutes on two cores; writes benchmarks/peers.json
+    python benchmarks/peers.py --small           a toy model: whether this script works, and no figure worth having
+    python benchmarks/peers.py --page            write the table in docs/ again from the figures, measuring nothing
+
+ONNX Runtime and OpenVINO take transformers' DeBERTa, exported (`pip install onnx onnxscript onnxruntime openvino`; a
+peer that is not installed is left out). BERT is no DeBERTa: it has the same sizes and vocabulary and torch's fused
+attention, and shows what disentangled attention costs. All take turns in one process, with a pause in between because
+idle threads spin; of the times the median counts.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+
+import torch  # noqa: E402 - these need the path
+from bench import BUNDLED, THEM, US, both_models, forward, machine, optimizer_of, random_batch, training_step  # noqa: E402
+from performance_page import replace_between  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from minipref.runtime import write_json  # noqa: E402
+
+FIGURES = ROOT / "benchmarks" / "peers.json"
+BERT, ONNX, OPENVINO = "BERT, SDPA", "ONNX Runtime", "OpenVINO"
+SHAPES = ((32, 128), (8, 512), (4, 1024), (2, 2048))
+PAUSE = 0.1              # seconds between two contenders
+
+
+class Bert(nn.Module):
+    """transformers' BERT in minipref's sizes, called as `bench.logits_of` calls transformers' DeBERTa."""
+
+    def __init__(self, config, longest: int):
+        super().__init__()
+        from transformers import BertConfig, BertForSequenceClassification
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        self.model = BertForSequenceClassification(BertConfig(
+            **{name: getattr(config, name) for name in sizes}, max_position_embeddings=longest, num_labels=3,
+            attn_implementation="sdpa"))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)
+
+
+class Logits(nn.Module):
+    """transformers' model with a plain tensor as its result, for an export."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+def exported(model: nn.Module, ids: Tensor, attention_mask: Tensor, threads: int, folder: str
+             ) -> dict[str, Callable[[], Tensor]]:
+    """transformers' model for one shape in ONNX Runtime and in OpenVINO, where these are installed."""
+    found, inputs = {}, (ids, attention_mask.long())
+    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
+        import onnxruntime
+        path = f"{folder}/{len(ids)}x{ids.shape[1]}.onnx"
+        torch.onnx.export(Logits(model).eval(), inputs, path, input_names=["input_ids", "attention_mask"],
+                          dynamo=True, verbose=False)
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+        feed = {"input_ids": inputs[0].numpy(), "attention_mask": inputs[1].numpy()}
+        found[ONNX] = lambda: torch.from_numpy(session.run(None, feed)[0])
+    if importlib.util.find_spec("openvino"):
+        import openvino
+        converted = openvino.convert_model(Logits(model).eval(), example_input=inputs)
+        compiled = openvino.Core().compile_model(converted, "CPU", {
+            "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"})
+        found[OPENVINO] = lambda: torch.from_numpy(compiled([inputs[0].numpy(), inputs[1].numpy()])[0])
+    return found
+
+
+def take_turns(contenders: dict[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
+    """Seconds of each contender's runs; one run of each before does not count."""
+    seconds = {name: [] for name in contenders}
+    for run in range(runs + 1):
+        for name, function in contenders.items():
+            time.sleep(PAUSE)
+            begin = time.perf_counter()
+            function()
+            if run:
+                seconds[name].append(round(time.perf_counter() - begin, 4))
+    return seconds
+
+
+def measure(options) -> dict:
+    models = both_models(options)
+    models[BERT] = Bert(models[US].config, max(length for _, length in options.shapes)).eval()
+    optimizers = {name: optimizer_of(model) for name, model in models.items()}
+    precisions = ["fp32", "bf16"] if machine(options)["bf16_products"] else ["fp32"]
+    threads = torch.get_num_threads()
+    figures = {"machine": machine(options), "threads": threads, "rows": []}
+    for batch, length in options.shapes:
+        ids, attention_mask = random_batch(batch, length, options)
+        for precision in precisions:
+            for what in ("forward", "training step"):
+                contenders = {name: partial(forward, model, ids, attention_mask, precision) if what == "forward" else
+                              partial(training_step, model, optimizers[name], ids, attention_mask, precision)
+                              for name, model in models.items()}
+                differences = {}
+                with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+                    if what == "forward" and precision == "fp32":
+                        others = exported(models[THEM].eval(), ids, attention_mask, threads, folder)
+                        logits = {THEM: models[THEM](ids, attention_mask=attention_mask.long()).logits,
+                                  US: models[US].eval()(ids, attention_mask)}
+                        logits |= {name: other() for name, other in others.items()}
+                        differences = {name: float((value - logits[THEM]).abs().max())
+                                       for name, value in logits.items()}
+                        contenders |= others
+                    with torch.set_grad_enabled(what != "forward"):
+                        seconds = take_turns(contenders, options.runs)
+                figures["rows"].append({"what": what, "batch": batch, "length": length, "precision": precision,
+                                        "seconds": seconds, "differences": differences})
+                ours = statistics.median(seconds[US])
+                ratios = (f"{name} {statistics.median(s) / ours:.2f}" for name, s in seconds.items() if name != US)
+                print(f"{what} {batch} x {length} {precision}: {ours:.3f} s; {', '.join(ratios)}", flush=True)
+    return figures
+
+
+def table(figures: dict) -> str:
+    """The times of each peer, over minipref's."""
+    peers = (THEM, BERT, ONNX, OPENVINO)
+    lines = [f"| their time over minipref's | {' | '.join(peers)} |", "|---|" + "---:|" * len(peers)]
+    for row in figures["rows"]:
+        middle = {name: statistics.median(times) for name, times in row["seconds"].items()}
+        cells = [f"{middle[peer] / middle[US]:.2f}" if peer in middle else "" for peer in peers]
+        lines.append(f"| {row['what']}, {row['batch']} x {row['length']}, {row['precision']} | {' | '.join(cells)} |")
+    worst = max(max(row["differences"].values()) for row in figures["rows"] if row["differences"])
+    found = figures["machine"]
+    return "\n".join([*lines, "", f"v3-small with random weights, {figures['threads']} threads of {found['cpu']} "
+                      f"({found['instructions']}), torch {found['torch']}, transformers {found['transformers']}. "
+                      f"Logits of the DeBERTas differ by at most {worst:.0e}. `python benchmarks/peers.py`."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of everything")
+    parser.add_argument("--figures", type=Path, default=FIGURES, metavar="JSON")
+    parser.add_argument("--small", action="store_true", help="a toy model, for this script's test")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the table from the figures")
+    options = parser.parse_args()
+    options.device, options.tokenizer, options.lengths = "cpu", str(BUNDLED), (128, 512)
+    options.shapes, options.sizes = SHAPES, {}
+    if options.small:
+        options.shapes, options.runs = ((2, 64),), 1
+        options.sizes = {"vocab_size": 1000, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2,
+                         "intermediate_size": 64}
+    warnings.filterwarnings("ignore", module="torch.onnx|onnxscript|openvino|transformers")
+    if not options.page:
+        write_json(options.figures, measure(options))
+    figures = json.loads(options.figures.read_text(encoding="utf-8"))
+    if options.figures == FIGURES:
+        page = ROOT / "docs" / "performance.md"
+        page.write_text(replace_between(page.read_text(encoding="utf-8"), "peers", table(figures)), encoding="utf-8")
+    else:
+        print(table(figures))
+
+
+if __name__ == "__main__":
+    main()
