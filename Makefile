@@ -29,10 +29,10 @@ weights: .venv/runtime      ## fetch microsoft/deberta-v3-small into weights/
 data: .venv/runtime         ## fetch the competition's labelled rows into data/
 	$(PY) -m minipref.hub data $(ARGS)
 
-parity: .venv/dev           ## layer by layer against transformers; writes docs/parity.md
+parity: .venv/dev           ## layer by layer against transformers; writes benchmarks/parity.md
 	$(PY) benchmarks/parity.py $(ARGS)
 
-bench: .venv/dev            ## speed and memory beside transformers; writes docs/performance.md
+bench: .venv/dev            ## speed and memory beside transformers; writes benchmarks/performance.md and docs/benchmarks.md
 	$(PY) benchmarks/bench.py $(ARGS)
 
 same-numbers: .venv/runtime  ## train at an old commit and here; every number has to be the same: ARGS=COMMIT

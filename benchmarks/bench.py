@@ -7,8 +7,8 @@
 
 Both programs run in one process, one after the other and again, so that whatever else the machine does meets both; of
 the times the median counts. Peak memory and start-up are taken in a process each. All figures go to
-benchmarks/performance.json; docs/performance.md, and the table between the speed marks in README.md, are written from
-that file alone. With `--device cuda` the sections run on a GPU.
+benchmarks/performance.json; benchmarks/performance.md and the tables between the speed marks in docs/benchmarks.md and
+README.md are written from that file alone. With `--device cuda` the sections run on a GPU.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What a run costs: memory by model and precision, time by rows, length, width and processes, a full run on paper.
 
-    python benchmarks/scaling.py                      every part; writes them into docs/scaling.md, and docs/scaling.svg
+    python benchmarks/scaling.py                      every part; sections of docs/benchmarks.md, docs/scaling.svg
     python benchmarks/scaling.py memory paper         only these parts
 
 Three kinds of figures, and the page says which is which. `memory` is computed: the real model takes a real step on
@@ -39,7 +39,7 @@ from minipref.recipes import recipe  # noqa: E402
 from minipref.run import distributed  # noqa: E402
 from minipref.runtime import atomic_write, write_text  # noqa: E402
 
-PAGE, FIGURE = ROOT / "docs" / "scaling.md", ROOT / "docs" / "scaling.svg"
+PAGE, FIGURE = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "scaling.svg"
 SIZES = {  # the published v3 encoders: one architecture, four sizes
     "v3-xsmall": EncoderConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536),
     "v3-small": EncoderConfig(),
@@ -348,28 +348,19 @@ def main() -> int:
 PARTS: dict[str, Callable[[], str]] = {"memory": memory, "growth": growth, "paper": paper}
 
 MEMORY = """
-## What fits (computed, not measured on a GPU)
-
-GB (2^30 bytes) for rows of 512 tokens, dropout on. Weights, gradients and AdamW's two moments are float32 whatever the
-precision; each process of a group holds all of them. The peak is the most that is alive at once in a step: the real
-model's step was run on tensors without content, in the form that a GPU runs, and every allocation counted. 'Rows' is
-the largest pass on one GPU (`--batch-size` divided by the processes), with {usable} of the card used; more rows in a
-step than that need `--accumulate`. 0 means that it does not fit at all. 'Checkpointed' is `--checkpoint-activations`,
-which costs a second forward pass.
+GB (2^30 bytes) for rows of 512 tokens, with dropout. Weights, gradients and AdamW's two moments are float32 in every
+precision; each process holds all of them. 'Peak' is the most that is alive at once in a step. 'Rows' is the largest
+micro-batch on one GPU with {usable} of its memory in use; a larger batch needs `--accumulate`. 'Checkpointed' is
+`--checkpoint-activations`, which costs a second forward pass.
 
 {table}
-
-Half precision saves on activations only, and its copies of the weights cost half a gigabyte in v3-large. The word table
-is most of the smaller models: `--freeze-embeddings` takes its gradient and moments out (3 of its 4 parts).
 """
 
 GROWTH = """
-## How a step's time grows (measured)
+{machine}; {cores} cores in all, shared with other programs, so a point may be off by a factor of 1.5. Four layers,
+vocabulary 8,000, float32, forward pass to AdamW, the fastest of three steps.
 
-{machine}; {cores} cores in all, which other programs used at the same time, so that a point may be off by a factor of
-1.5. A four-layer encoder, vocabulary 8,000, float32, forward pass to AdamW, the fastest of three steps.
-
-![time of a step by rows, length, width and processes](scaling.svg)
+![Milliseconds of a training step by rows, length, width and processes](scaling.svg)
 
 {table}
 
@@ -378,14 +369,11 @@ width between x 2 (few, narrow products) and x 4 (wide ones); processes x 1/2 as
 """
 
 PAPER = """
-## A full run on paper (an estimate)
-
-The recipe `microsoft` on {competition} rows: {rows} to train on, {epochs} epochs of batch {batch} are {steps} steps;
-evaluations and the end judge {evaluated} sequences. All sequences are counted as 512 tokens long, which is an upper
-bound. v3-small's forward pass takes {forward} G operations for one of them, a training step three times as many.
-Assumed: products reach {reached} of the vendor's figure for dense half precision (T4 fp16, others bf16); AdamW moves 28
-bytes a parameter at the memory's full speed; gradients of several GPUs are summed once a step and nothing of that
-overlaps. No GPU was at hand to check the assumptions; a small model on a large card will reach less.
+The recipe `microsoft` on {competition} rows: {rows} training rows, {epochs} epochs in batches of {batch}, {steps}
+steps; the evaluations predict {evaluated} sequences. Every sequence counts as 512 tokens, an upper bound. Assumptions:
+matrix products reach {reached} of the vendor's dense half-precision throughput (T4 fp16, others bf16); AdamW moves 28 bytes a
+parameter at full memory bandwidth; gradients of several GPUs are summed once a step without overlap. v3-small's forward
+pass takes {forward} GFLOP a sequence, a training step three times as much.
 
 {table}
 

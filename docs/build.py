@@ -156,21 +156,45 @@ def recipes() -> str:
     return "\n".join(lines)
 
 
-def parity() -> str:
-    """The README's box: the worst figures of docs/parity.md, which `make parity` measures."""
-    text = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
-    kinds = {"float32": "minipref against transformers, float32", "float64": "minipref against transformers, float64",
-             "float32 against its own float64": "transformers' float32 against its own float64"}
-    lines = ["| | hidden states and logits | gradients |", "|---|---:|---:|"]
-    for name, heading in kinds.items():
-        table = re.search(rf"^### {re.escape(heading)}\n\n(.*?)\n\n", text, re.S | re.M)[1]
-        worst = {True: 0.0, False: 0.0}
-        for row in table.split("\n")[2:]:
+PARITY = {"minipref, float32": "minipref against transformers, float32",      # a row's name: the heading of its table
+          "minipref, float64": "minipref against transformers, float64",
+          "transformers, float32 against its own float64": "transformers' float32 against its own float64"}
+
+
+def parity_tables() -> dict[str, dict[str, dict[str, float]]]:
+    """From benchmarks/parity.md, which `make parity` writes: row's name -> length -> worst of "values", "gradients"."""
+    text = (ROOT / "benchmarks" / "parity.md").read_text(encoding="utf-8")
+    found = {}
+    for name, heading in PARITY.items():
+        header, _, *rows = re.search(rf"^### {re.escape(heading)}\n\n(.*?)\n\n", text, re.S | re.M)[1].split("\n")
+        worst = {length.strip(): {"values": 0.0, "gradients": 0.0} for length in header.strip("|").split("|")[1:]}
+        for row in rows:
             title, *cells = (cell.strip() for cell in row.strip("|").split("|"))
-            is_gradient = "gradient" in title
-            worst[is_gradient] = max([worst[is_gradient], *map(float, cells)])
-        who = "transformers" if "own" in name else "minipref"
-        lines.append(f"| {who}, {name} | {worst[False]:.1e} | {worst[True]:.1e} |")
+            kind = "gradients" if "gradient" in title else "values"
+            for by_kind, cell in zip(worst.values(), cells, strict=True):
+                by_kind[kind] = max(by_kind[kind], float(cell))
+        found[name] = worst
+    return found
+
+
+def parity() -> str:
+    """The README's box: the worst figures of all layers and lengths."""
+    lines = ["| | hidden states and logits | gradients |", "|---|---:|---:|"]
+    for name, by_length in parity_tables().items():
+        worst = [max(by_kind[kind] for by_kind in by_length.values()) for kind in ("values", "gradients")]
+        lines.append(f"| {name} | {worst[0]:.1e} | {worst[1]:.1e} |")
+    return "\n".join(lines)
+
+
+def parity_by_length() -> str:
+    """The same for docs/benchmarks.md, a column for each length."""
+    tables = parity_tables()
+    lengths = list(next(iter(tables.values())))
+    lines = [f"| | | {' | '.join(lengths)} |", "|---|---|" + "---:|" * len(lengths)]
+    for name, by_length in tables.items():
+        for kind, title in (("values", "hidden states and logits"), ("gradients", "gradients")):
+            cells = [f"{by_length[length][kind]:.1e}" for length in lengths]
+            lines.append(f"| {name} | {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -209,6 +233,8 @@ def build() -> dict[str, str]:
     readme = marked((ROOT / "README.md").read_text(encoding="utf-8"), "head", caption)
     files["README.md"] = marked(readme, "parity", parity())
     files["docs/training.md"] = marked((ROOT / "docs/training.md").read_text(encoding="utf-8"), "recipes", recipes())
+    benchmarks = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    files["docs/benchmarks.md"] = marked(benchmarks, "parity", parity_by_length())
     files["docs/kaggle.ipynb"] = notebook((ROOT / "docs/kaggle_notebook.py").read_text(encoding="utf-8"))
     return files
 
