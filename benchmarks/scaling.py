@@ -150,7 +150,7 @@ def fitting_rows(peaks: list[int], card: int) -> str:
 
 
 def memory() -> str:
-    header = ["encoder", "precision", "checkpointed", "weights", "gradients", "moments", "peak, 8 rows",
+    header = ["encoder", "precision", "checkpointed", "fixed", "peak, 8 rows",
               *(f"rows on {card} GB" for card in CARDS)]
     table = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
     for name, config in SIZES.items():
@@ -158,9 +158,9 @@ def memory() -> str:
             for checkpoint in (False, True):
                 counted = [step_bytes(config, rows, 512, precision, checkpoint) for rows in ROWS]
                 peaks, at_8 = [c["peak"] for c in counted], counted[ROWS.index(8)]
-                table.append([name, precision, "yes" if checkpoint else "",
-                              *(f"{at_8[part] / GB:.2f}" for part in ("weights", "gradients", "moments", "peak")),
-                              *(fitting_rows(peaks, card) for card in CARDS)])
+                fixed = at_8["weights"] + at_8["gradients"] + at_8["moments"]
+                table.append([name, precision, "yes" if checkpoint else "", f"{fixed / GB:.2f}",
+                              f"{at_8['peak'] / GB:.2f}", *(fitting_rows(peaks, card) for card in CARDS)])
                 print(" ".join(table[-1]), flush=True)
     return MEMORY.format(table=markdown(table), usable=f"{USABLE:.0%}")
 
@@ -348,8 +348,8 @@ def main() -> int:
 PARTS: dict[str, Callable[[], str]] = {"memory": memory, "growth": growth, "paper": paper}
 
 MEMORY = """
-GB (2^30 bytes) for rows of 512 tokens, with dropout. Weights, gradients and AdamW's two moments are float32 in every
-precision; each process holds all of them. 'Peak' is the most that is alive at once in a step. 'Rows' is the largest
+GB (2^30 bytes) for rows of 512 tokens, with dropout. 'Fixed' are weights, gradients and AdamW's two moments, float32 in
+every precision and in every process. 'Peak' is the most that is alive at once in a step. 'Rows' is the largest
 micro-batch on one GPU with {usable} of its memory in use; a larger batch needs `--accumulate`. 'Checkpointed' is
 `--checkpoint-activations`, which costs a second forward pass.
 
@@ -371,9 +371,9 @@ width between x 2 (few, narrow products) and x 4 (wide ones); processes x 1/2 as
 PAPER = """
 The recipe `microsoft` on {competition} rows: {rows} training rows, {epochs} epochs in batches of {batch}, {steps}
 steps; the evaluations predict {evaluated} sequences. Every sequence counts as 512 tokens, an upper bound. Assumptions:
-matrix products reach {reached} of the vendor's dense half-precision throughput (T4 fp16, others bf16); AdamW moves 28 bytes a
-parameter at full memory bandwidth; gradients of several GPUs are summed once a step without overlap. v3-small's forward
-pass takes {forward} GFLOP a sequence, a training step three times as much.
+matrix products reach {reached} of the vendor's dense half-precision throughput (T4 fp16, others bf16); AdamW moves 28
+bytes a parameter at full memory bandwidth; gradients of several GPUs are summed once a step without overlap.
+v3-small's forward pass takes {forward} GFLOP a sequence, a training step three times as much.
 
 {table}
 

@@ -23,10 +23,11 @@ import numpy as np  # noqa: E402 - these need the path
 import torch  # noqa: E402
 
 from minipref import metrics  # noqa: E402
-from minipref.checkpoint import load_classifier  # noqa: E402
+from minipref.checkpoint import BODY_NAMES, HEAD_NAMES, load_classifier  # noqa: E402
+from minipref.config import EncoderConfig  # noqa: E402
 from minipref.data import Pair  # noqa: E402
 from minipref.explain import explain, figure  # noqa: E402
-from minipref.model import log_bucket  # noqa: E402
+from minipref.model import PreferenceModel, log_bucket  # noqa: E402
 from minipref.optim import cosine_with_warmup  # noqa: E402
 from minipref.predictor import Judge  # noqa: E402
 from minipref.recipes import RECIPES, recipe  # noqa: E402
@@ -198,6 +199,22 @@ def parity_by_length() -> str:
     return "\n".join(lines)
 
 
+def parameter_names() -> str:
+    """The rename table of checkpoint.py as Markdown, with shapes in letters."""
+    letters = {97: "V", 12: "D", 20: "F", 8: "R", 3: "C"}
+    config = EncoderConfig(vocab_size=97, hidden_size=12, num_attention_heads=2, num_hidden_layers=1,
+                           intermediate_size=20, position_buckets=4, max_distance=12)
+    with torch.device("meta"):
+        model = PreferenceModel(config)
+    names = {name: (f"encoder.{name}", theirs) for name, theirs in BODY_NAMES.items()}
+    lines = ["| minipref | transformers | shape |", "|---|---|---|"]
+    for name, (full, theirs) in (names | {name: (name, theirs) for name, theirs in HEAD_NAMES.items()}).items():
+        shape = model.get_parameter(f"{full.format(0)}.weight").shape
+        axes = ", ".join(letters[size] for size in shape)
+        lines.append(f"| `{name}` | `{theirs}` | ({axes}{',' * (len(shape) == 1)}) |")
+    return "\n".join(lines)
+
+
 def notebook(source: str) -> str:
     """A Jupyter notebook from a script whose cells begin with `# %%`, or `# %% [markdown]` for text behind '# '."""
     cells = []
@@ -233,8 +250,9 @@ def build() -> dict[str, str]:
     readme = marked((ROOT / "README.md").read_text(encoding="utf-8"), "head", caption)
     files["README.md"] = marked(readme, "parity", parity())
     files["docs/training.md"] = marked((ROOT / "docs/training.md").read_text(encoding="utf-8"), "recipes", recipes())
-    benchmarks = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    files["docs/benchmarks.md"] = marked(benchmarks, "parity", parity_by_length())
+    for page, mark, content in (("benchmarks", "parity", parity_by_length()), ("glossary", "names", parameter_names())):
+        text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+        files[f"docs/{page}.md"] = marked(text, mark, content)
     files["docs/kaggle.ipynb"] = notebook((ROOT / "docs/kaggle_notebook.py").read_text(encoding="utf-8"))
     return files
 

@@ -184,7 +184,9 @@ def test_every_option_and_target_of_a_command_exists():
                 if re.search(rf"(python|^) ?{re.escape(program)}( |$)", line):
                     commands += 1
                     for option in re.findall(r" (--[a-z-]+)", line.split(program, 1)[1]):
-                        known = any(re.search(f'"(--)?{option[2:]}"', source_of(file)) for file in files)
+                        field = option[2:].replace("-", "_")                            # of recipes.TrainConfig
+                        known = any(re.search(rf'"(--)?{option[2:]}"|^    {field}: ', source_of(file), re.M)
+                                    for file in files)
                         assert known or option == "--help", f"{page}: {program} has no option {option}"
             if re.match(r"make [a-z]", line):
                 commands += 1
@@ -394,6 +396,33 @@ def test_a_right_answer_is_called_right_and_a_wrong_one_is_told_what_is_wrong(na
     assert out.startswith("not yet: ") and said in out and out.count("\n") == 1
 
 
+def parts_of(page: str) -> dict[str, str]:
+    """The text under each numbered heading of a page, by its number."""
+    return {part.split(".")[0]: part for part in re.split(r"^## ", text_of(page), flags=re.M)[1:]}
+
+
+def solutions() -> dict[str, str]:
+    """The programs of docs/solutions.md, by the name under which exercises.py checks them."""
+    exercises, answers = parts_of("docs/exercises.md"), parts_of("docs/solutions.md")
+    names = {number: check[1] for number, part in exercises.items()
+             if (check := re.search(r"docs/exercises\.py (\w+) mine\.py", part))}
+    return {name: re.search(r"^```python\n(.*?)^```", answers[number], re.S | re.M)[1]
+            for number, name in names.items()}
+
+
+def test_every_exercise_has_its_solution():
+    asked, solved = ([part.split("\n")[0] for part in parts_of(f"docs/{page}.md").values()]
+                     for page in ("exercises", "solutions"))
+    assert asked == solved and solutions().keys() == ANSWERS.keys()
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_every_solution_is_right(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")                                  # as when exercises.py is the script
+    (tmp_path / "mine.py").write_text(solutions()[name], encoding="utf-8")
+    assert module("docs/exercises.py").main([name, str(tmp_path / "mine.py")]) == 0, capsys.readouterr().out
+
+
 def test_an_answer_that_fits_the_definition_has_to_fit_transformers_too(tmp_path, capsys):
     pytest.importorskip("transformers", reason="transformers is not installed")
     exercises = module("docs/exercises.py")
@@ -439,8 +468,6 @@ def hurried(command: str) -> str:
     command = command.split("#")[0].strip()
     if command == "make train":
         return f'make train ARGS="{HURRY}"'
-    if "ablations.py" in command:
-        return f"{command}{'' if ' -- ' in command else ' --'} {HURRY}"
     return f"{command} {HURRY}" if "python train.py" in command and "--resume" not in command else command
 
 
@@ -493,7 +520,8 @@ def test_every_other_command_of_a_page_runs(page, checkout):
 SMALL = "--width 32 --heads 2 --layers 2 --feed-forward 64"
 FOUR_STEPS = ("--heldout-share 0.1 --length 24 --long-length 48 --batch-tokens 96 --steps 4 --warmup 1 "
               "--evaluations 1 --precision fp32")
-PRETRAINING = [(page, line) for page in ("docs/pretraining.md", "weights/minipref-tiny/README.md")
+PRETRAINING = [(page, line) for page in ("docs/pretraining.md", "docs/experiments-log.md",
+                                         "weights/minipref-tiny/README.md")
                for line in re.findall(r"^    python -m minipref\.pretrain (.*)$", text_of(page), re.M)]
 
 
@@ -542,7 +570,7 @@ def few(command: str) -> str:
 @pytest.mark.slow
 def test_every_command_of_the_experiments_runs(checkout):
     """With rows of the sample in the files that a reader has to fetch, and one seed."""
-    text = " ".join(text_of("docs/experiments-log.md").split())                      # a command may run over a line's end
+    text = " ".join(text_of("docs/experiments-log.md").split())                  # a command may run over a line's end
     commands = re.findall(r"`python ((?:train\.py|predict\.py|benchmarks/|-m )[^`]*)`", text)
     assert len(commands) > 4 and {"train.py", "predict.py"} < {command.split()[0] for command in commands}
     for seed, name in (1, "autoj"), (3, "llmeval2"), (5, "train"):
