@@ -55,7 +55,7 @@ from minipref.tokenizer import load_tokenizer  # noqa: E402
 FIGURES, PAGE = ROOT / "benchmarks" / "experiments.json", ROOT / "docs" / "experiments-log.md"
 BUNDLED = ROOT / "weights" / "minipref-tiny"
 MARKS = "<!-- tables -->\n", "<!-- /tables -->"
-ONLY_IN_JSON = ("autoj", "autoj-512", "sample", "sample-12000", "two-passes", "one-pass")  # the page leaves these out
+EARLIER = ("autoj", "autoj-512", "sample", "sample-12000", "whole", "real", "two-passes", "one-pass")  # not on the page
 
 
 def main() -> None:
@@ -235,11 +235,11 @@ def keeping(path: Path) -> Iterator[None]:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 def write_page(figures: dict) -> None:
-    """Put the figures' tables, but for those of `ONLY_IN_JSON`, between the marks of docs/experiments-log.md."""
+    """Put the figures' tables, but for those of `EARLIER` recipes, between the marks of docs/experiments-log.md."""
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
     write_text(PAGE, before + MARKS[0] + "\n".join(as_table(name, table) for name, table in figures.items()
-                                                      if name not in ONLY_IN_JSON) + MARKS[1] + after)
+                                                      if name not in EARLIER) + MARKS[1] + after)
 
 
 def as_table(name: str, table: dict) -> str:

@@ -272,7 +272,7 @@ def forward_operations(config: EncoderConfig, length: int, rows: int = 1) -> flo
 
 
 def paper() -> str:
-    figures, lines = recipe("microsoft"), []
+    figures = recipe("microsoft")
     train_rows, valid_rows = round(COMPETITION_ROWS * 0.9), round(COMPETITION_ROWS * 0.1)
     steps = figures.epochs * -(-train_rows // figures.batch_size)
     evaluated = valid_rows * (figures.epochs * figures.evals_per_epoch + 2)         # both orders at the end
@@ -289,15 +289,11 @@ def paper() -> str:
             optimizer = steps * 28 * parameters / bandwidth
             link = steps * 2 * (count - 1) / count * 4 * parameters / LINK
             minutes[kind] = (products + optimizer + link) / 60
-            if name == "v3-small":
-                lines.append(f"- {kind}: {operations:.2e} / ({count} x {speed:.3g} x {REACHED}) = {products:,.0f} s of "
-                             f"products, {steps:,} x 28 x {parameters / 1e6:.0f} M / {bandwidth:.3g} = "
-                             f"{optimizer:,.0f} s of AdamW" + (f", {link:,.0f} s of sums between GPUs" if link else ""))
         table.append([name, f"{parameters / 1e6:.0f} M", f"{operations:.1e}",
                       *(f"{m:,.0f} min" if m >= 2 else f"{60 * m:,.0f} s" for m in minutes.values()),
                       " / ".join(f"{m / 60 * MACHINES[kind][0]:.2f}" for kind, m in minutes.items())])
     small = SIZES["v3-small"]
-    return PAPER.format(table=markdown(table), lines="\n".join(lines), steps=f"{steps:,}", rows=f"{train_rows:,}",
+    return PAPER.format(table=markdown(table), steps=f"{steps:,}", rows=f"{train_rows:,}",
                         competition=f"{COMPETITION_ROWS:,}", batch=figures.batch_size, epochs=figures.epochs,
                         evaluated=f"{evaluated:,}", reached=REACHED,
                         forward=f"{forward_operations(small, 512) / 1e9:.0f}")
@@ -357,8 +353,9 @@ micro-batch on one GPU with {usable} of its memory in use; a larger batch needs 
 """
 
 GROWTH = """
-{machine}; {cores} cores in all, shared with other programs, so a point may be off by a factor of 1.5. Four layers,
-vocabulary 8,000, float32, forward pass to AdamW, the fastest of three steps.
+{machine}; {cores} cores in all.
+Other programs used them too, so a point may be off by a factor of 1.5. Four layers, vocabulary 8,000, float32, forward
+pass to AdamW, the fastest of three steps.
 
 ![Milliseconds of a training step by rows, length, width and processes](scaling.svg)
 
@@ -377,9 +374,7 @@ v3-small's forward pass takes {forward} GFLOP a sequence, a training step three 
 
 {table}
 
-GPU-hours are in the order of the columns. The arithmetic for v3-small:
-
-{lines}
+GPU-hours are in the order of the columns.
 """
 
 if __name__ == "__main__":
