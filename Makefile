@@ -32,10 +32,10 @@ weights: .venv/runtime      ## fetch microsoft/deberta-v3-small into weights/
 data: .venv/runtime         ## fetch the competition's labelled rows into data/
 	$(PY) -m minipref.hub data $(ARGS)
 
-parity: .venv/dev           ## compare every layer with transformers; writes docs/parity.md
+parity: .venv/dev           ## compare every layer with transformers; writes benchmarks/parity.md
 	$(PY) benchmarks/parity.py $(ARGS)
 
-bench: .venv/dev            ## compare speed and memory with transformers; writes docs/performance.md
+bench: .venv/dev            ## compare speed and memory with transformers; writes docs/benchmarks.md
 	$(PY) benchmarks/bench.py $(ARGS)
 
 same-numbers: .venv/runtime  ## train at an older commit and here, and compare every number: ARGS=COMMIT

@@ -7,8 +7,8 @@
 
 Both libraries run in one process and alternate, so that other load on the machine affects both. Times are medians. Peak
 memory and start-up are measured in separate processes. Measurements are stored in benchmarks/performance.json;
-docs/performance.md, and the table between the speed marks in README.md, are written from that file. With
-`--device cuda` the sections run on a GPU.
+benchmarks/performance.md, and the tables between the speed marks of docs/benchmarks.md and README.md, are written from
+that file. With `--device cuda` the sections run on a GPU.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Write docs/performance.md, and README.md's table, from the measurements of bench.py."""
+"""Write benchmarks/performance.md and the short tables of docs/benchmarks.md and README.md, from bench.py's results."""
 
 import statistics
 from collections.abc import Iterable
@@ -7,63 +7,33 @@ from pathlib import Path
 from minipref.runtime import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
+PAGE, SUMMARY, README = ROOT / "benchmarks" / "performance.md", ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 US, THEM = "minipref", "transformers"
 MARKS = "<!-- speed -->\n", "<!-- /speed -->"
 
 INTRODUCTION = """\
-# Performance
+# Performance: every table
 
-minipref beside transformers' DeBERTa: the same weights, the same rows, one process, one after the other and again;
-medians. Ratios come first: 2.0 means that minipref takes half as long. `make bench` measures all of this and writes
-this page from `benchmarks/performance.json`, where every single run is.
-"""
-
-WHY = """\
-## What makes the difference
-
-`minipref/fast/attention.py` derives it step by step. In short:
-
-- **No gather.** transformers multiplies with all 512 rows of the relative table, copies the table for each row of the
-  batch, and picks L x L elements one by one, twice. Laid out by distance, the table gives products of which a
-  view with strides (`relative_shift`) is the bias: no index.
-- **Blocks that stay in the cache.** The L x L scores of a head are made, used and overwritten in one buffer. Main
-  memory sees queries, keys, values and the result.
-- **Nothing kept.** The backward pass makes the probabilities again, block by block, and the dropout from its seed. The
-  feed-forward keeps its hidden vectors before the GELU and not after.
-- **[CLS] only.** The last layer computes one query and one feed-forward a row: that is all the classifier reads.
-- **Only distances that occur.** 128 tokens need 255 rows of the table, not 512.
-- **Little padding** (prediction): rows sorted by length, batches by their number of tokens.
-- **Cheap dropout** (training): 16 random bits an element from a fast generator; torch's own spends a double on each,
-  on one thread.
-
-## What was tried and is not there
-
-- torch's own fused attention with the bias as its mask, on the CPU: slower in float32 than product, softmax and
-  product one after the other; in bfloat16 faster, but it knows neither dropout nor a gradient of the bias.
-- Adding p2c transposed straight into the scores: slower than copying it first and letting the product add to it; in
-  bfloat16 several times.
-- Transposing by a product with the identity matrix, which bfloat16 units are good at: no gain over the copy.
-- All 2L - 1 distances in one product a head: in float32 slower than strips of 128 queries, which waste fewer.
-- One product for q, k and v: within the noise in float32; the conversion that bfloat16 saves is now done once.
-- `OMP_WAIT_POLICY=PASSIVE`, with which waiting threads leave their core to others: a training step of 8 x 512 then took
-  7.4 s in float32 and 3.6 s in bfloat16, and the ratios were 1.70 and 1.68. minipref has more, shorter parallel parts.
-- Random bits by integer hashing, which threads could share: no faster than the generator on two cores.
+Written by `make bench` from `benchmarks/performance.json`, which holds every single run; docs/benchmarks.md has the
+summary and explains it. Both programs have the same weights and the same rows and run in one process, in turns; times
+are medians. A ratio of 2.0 means that minipref takes half as long.
 """
 
 
 def write_page(figures: dict) -> None:
-    """Write docs/performance.md, and the table between README.md's marks if it has them."""
+    """Write benchmarks/performance.md, and the tables between the marks of docs/benchmarks.md and README.md, if any."""
     parts = [INTRODUCTION, machine_text(figures["machine"])]
     parts += [section(figures) for name, section in SECTIONS.items() if name in figures]
     missing = [name for name in SECTIONS if name not in figures]
     if missing:
         parts.append(f"Not measured yet: {', '.join(missing)}; nor what the tables above leave out.\n")
-    write_text(PAGE, "\n".join([*parts, WHY]))
-    text = README.read_text(encoding="utf-8") if README.exists() else ""
-    if all(mark in text for mark in MARKS):
-        before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-        write_text(README, before + MARKS[0] + readme_table(figures) + MARKS[1] + after)
+    write_text(PAGE, "\n".join(parts))
+    machine = machine_text(figures["machine"]).split("\n")[0]
+    for path, content in ((SUMMARY, f"{machine}\n\n{summary_table(figures)}"), (README, readme_table(figures))):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if all(mark in text for mark in MARKS):
+            before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+            write_text(path, before + MARKS[0] + content + MARKS[1] + after)
 
 
 def machine_text(machine: dict) -> str:
@@ -79,7 +49,7 @@ def machine_text(machine: dict) -> str:
 
 def rates_section(figures: dict) -> str:
     rows = [[row["precision"], row["threads"], f"{row['gflops']:,}"] for row in figures["rates"]]
-    return ("## The machine's own rate\n\nOne product of the feed-forward's shape, (4096, 768) by (768, 3072): the "
+    return ("## Peak GEMM throughput\n\nOne product of the feed-forward's shape, (4096, 768) by (768, 3072): the "
             f"ceiling for everything below.\n\n{table(['precision', 'threads', 'GFLOP/s'], rows)}")
 
 
@@ -135,7 +105,7 @@ def memory_section(figures: dict) -> str:
 def start_section(figures: dict) -> str:
     seconds = figures["start-up"][0]["seconds"]
     imports = {name: seconds[f"{name}, import alone"] for name in (US, THEM)}
-    rows = [["from nothing to the first verdict", *compared(seconds)], ["the imports alone", *compared(imports)]]
+    rows = [["from nothing to the first prediction", *compared(seconds)], ["the imports alone", *compared(imports)]]
     return f"## Start-up\n\n{table(['', 'ratio', US, THEM], rows)}"
 
 
@@ -151,15 +121,35 @@ def profile_section(figures: dict) -> str:
         rows.append([f"{row['task']} {row['batch']} x {row['length']} {row['precision']}", row["name"],
                      duration(seconds), f"{rate / ceiling:.0%}" if ceiling else "",
                      *(share(by_kind.get(kind, 0) / seconds) for kind in kinds), share(between / seconds)])
-    columns = ["task", "program", "time", "of the rate", *kinds, "between"]
-    return ("## Where the time goes\n\n*Of the rate* is the part of the machine's own matrix-product rate that is "
-            "reached: the\nproducts' arithmetic, divided by the whole time and that rate. The other columns are shares "
-            "of the time. *Between* is\nPython, and in minipref's training the drawing of random numbers. transformers "
-            f"does more arithmetic for the same logits.\n\n{table(columns, rows)}")
+    columns = ["task", "program", "time", "of the peak", *kinds, "between"]
+    return ("## Where the time goes\n\n*Of the peak* is the fraction of the measured peak GEMM throughput that the "
+            "whole task reaches (as MFU): the\noperations of its matrix products, divided by its time and by that "
+            "peak. The other columns are shares of the time.\n*Between* is Python, and in minipref's training "
+            "random number generation. transformers does more\n"
+            f"arithmetic for the same logits.\n\n{table(columns, rows)}")
 
 
 def share(part: float) -> str:
     return f"{part:.0%}" if part >= 0.005 else ""
+
+
+def summary_table(figures: dict) -> str:
+    """One table: forward, a training step and prediction, with the measured memory where there is one."""
+    memory = {(row["task"], row["batch"], row["length"], row["precision"]):
+              row["bytes"][US] / row["bytes"][THEM] for row in figures.get("memory", [])}
+    rows = []
+    for task in ("forward", "training"):
+        for row in figures.get(task, []):
+            shape = row["batch"], row["length"]
+            if shape in ((32, 128), (8, 512), (2, 2048)) and row["threads"] == figures[task][0]["threads"]:
+                part = memory.get((task, *shape, row["precision"]))
+                rows.append([f"{task}, {shape[0]} x {shape[1]} tokens", row["precision"], *compared(row["seconds"]),
+                             f"{part:.2f}" if part else ""])
+    for row in figures.get("prediction", []):
+        for name, precision in ((US, "fp32"), (f"{US}, bf16", "bf16 (transformers: fp32)")):
+            rows.append([f"predicting {row['rows']:,} rows of {row['file']}", precision,
+                         *compared(row["seconds"], name), ""])
+    return table(["task", "precision", "speed-up", US, THEM, "peak memory, ratio"], rows)
 
 
 def readme_table(figures: dict) -> str:

@@ -1,6 +1,6 @@
 """Cost of a run: memory by model and precision; time by rows, length, width and processes; an estimate of a full run.
 
-    python benchmarks/scaling.py                      all parts; writes docs/scaling.md; then run `make docs`
+    python benchmarks/scaling.py                      all parts; sections of docs/benchmarks.md; then run `make docs`
     python benchmarks/scaling.py memory paper         only these parts
 
 `memory` is computed: the real model runs a training step on torch's fake tensors, which have no content, with the
@@ -40,7 +40,7 @@ from minipref.recipes import recipe  # noqa: E402
 from minipref.run import distributed  # noqa: E402
 from minipref.runtime import write_text  # noqa: E402
 
-PAGE, FIGURES = ROOT / "docs" / "scaling.md", ROOT / "benchmarks" / "scaling.json"
+PAGE, FIGURES = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "scaling.json"
 SIZES = {  # the published v3 encoders: one architecture, four sizes
     "v3-xsmall": EncoderConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536),
     "v3-small": EncoderConfig(),
@@ -150,7 +150,7 @@ def fitting_rows(peaks: list[int], card: int) -> str:
 
 
 def memory() -> str:
-    header = ["encoder", "precision", "checkpointed", "weights", "gradients", "moments", "peak, 8 rows",
+    header = ["encoder", "precision", "checkpointed", "fixed", "peak, 8 rows",
               *(f"rows on {card} GB" for card in CARDS)]
     table = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
     for name, config in SIZES.items():
@@ -158,9 +158,9 @@ def memory() -> str:
             for checkpoint in (False, True):
                 counted = [step_bytes(config, rows, 512, precision, checkpoint) for rows in ROWS]
                 peaks, at_8 = [c["peak"] for c in counted], counted[ROWS.index(8)]
-                table.append([name, precision, "yes" if checkpoint else "",
-                              *(f"{at_8[part] / GB:.2f}" for part in ("weights", "gradients", "moments", "peak")),
-                              *(fitting_rows(peaks, card) for card in CARDS)])
+                fixed = at_8["weights"] + at_8["gradients"] + at_8["moments"]
+                table.append([name, precision, "yes" if checkpoint else "", f"{fixed / GB:.2f}",
+                              f"{at_8['peak'] / GB:.2f}", *(fitting_rows(peaks, card) for card in CARDS)])
                 print(" ".join(table[-1]), flush=True)
     return MEMORY.format(table=markdown(table), usable=f"{USABLE:.0%}")
 
@@ -256,7 +256,7 @@ def forward_operations(config: EncoderConfig, length: int, rows: int = 1) -> flo
 
 
 def paper() -> str:
-    figures, lines = recipe("microsoft"), []
+    figures = recipe("microsoft")
     train_rows, valid_rows = round(COMPETITION_ROWS * 0.9), round(COMPETITION_ROWS * 0.1)
     steps = figures.epochs * -(-train_rows // figures.batch_size)
     evaluated = valid_rows * (figures.epochs * figures.evals_per_epoch + 2)         # both orders at the end
@@ -273,15 +273,11 @@ def paper() -> str:
             optimizer = steps * 28 * parameters / bandwidth
             link = steps * 2 * (count - 1) / count * 4 * parameters / LINK
             minutes[kind] = (products + optimizer + link) / 60
-            if name == "v3-small":
-                lines.append(f"- {kind}: {operations:.2e} / ({count} x {speed:.3g} x {REACHED}) = {products:,.0f} s of "
-                             f"products, {steps:,} x 28 x {parameters / 1e6:.0f} M / {bandwidth:.3g} = "
-                             f"{optimizer:,.0f} s of AdamW" + (f", {link:,.0f} s of sums between GPUs" if link else ""))
         table.append([name, f"{parameters / 1e6:.0f} M", f"{operations:.1e}",
                       *(f"{m:,.0f} min" if m >= 2 else f"{60 * m:,.0f} s" for m in minutes.values()),
                       " / ".join(f"{m / 60 * MACHINES[kind][0]:.2f}" for kind, m in minutes.items())])
     small = SIZES["v3-small"]
-    return PAPER.format(table=markdown(table), lines="\n".join(lines), steps=f"{steps:,}", rows=f"{train_rows:,}",
+    return PAPER.format(table=markdown(table), steps=f"{steps:,}", rows=f"{train_rows:,}",
                         competition=f"{COMPETITION_ROWS:,}", batch=figures.batch_size, epochs=figures.epochs,
                         evaluated=f"{evaluated:,}", reached=REACHED,
                         forward=f"{forward_operations(small, 512) / 1e9:.0f}")
@@ -332,28 +328,20 @@ def main() -> int:
 PARTS: dict[str, Callable[[], str]] = {"memory": memory, "growth": growth, "paper": paper}
 
 MEMORY = """
-## What fits (computed, not measured on a GPU)
-
-GB (2^30 bytes) for rows of 512 tokens, dropout on. Weights, gradients and AdamW's two moments are float32 whatever the
-precision; each process of a group holds all of them. The peak is the most that is alive at once in a step: the real
-model's step was run on tensors without content, in the form that a GPU runs, and every allocation counted. 'Rows' is
-the largest pass on one GPU (`--batch-size` divided by the processes), with {usable} of the card used; more rows in a
-step than that need `--accumulate`. 0 means that it does not fit at all. 'Checkpointed' is `--checkpoint-activations`,
-which costs a second forward pass.
+GB (2^30 bytes) for rows of 512 tokens, with dropout. 'Fixed' are weights, gradients and AdamW's two moments, float32 in
+every precision and in every process. 'Peak' is the most that is alive at once in a step. 'Rows' is the largest
+micro-batch on one GPU with {usable} of its memory in use; a larger batch needs `--accumulate`. 'Checkpointed' is
+`--checkpoint-activations`, which costs a second forward pass.
 
 {table}
-
-Half precision saves on activations only, and its copies of the weights cost half a gigabyte in v3-large. The word table
-is most of the smaller models: `--freeze-embeddings` takes its gradient and moments out (3 of its 4 parts).
 """
 
 GROWTH = """
-## How a step's time grows (measured)
+{machine}; {cores} cores in all.
+Other programs used them too, so a point may be off by a factor of 1.5. Four layers, vocabulary 8,000, float32, forward
+pass to AdamW, the fastest of three steps.
 
-{machine}; {cores} cores in all, which other programs used at the same time, so that a point may be off by a factor of
-1.5. A four-layer encoder, vocabulary 8,000, float32, forward pass to AdamW, the fastest of three steps.
-
-![time of a step by rows, length, width and processes](scaling.svg)
+![Milliseconds of a training step by rows, length, width and processes](scaling.svg)
 
 {table}
 
@@ -362,20 +350,15 @@ width between x 2 (few, narrow products) and x 4 (wide ones); processes x 1/2 as
 """
 
 PAPER = """
-## A full run on paper (an estimate)
-
-The recipe `microsoft` on {competition} rows: {rows} to train on, {epochs} epochs of batch {batch} are {steps} steps;
-evaluations and the end judge {evaluated} sequences. All sequences are counted as 512 tokens long, which is an upper
-bound. v3-small's forward pass takes {forward} G operations for one of them, a training step three times as many.
-Assumed: products reach {reached} of the vendor's figure for dense half precision (T4 fp16, others bf16); AdamW moves 28
-bytes a parameter at the memory's full speed; gradients of several GPUs are summed once a step and nothing of that
-overlaps. No GPU was at hand to check the assumptions; a small model on a large card will reach less.
+The recipe `microsoft` on {competition} rows: {rows} training rows, {epochs} epochs in batches of {batch}, {steps}
+steps; the evaluations predict {evaluated} sequences. Every sequence counts as 512 tokens, an upper bound. Assumptions:
+matrix products reach {reached} of the vendor's dense half-precision throughput (T4 fp16, others bf16); AdamW moves 28
+bytes a parameter at full memory bandwidth; gradients of several GPUs are summed once a step without overlap.
+v3-small's forward pass takes {forward} GFLOP a sequence, a training step three times as much.
 
 {table}
 
-GPU-hours are in the order of the columns. The arithmetic for v3-small:
-
-{lines}
+GPU-hours are in the order of the columns.
 """
 
 if __name__ == "__main__":

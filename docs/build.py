@@ -25,11 +25,11 @@ import numpy as np  # noqa: E402 - these need the path
 import torch  # noqa: E402
 
 from minipref import metrics  # noqa: E402
-from minipref.checkpoint import load_classifier  # noqa: E402
+from minipref.checkpoint import BODY_NAMES, HEAD_NAMES, load_classifier  # noqa: E402
 from minipref.config import EncoderConfig  # noqa: E402
 from minipref.data import Pair  # noqa: E402
 from minipref.explain import explain, figure  # noqa: E402
-from minipref.model import log_bucket  # noqa: E402
+from minipref.model import PreferenceModel, log_bucket  # noqa: E402
 from minipref.optim import learning_rates  # noqa: E402
 from minipref.predictor import Judge  # noqa: E402
 from minipref.recipes import RECIPES, recipe  # noqa: E402
@@ -369,21 +369,61 @@ def results() -> str:
     return "\n".join(lines)
 
 
-def parity() -> str:
-    """The README's box: the worst figures of docs/parity.md, which `make parity` measures."""
-    text = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
-    kinds = {"float32": "minipref against transformers, float32", "float64": "minipref against transformers, float64",
-             "float32 against its own float64": "transformers' float32 against its own float64"}
-    lines = ["| | hidden states and logits | gradients |", "|---|---:|---:|"]
-    for name, heading in kinds.items():
-        table = re.search(rf"^### {re.escape(heading)}\n\n(.*?)\n\n", text, re.S | re.M)[1]
-        worst = {True: 0.0, False: 0.0}
-        for row in table.split("\n")[2:]:
+PARITY = {"minipref, float32": "minipref against transformers, float32",      # a row's name: the heading of its table
+          "minipref, float64": "minipref against transformers, float64",
+          "transformers, float32 against its own float64": "transformers' float32 against its own float64"}
+
+
+def parity_tables() -> dict[str, dict[str, dict[str, float]]]:
+    """From benchmarks/parity.md, which `make parity` writes: row's name -> length -> worst of "values", "gradients"."""
+    text = (ROOT / "benchmarks" / "parity.md").read_text(encoding="utf-8")
+    found = {}
+    for name, heading in PARITY.items():
+        header, _, *rows = re.search(rf"^### {re.escape(heading)}\n\n(.*?)\n\n", text, re.S | re.M)[1].split("\n")
+        worst = {length.strip(): {"values": 0.0, "gradients": 0.0} for length in header.strip("|").split("|")[1:]}
+        for row in rows:
             title, *cells = (cell.strip() for cell in row.strip("|").split("|"))
-            is_gradient = "gradient" in title
-            worst[is_gradient] = max([worst[is_gradient], *map(float, cells)])
-        who = "transformers" if "own" in name else "minipref"
-        lines.append(f"| {who}, {name} | {worst[False]:.1e} | {worst[True]:.1e} |")
+            kind = "gradients" if "gradient" in title else "values"
+            for by_kind, cell in zip(worst.values(), cells, strict=True):
+                by_kind[kind] = max(by_kind[kind], float(cell))
+        found[name] = worst
+    return found
+
+
+def parity() -> str:
+    """The README's box: the worst figures of all layers and lengths."""
+    lines = ["| | hidden states and logits | gradients |", "|---|---:|---:|"]
+    for name, by_length in parity_tables().items():
+        worst = [max(by_kind[kind] for by_kind in by_length.values()) for kind in ("values", "gradients")]
+        lines.append(f"| {name} | {worst[0]:.1e} | {worst[1]:.1e} |")
+    return "\n".join(lines)
+
+
+def parity_by_length() -> str:
+    """The same for docs/benchmarks.md, a column for each length."""
+    tables = parity_tables()
+    lengths = list(next(iter(tables.values())))
+    lines = [f"| | | {' | '.join(lengths)} |", "|---|---|" + "---:|" * len(lengths)]
+    for name, by_length in tables.items():
+        for kind, title in (("values", "hidden states and logits"), ("gradients", "gradients")):
+            cells = [f"{by_length[length][kind]:.1e}" for length in lengths]
+            lines.append(f"| {name} | {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parameter_names() -> str:
+    """The rename table of checkpoint.py as Markdown, with shapes in letters."""
+    letters = {97: "V", 12: "D", 20: "F", 8: "R", 3: "C"}
+    config = EncoderConfig(vocab_size=97, hidden_size=12, num_attention_heads=2, num_hidden_layers=1,
+                           intermediate_size=20, position_buckets=4, max_distance=12)
+    with torch.device("meta"):
+        model = PreferenceModel(config)
+    names = {name: (f"encoder.{name}", theirs) for name, theirs in BODY_NAMES.items()}
+    lines = ["| minipref | transformers | shape |", "|---|---|---|"]
+    for name, (full, theirs) in (names | {name: (name, theirs) for name, theirs in HEAD_NAMES.items()}).items():
+        shape = model.get_parameter(f"{full.format(0)}.weight").shape
+        axes = ", ".join(letters[size] for size in shape)
+        lines.append(f"| `{name}` | `{theirs}` | ({axes}{',' * (len(shape) == 1)}) |")
     return "\n".join(lines)
 
 
@@ -422,6 +462,9 @@ def build() -> dict[str, str]:
     readme = marked((ROOT / "README.md").read_text(encoding="utf-8"), "head", caption)
     files["README.md"] = marked(marked(readme, "parity", parity()), "results", results())
     files["docs/training.md"] = marked((ROOT / "docs/training.md").read_text(encoding="utf-8"), "recipes", recipes())
+    for page, mark, content in (("benchmarks", "parity", parity_by_length()), ("glossary", "names", parameter_names())):
+        text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+        files[f"docs/{page}.md"] = marked(text, mark, content)
     files["docs/kaggle.ipynb"] = notebook((ROOT / "docs/kaggle_notebook.py").read_text(encoding="utf-8"))
     return files
 

@@ -48,8 +48,9 @@ def test_the_profile_counts_the_products_of_both(figures):
 @pytest.mark.slow
 def test_the_page_has_the_ratio_of_the_medians_and_says_what_was_not_measured(figures, tmp_path, monkeypatch):
     monkeypatch.setattr(performance_page, "PAGE", tmp_path / "performance.md")
-    monkeypatch.setattr(performance_page, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n")
+    for name, page in (("README", "README.md"), ("SUMMARY", "benchmarks.md")):
+        monkeypatch.setattr(performance_page, name, tmp_path / page)
+        (tmp_path / page).write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n")
     seconds = {bench.US: [1.0, 5.0, 2.0], bench.THEM: [9.0, 6.0, 5.0]}
     row = {"batch": 8, "length": 512, "precision": "fp32", "threads": 2, "seconds": seconds}
     performance_page.write_page(figures | {"forward": [row, row | {"precision": "bf16"}], "memory": [
@@ -59,6 +60,9 @@ def test_the_page_has_the_ratio_of_the_medians_and_says_what_was_not_measured(fi
     assert "| 8 x 512 | fp32 | 2 | **3.00** | 2.00 s | 6.00 s |" in page
     assert "| forward | 8 x 512 | fp32 | **0.25** | 1.00 GB | 4.00 GB |" in page
     assert "None of these figures was measured on a GPU" in page
+    summary = (tmp_path / "benchmarks.md").read_text()
+    assert summary.startswith("before\n<!-- speed -->\nMachine: ") and summary.endswith("<!-- /speed -->\nafter\n")
+    assert "| forward, 8 x 512 tokens | fp32 | **3.00** | 2.00 s | 6.00 s | 0.25 |" in summary and "old" not in summary
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n<!-- speed -->\n| times as fast") and readme.endswith("<!-- /speed -->\nafter\n")
     assert "| forward, 8 rows of 512 tokens | **3.00** | **3.00** |" in readme and "old" not in readme

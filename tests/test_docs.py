@@ -30,8 +30,8 @@ from minipref.data import character_counts, read_pairs
 from minipref.model import attention_scores, distance_buckets, relative_index
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-RUN = ["README.md", "docs/attention.md", "docs/training.md", "docs/kaggle.md", "docs/exercises.md",
-       "docs/troubleshooting.md"]
+RUN = ["README.md", "docs/attention.md", "docs/fast-attention.md", "docs/training.md", "docs/kaggle.md",
+       "docs/exercises.md", "docs/solutions.md", "docs/glossary.md", "docs/troubleshooting.md"]
 HURRY = "--limit 160 --epochs 1 --precision fp32"
 FENCE = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.S | re.M)
 
@@ -84,9 +84,9 @@ def run_snippets(page: str) -> dict:
     return names
 
 
-@pytest.mark.parametrize("page", ["docs/attention.md", "docs/training.md"])
+@pytest.mark.parametrize("page", ["docs/attention.md", "docs/fast-attention.md", "docs/training.md"])
 def test_every_snippet_of_the_page_runs_and_its_assertions_hold(page, at_root):
-    assert len(fences(page, "python")) > 8
+    assert len(fences(page, "python")) >= 8
     run_snippets(page)
 
 
@@ -154,7 +154,7 @@ def test_every_function_that_is_named_is_in_the_file_that_the_link_leads_to(page
              if target.endswith(".py") and re.fullmatch(r"`[A-Za-z_.]+`", text) and not text.strip("`").endswith(".py")]
     for name, target in named:
         assert name in defined_in((ROOT / page).parent / target), f"{page}: {name} is not in {target}"
-    assert page != "docs/attention.md" or len(named) >= 15
+    assert len(named) >= {"docs/attention.md": 10, "docs/fast-attention.md": 5, "docs/training.md": 10}.get(page, 0)
 
 
 def test_nothing_in_minipref_is_missing_from_the_learning_path():
@@ -184,7 +184,9 @@ def test_every_option_and_target_of_a_command_exists():
                 if re.search(rf"(python|^) ?{re.escape(program)}( |$)", line):
                     commands += 1
                     for option in re.findall(r" (--[a-z-]+)", line.split(program, 1)[1]):
-                        known = any(re.search(f'"(--)?{option[2:]}"', source_of(file)) for file in files)
+                        field = option[2:].replace("-", "_")                            # of recipes.TrainConfig
+                        known = any(re.search(rf'"(--)?{option[2:]}"|^    {field}: ', source_of(file), re.M)
+                                    for file in files)
                         assert known or option == "--help", f"{page}: {program} has no option {option}"
             if re.match(r"make [a-z]", line):
                 commands += 1
@@ -394,6 +396,33 @@ def test_a_right_answer_is_called_right_and_a_wrong_one_is_told_what_is_wrong(na
     assert out.startswith("not yet: ") and said in out and out.count("\n") == 1
 
 
+def parts_of(page: str) -> dict[str, str]:
+    """The text under each numbered heading of a page, by its number."""
+    return {part.split(".")[0]: part for part in re.split(r"^## ", text_of(page), flags=re.M)[1:]}
+
+
+def solutions() -> dict[str, str]:
+    """The programs of docs/solutions.md, by the name under which exercises.py checks them."""
+    exercises, answers = parts_of("docs/exercises.md"), parts_of("docs/solutions.md")
+    names = {number: check[1] for number, part in exercises.items()
+             if (check := re.search(r"docs/exercises\.py (\w+) mine\.py", part))}
+    return {name: re.search(r"^```python\n(.*?)^```", answers[number], re.S | re.M)[1]
+            for number, name in names.items()}
+
+
+def test_every_exercise_has_its_solution():
+    asked, solved = ([part.split("\n")[0] for part in parts_of(f"docs/{page}.md").values()]
+                     for page in ("exercises", "solutions"))
+    assert asked == solved and solutions().keys() == ANSWERS.keys()
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_every_solution_is_right(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")                                  # as when exercises.py is the script
+    (tmp_path / "mine.py").write_text(solutions()[name], encoding="utf-8")
+    assert module("docs/exercises.py").main([name, str(tmp_path / "mine.py")]) == 0, capsys.readouterr().out
+
+
 def test_an_answer_that_fits_the_definition_has_to_fit_transformers_too(tmp_path, capsys):
     pytest.importorskip("transformers", reason="transformers is not installed")
     exercises = module("docs/exercises.py")
@@ -439,8 +468,6 @@ def hurried(command: str) -> str:
     command = command.split("#")[0].strip()
     if command == "make train":
         return f'make train ARGS="{HURRY}"'
-    if "ablations.py" in command:
-        return f"{command}{'' if ' -- ' in command else ' --'} {HURRY}"
     return f"{command} {HURRY}" if "python train.py" in command and "--resume" not in command else command
 
 
@@ -493,7 +520,8 @@ def test_every_other_command_of_a_page_runs(page, checkout):
 SMALL = "--width 32 --heads 2 --layers 2 --feed-forward 64"
 FOUR_STEPS = ("--heldout-share 0.1 --length 24 --long-length 48 --batch-tokens 96 --steps 4 --warmup 1 "
               "--evaluations 1 --precision fp32")
-PRETRAINING = [(page, line) for page in ("docs/pretraining.md", "weights/minipref-tiny/README.md")
+PRETRAINING = [(page, line) for page in ("docs/pretraining.md", "docs/experiments-log.md",
+                                         "weights/minipref-tiny/README.md")
                for line in re.findall(r"^    python -m minipref\.pretrain (.*)$", text_of(page), re.M)]
 
 
@@ -529,7 +557,7 @@ def test_make_pretrain_makes_an_encoder(checkout):
 
 
 def few(command: str) -> str:
-    """A command of docs/experiments.md with additional options that reduce its time to seconds."""
+    """A command of docs/experiments-log.md with additional options that reduce its time to seconds."""
     command = re.sub(r"\w+=\S+/model", "again=weights/minipref-tiny", command)      # encoders that a reader pretrains
     if "experiments.py" in command:
         own = re.search(r"--options '(.*?)'", command)
@@ -542,7 +570,7 @@ def few(command: str) -> str:
 @pytest.mark.slow
 def test_every_command_of_the_experiments_runs(checkout):
     """With synthetic rows in place of the files that a reader must fetch, and one seed."""
-    text = " ".join(text_of("docs/experiments.md").split())                      # a command may run over a line's end
+    text = " ".join(text_of("docs/experiments-log.md").split())    # a command may run over a line's end
     commands = re.findall(r"`python ((?:train\.py|predict\.py|benchmarks/|-m )[^`]*)`", text)
     assert len(commands) > 4 and {"train.py", "predict.py"} < {command.split()[0] for command in commands}
     for seed, name in (1, "autoj"), (3, "llmeval2"), (5, "train"):
@@ -551,7 +579,7 @@ def test_every_command_of_the_experiments_runs(checkout):
         shutil.copy(paths["train"], checkout / f"{name}.csv")
     shutil.copy(paths["test_labelled"], checkout)
     shutil.rmtree(checkout / "runs", ignore_errors=True)                    # README's commands begin a run of that name
-    removed = removed_scripts("docs/experiments.md")
+    removed = removed_scripts("docs/experiments-log.md")
     kept = {command for command in commands if command.split()[0] not in removed}
     for command in ["train.py --train s/train.csv --recipe tiny --run runs/first", *sorted(kept)]:  # predict.py's model
         run(["bash", "-ec", f".venv/bin/python {few(command)}"], checkout)
@@ -571,7 +599,7 @@ def test_make_runs_the_script_that_other_tests_run(target, script):
 def test_make_parity_writes_the_page(checkout):
     run(["make", "parity", "ARGS=--lengths 17 --output found.md"], checkout)
     headings = [re.findall(r"^#.*$", path.read_text(encoding="utf-8"), re.M)
-                for path in (checkout / "found.md", ROOT / "docs" / "parity.md")]
+                for path in (checkout / "found.md", ROOT / "benchmarks" / "parity.md")]
     assert headings[0] and set(headings[0]) <= set(headings[1])
 
 

@@ -1,5 +1,6 @@
 """The page in a real browser, live and static, and what other programs get from its server."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -265,15 +266,14 @@ def test_in_dark_mode_the_page_is_dark_and_drawn_again(browser, judge, tmp_path)
 # What other programs get.
 
 def request(server, method="POST", path=None, body: bytes | None = None, **headers: str) -> tuple[int, dict | str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     if body is None and method == "POST":
         body = json.dumps(TEXTS).encode()
     path = f"/{server.token}/{'explain' if method == 'POST' else ''}" if path is None else path
-    connection.request(method, path, body, {"Content-Type": "application/json"} | {
-        name.replace("_", "-"): value for name, value in headers.items()})
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)) as connection:
+        connection.request(method, path, body, {"Content-Type": "application/json"} | {
+            name.replace("_", "-"): value for name, value in headers.items()})
+        answer = connection.getresponse()
+        text = answer.read().decode()
     for name in ("Content-Security-Policy", "X-Content-Type-Options", "Cache-Control"):
         assert answer.getheader(name) or answer.status == 501
     return answer.status, json.loads(text) if answer.getheader("Content-Type") == "application/json" else text

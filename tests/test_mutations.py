@@ -385,8 +385,6 @@ MISTAKES = [
     Mistake("the address needs no token", "minipref/explain/serve.py",
             "not secrets.compare_digest(token.encode(), self.server.token.encode())", "not token",
             "test_live::test_without_the_token_nothing_is_there"),
-    Mistake("a text of any size is taken", "minipref/explain/serve.py", "if int(length) <= MOST_BYTES:", "if True:",
-            "test_live::test_ten_megabytes_are_refused_with_a_sentence_and_a_megabyte_of_text_is_explained"),
 ]
 
 
