@@ -62,9 +62,12 @@ class Browser:
                 return answer["result"]
 
     def open(self, address: str) -> None:
+        self.call("Page.navigate", url="about:blank")                    # what the page before still asks for ends
+        self.wait("location.href === 'about:blank' && document.readyState === 'complete'")
         self.requests.clear()
         self.errors.clear()
         self.call("Page.navigate", url=address)
+        self.wait("location.href !== 'about:blank'")
         self.wait("document.readyState === 'complete'")
 
     def run(self, script: str):

@@ -69,6 +69,7 @@ class Explanation:
     vectors: dict[str, np.ndarray]     # q, k (N, H, L, d), pos_q, pos_k (N, H, U, d)
     buckets: np.ndarray            # (U,) the bucket of each of these rows
     rows: np.ndarray               # (2L - 1,) which of the U belongs to the distance i - j, at i - j + L - 1
+    exact: int                     # up to this distance a bucket is the distance itself
     gaps: dict[int, int]           # the tokens in front of which something did not fit, and how many tokens that were
     attribution: Attribution | None    # None without a trained classifier
 
@@ -107,7 +108,8 @@ def explain(judge: Judge, pair: Pair, max_length: int, name: str = "") -> Explan
         model=name, pair=pair, tokens=readable(tokenizer, input_ids), segments=segments,
         scores=scores.numpy(), means=means[..., 0].numpy(), probs=probs.numpy(),
         vectors={name: vector.numpy() for name, vector in vectors.items()},
-        buckets=buckets.numpy() - model.config.position_buckets, rows=rows.numpy(), gaps=gaps,
+        buckets=buckets.numpy() - model.config.position_buckets, rows=rows.numpy(),
+        exact=model.config.position_buckets // 2, gaps=gaps,
         attribution=None if model.load_report.new else attribute(judge, pair, tokenized, orders))
 
 

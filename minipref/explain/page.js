@@ -106,7 +106,7 @@ function barCells(probs) {
 
 function drawPrediction() {
   const found = data.prediction;
-  by("orders").hidden = !found;
+  by("orders").hidden = by("shade").parentElement.hidden = !found;
   if (!found) {
     by("outcome").textContent = "There is no trained classifier here, so there is no prediction: this is what an " +
       "encoder attends to before fine-tuning. train.py trains a classifier.";
@@ -273,8 +273,8 @@ function drawPanel(canvas, shares) {
   context.scale(ratio, ratio);
   context.imageSmoothingEnabled = false;
   context.drawImage(small, margin, margin, cell * L, cell * L);
-  const style = getComputedStyle(document.documentElement), every = Math.ceil(11 / cell);
-  context.font = "11px ui-monospace, monospace";
+  const style = getComputedStyle(document.documentElement), every = Math.ceil(12 / cell);
+  context.font = "12px ui-monospace, monospace";
   context.textBaseline = "middle";
   for (let n = 0; n < L; n++) {
     if (n % every && n !== chosen.query) continue;
@@ -292,15 +292,17 @@ function drawPanel(canvas, shares) {
   }
   context.strokeStyle = style.getPropertyValue("--chosen");
   context.strokeRect(margin - 0.5, margin + cell * chosen.query - 0.5, cell * L + 1, cell + 1);
+  if (chosen.key !== null) context.strokeRect(margin + cell * chosen.key - 0.5, margin - 0.5, cell + 1, cell * L + 1);
 }
 
 function drawHead() {
   const words = headName(chosen.layer, chosen.head), scores = TERMS.map(name => matrices[name]).filter(Boolean);
   const limit = largest([...scores, matrices.sum ?? []].flatMap(matrix => [...matrix]));
   by("head-title").textContent = words[0].toUpperCase() + words.slice(1);
-  by("head-words").textContent = scores.length ? "c2c compares the contents of two tokens; c2p is how well a distance " +
-    "suits the query, whatever the key is; p2c is how well it suits the key. Their sum is the score, and softmax over a row " +
-    "makes the probabilities. Orange: above its row's mean; blue: below. Subtracting the mean changes no probability." :
+  by("head-words").textContent = scores.length ? "c2c compares the contents of query and key. c2p depends on the query and " +
+    "the distance, whatever the key is; p2c on the key and the distance, whatever the query is. Their sum is the score, and " +
+    "softmax over a row makes the probabilities. Orange: above its row's mean; blue: below. Subtracting the mean changes " +
+    "no probability. \u2423 is a space." :
     "The mean of the heads' probabilities. A mean has no terms: choose one head to see them.";
   by("least").textContent = fixed(-limit);
   by("most").textContent = signed(limit);
@@ -310,6 +312,8 @@ function drawHead() {
     if (matrix) drawPanel(canvas, matrix.map(name === "probs" ? Math.sqrt : x => x / limit));
   }
   by("scores-scale").parentElement.hidden = !scores.length;
+  by("cell").textContent = "Point at a cell to see its numbers" +
+    (scores.length ? "; click to choose its query and key, which are outlined." : ".");
   const order = [...matrices.probs.keys()].sort((a, b) => matrices.probs[b] - matrices.probs[a]).slice(0, 5);
   by("words").textContent = "The strongest: " + order.map(n => named(Math.floor(n / L)) + " attends to " + named(n % L) +
     " with " + percent(matrices.probs[n]) + (scores.length ? ", mostly through " +
@@ -326,12 +330,14 @@ function drawCell(i, j) {
 
 function drawQuery() {
   by("query-section").hidden = !matrices.c2c;
-  if (!matrices.c2c) return;
+  if (!matrices.c2c) { chosen.key = null; return; }
   const i = chosen.query, keys = keysOf(i).slice(0, KEYS), most = colour("--most"), least = colour("--least");
   if (chosen.key === null) chosen.key = keys[0];
   if (!keys.includes(chosen.key)) keys.push(chosen.key);
   const limit = largest(keys.flatMap(j => [...TERMS, "sum"].map(name => matrices[name][i * L + j])));
   by("query-title").textContent = "Where " + named(i) + " looks, and through which term";
+  by("keys-words").textContent = "The keys with the highest probabilities. Each term is less its row's mean. The bucket " +
+    "of a distance is the distance itself up to \u00b1" + data.exact + " and stands for a range of distances beyond.";
   by("keys").replaceChildren(...keys.map(j => {
     const button = element("button", {type: "button", "aria-label": "Show this key's dimensions: " + named(j)}, label(j));
     button.addEventListener("click", () => { choose({key: j}); by("keys").querySelector("[aria-selected=true] button").focus(); });
@@ -340,7 +346,9 @@ function drawQuery() {
       row.append(element("td", {}, text));
     for (const name of [...TERMS, "sum"]) {
       const x = matrices[name][i * L + j], cell = element("td", {class: "signed"}, signed(x));
-      cell.style.setProperty("--share", Math.abs(x) / limit);
+      const end = 50 + 50 * x / limit;                                  // percent; zero is in the middle
+      cell.style.setProperty("--from", Math.min(50, end) + "%");
+      cell.style.setProperty("--to", Math.max(50, end) + "%");
       cell.style.setProperty("--colour", (x > 0 ? most : least).join(" "));
       row.append(cell);
     }
@@ -385,8 +393,11 @@ function drawNeuron(i, j) {
     fixed(data.buckets[row], 0);
   by("neuron").replaceChildren(...parts);
   by("adds-up").textContent = products.map(([, , , values]) => signed(values.sum, 3)).join(" ") + " = " +
-    fixed(total, 3) + ", the score. Less its row's mean of " + fixed(mean, 3) + ", it is " + signed(total - mean, 3) +
-    "; softmax makes " + matrices.probs[i * L + j].toFixed(3) + " of it.";
+    fixed(total, 3) + ", the score before its row's mean of " + fixed(mean, 3) + " is subtracted; after that it is " +
+    signed(total - mean, 3) + ", as in the table. Softmax makes " + matrices.probs[i * L + j].toFixed(3) + " of it.";
+  by("neuron-words").textContent = "q and k are the query and key vectors of a token, pos_q and pos_k those of a distance, " +
+    "from the same projections; each has d = " + d + " numbers, drawn as a row of colours. The third row is the product " +
+    "of the two above it. Its sum, divided by \u221a(3d), is the term.";
 }
 
 // --- what happens when ----------------------------------------------------------------------------------------------
@@ -397,8 +408,8 @@ function choose(change) {
   if (head) matrices = chosenMatrices();
   markHead();
   drawTokens();
-  drawHead();
   drawQuery();
+  drawHead();
 }
 
 function show(received) {
@@ -467,19 +478,27 @@ async function ask() {
 async function askRow() {
   const answer = await fetch("row?n=" + by("row").value);
   const received = await answer.json();
-  if (answer.ok) { write(received.texts); ask(); } else by("status").textContent = received.error;
+  if (!answer.ok) { by("status").textContent = received.error; return; }
+  by("example").value = "";
+  write(received.texts);
+  ask();
 }
 
 if (page.live) {
   by("form").hidden = false;
   by("form").addEventListener("submit", event => event.preventDefault());
-  by("example").append(...page.examples.map(([name], n) => element("option", {value: n}, name)));
+  by("example").append(...page.examples.map(([name], n) => element("option", {value: n}, name)),
+                       element("option", {value: "", hidden: ""}, "typed"));
   by("example").addEventListener("change", () => { write(page.examples[by("example").value][1]); ask(); });
   by("from-row").hidden = !page.rows;
   by("row-count").textContent = page.rows.toLocaleString("en");
   by("row").max = page.rows;
   by("row").addEventListener("change", askRow);
-  for (const field of fields) field.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(ask, 150); });
+  for (const field of fields) field.addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(ask, 150);
+    by("example").value = "";
+  });
   write(page.examples[0][1]);
   ask();
 } else {

@@ -50,7 +50,7 @@ def page_data(explanation: Explanation) -> dict:
         "model": explanation.model, "texts": pair_texts(explanation.pair), "tokens": explanation.tokens,
         "segments": explanation.segments, "gaps": explanation.gaps,
         "layers": probs.shape[0], "heads": probs.shape[1], "size": explanation.vectors["q"].shape[-1],
-        "buckets": explanation.buckets.tolist(), "rows": explanation.rows.tolist(),
+        "buckets": explanation.buckets.tolist(), "rows": explanation.rows.tolist(), "exact": explanation.exact,
         "scores": _int16(explanation.scores), "means": _base64(explanation.means.astype("<f4")),
         "probs": _base64(probs), "vectors": {name: _int16(v) for name, v in explanation.vectors.items()},
         "prediction": attribution and {
