@@ -42,7 +42,7 @@ same-numbers: .venv/runtime  ## train at an older commit and here, and compare e
 	$(PY) benchmarks/same_numbers.py $(ARGS)
 
 docs: .venv/dev             ## rebuild the figures, generated tables and notebooks of README and docs
-	$(PY) docs/build.py $(ARGS)
+	$(PY) docs/build.py --screenshot $(ARGS)
 
 pretrain: .venv/runtime     ## pretrain a small encoder on a folder of text: CORPUS=folder
 	$(PY) -m minipref.pretrain --corpus $(CORPUS) $(ARGS)

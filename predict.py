@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 
+import minipref.threads  # isort: skip  # noqa: F401 - before torch
 import numpy as np
 import pandas as pd
 from tqdm import tqdm

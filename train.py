@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 
+import minipref.threads  # isort: skip  # noqa: F401 - before torch
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -98,9 +99,8 @@ def train(options: argparse.Namespace, stop: StopSignal) -> None:
         pairs += held_out
         write_or_check_manifest(run, options, config, device, precision)
         tokenized = encode_pairs(pairs, tokenizer, config.max_length, progress=sys.stderr.isatty())
-        truth = synthetic.read_truth(options.train)
-        setup = Setup(options, config, device, precision, tokenizer, pairs, tokenized, truth, surface_features(pairs),
-                      stop)
+        setup = Setup(options, config, device, precision, tokenizer, pairs, tokenized,
+                      synthetic.read_truth(options.train), surface_features(pairs), stop)
         log.log_header(setup, splits, *hints(options))
 
         logits = []

@@ -1,8 +1,7 @@
 """minipref beside what a user could take instead: transformers, BERT with SDPA, ONNX Runtime and OpenVINO.
 
-    python benchmarks/peers.py                   all of it: twenty minutes on two cores; writes benchmarks/peers.json
-    python benchmarks/peers.py --small           a toy model: whether this script works, and no figure worth having
-    python benchmarks/peers.py --page            write the table in docs/ again from the figures, measuring nothing
+    python benchmarks/peers.py             half an hour on two cores; writes benchmarks/peers.json and prints its table
+    python benchmarks/peers.py --small     a toy model: whether this script works, and no figure worth having
 
 ONNX Runtime and OpenVINO take transformers' DeBERTa, exported (`pip install onnx onnxscript onnxruntime openvino`; a
 peer that is not installed is left out). BERT is no DeBERTa: it has the same sizes and vocabulary and torch's fused
@@ -12,7 +11,6 @@ idle threads spin; of the times the median counts.
 
 import argparse
 import importlib.util
-import json
 import os
 import statistics
 import sys
@@ -30,7 +28,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 import torch  # noqa: E402 - these need the path
 from bench import BUNDLED, THEM, US, both_models, forward, machine, optimizer_of, random_batch, training_step  # noqa: E402
-from performance_page import replace_between  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from minipref.runtime import write_json  # noqa: E402
@@ -113,7 +110,7 @@ def measure(options) -> dict:
     for batch, length in options.shapes:
         ids, attention_mask = random_batch(batch, length, options)
         for precision in precisions:
-            for what in ("forward", "training step"):
+            for what in options.only:
                 contenders = {name: partial(forward, model, ids, attention_mask, precision) if what == "forward" else
                               partial(training_step, model, optimizers[name], ids, attention_mask, precision)
                               for name, model in models.items()}
@@ -156,8 +153,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=5, help="timed runs of everything")
     parser.add_argument("--figures", type=Path, default=FIGURES, metavar="JSON")
+    parser.add_argument("--only", nargs="+", choices=("forward", "training step"), default=["forward", "training step"])
     parser.add_argument("--small", action="store_true", help="a toy model, for this script's test")
-    parser.add_argument("--page", action="store_true", help="measure nothing, write the table from the figures")
     options = parser.parse_args()
     options.device, options.tokenizer, options.lengths = "cpu", str(BUNDLED), (128, 512)
     options.shapes, options.sizes = SHAPES, {}
@@ -166,14 +163,9 @@ def main() -> None:
         options.sizes = {"vocab_size": 1000, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2,
                          "intermediate_size": 64}
     warnings.filterwarnings("ignore", module="torch.onnx|onnxscript|openvino|transformers")
-    if not options.page:
-        write_json(options.figures, measure(options))
-    figures = json.loads(options.figures.read_text(encoding="utf-8"))
-    if options.figures == FIGURES:
-        page = ROOT / "docs" / "performance.md"
-        page.write_text(replace_between(page.read_text(encoding="utf-8"), "peers", table(figures)), encoding="utf-8")
-    else:
-        print(table(figures))
+    figures = measure(options)
+    write_json(options.figures, figures)
+    print(table(figures))
 
 
 if __name__ == "__main__":

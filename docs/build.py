@@ -2,6 +2,7 @@
 
     make docs                              or python docs/build.py: writes what has changed
     python docs/build.py --check           writes nothing; exit code 1 if anything would change
+    python docs/build.py --screenshot      also the picture of explain's page, by the chromium that is installed
 
 Unusual here: the figures are drawn as SVG by the few lines below and not by matplotlib, whose output changes with its
 version. Equal code and weights give equal files, byte for byte, so that drift can be tested. One exception: the shades
@@ -10,16 +11,18 @@ another processor. `drift` allows for that.
 """
 
 import argparse
+import importlib
 import json
 import math
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402 - these need the path
 import torch  # noqa: E402
@@ -29,6 +32,8 @@ from minipref.checkpoint import BODY_NAMES, HEAD_NAMES, load_classifier  # noqa:
 from minipref.config import EncoderConfig  # noqa: E402
 from minipref.data import Pair  # noqa: E402
 from minipref.explain import explain, figure  # noqa: E402
+from minipref.explain.__main__ import load_model  # noqa: E402
+from minipref.explain.page import page as explain_page  # noqa: E402
 from minipref.model import PreferenceModel, log_bucket  # noqa: E402
 from minipref.optim import learning_rates  # noqa: E402
 from minipref.predictor import Judge  # noqa: E402
@@ -453,6 +458,12 @@ def marked(text: str, mark: str, content: str) -> str:
 
 # --- all of it --------------------------------------------------------------------------------------------------------
 
+def measured(name: str) -> str:
+    """The table of benchmarks/NAME.json, as benchmarks/NAME.py formats it."""
+    figures = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
+    return importlib.import_module(name).table(figures)
+
+
 def build() -> dict[str, str]:
     """Every generated file's content, by its path from the root."""
     head, caption = one_head()
@@ -462,9 +473,11 @@ def build() -> dict[str, str]:
     readme = marked((ROOT / "README.md").read_text(encoding="utf-8"), "head", caption)
     files["README.md"] = marked(marked(readme, "parity", parity()), "results", results())
     files["docs/training.md"] = marked((ROOT / "docs/training.md").read_text(encoding="utf-8"), "recipes", recipes())
-    for page, mark, content in (("benchmarks", "parity", parity_by_length()), ("glossary", "names", parameter_names())):
-        text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
-        files[f"docs/{page}.md"] = marked(text, mark, content)
+    for page, mark, content in (("benchmarks", "parity", parity_by_length()),
+                                ("benchmarks", "neighbour", measured("neighbour")),
+                                ("glossary", "names", parameter_names())):
+        path = f"docs/{page}.md"
+        files[path] = marked(files.get(path) or (ROOT / path).read_text(encoding="utf-8"), mark, content)
     files["docs/kaggle.ipynb"] = notebook((ROOT / "docs/kaggle_notebook.py").read_text(encoding="utf-8"))
     return files
 
@@ -498,9 +511,31 @@ def shades(svg: str) -> dict[tuple[int, int, int], int]:
     return cells
 
 
+def screenshot(path: Path) -> None:
+    """A picture of explain's page, with the newest run's model if there is one. `--check` leaves it out: every version
+    of a browser draws another picture."""
+    from browser import Browser, is_installed
+    if not is_installed():
+        print("no chromium: the picture of the page is not made again")
+        return
+    judge, name = load_model(None)
+    with tempfile.TemporaryDirectory() as folder:
+        page_file = Path(folder) / "page.html"
+        page_file.write_text(explain_page(explain(judge, SHOWN, 96, name), 1, 0), encoding="utf-8")
+        browser = Browser(Path(folder) / "profile")
+        try:
+            browser.open(page_file.as_uri())
+            browser.wait("data !== null")
+            browser.screenshot(path, 1250, 1500)
+        finally:
+            browser.close()
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if anything would change")
+    parser.add_argument("--screenshot", action="store_true", help="also docs/figures/page.png, with chromium")
     options = parser.parse_args(arguments)
     changed = [(path, text, why) for path, text in build().items() if (why := drift(path, text))]
     for path, text, why in changed:
@@ -511,6 +546,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"wrote {path}")
     if not changed:
         print("docs and figures are up to date")
+    if options.screenshot and not options.check:
+        screenshot(ROOT / "docs" / "figures" / "page.png")
     return 1 if options.check and changed else 0
 
 

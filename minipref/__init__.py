@@ -22,18 +22,23 @@ Optional reading:
     explain/         attention scores and token attributions for a prediction
     synthetic/       the synthetic dataset
     hub.py           fetches weights and data
+    threads.py       how CPU threads wait for each other
     runtime.py       shared by all commands: errors, devices, atomic files
 """
 
 __version__ = "0.2.0"      # a run resumes only with the version that began it
 
-from minipref.checkpoint import load_classifier, load_encoder, save_classifier
-from minipref.fast import accelerate
-from minipref.metrics import evaluate
-from minipref.model import attention_by_definition, log_bucket
-from minipref.optim import AdamW, cosine_with_warmup
-from minipref.predictor import load_judge
-from minipref.tokenizer import load_tokenizer
+from importlib import import_module
 
-__all__ = ["AdamW", "accelerate", "attention_by_definition", "cosine_with_warmup", "evaluate", "load_classifier",
-           "load_encoder", "load_judge", "load_tokenizer", "log_bucket", "save_classifier"]
+_PUBLIC = {"AdamW": "optim", "accelerate": "fast", "attention_by_definition": "model", "cosine_with_warmup": "optim",
+           "evaluate": "metrics", "load_classifier": "checkpoint", "load_encoder": "checkpoint",
+           "load_judge": "predictor", "load_tokenizer": "tokenizer", "log_bucket": "model",
+           "save_classifier": "checkpoint"}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    """Import a public name when it is used: `minipref.threads` has to come before torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'minipref' has no attribute {name!r}")
+    return getattr(import_module(f"minipref.{_PUBLIC[name]}"), name)

@@ -15,6 +15,10 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
+def is_installed() -> bool:
+    return any(map(shutil.which, NAMES))
+
+
 class Browser:
     """One tab. `requests` lists the addresses that the page asked for since `open`."""
 

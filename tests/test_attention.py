@@ -187,6 +187,37 @@ def test_path_equals_the_definition_past_the_largest_distance(path):
         assert (gradient[:, 0] == 0).all(), "row 0 of the table is never read"
 
 
+@pytest.mark.parametrize("lengths", [[100], [100, 61], [97, 100]])
+def test_keys_past_the_last_bucket_are_scored_by_one_product(lengths, monkeypatch):
+    """Blocks of 32 queries: some have far keys on the left, some on the right, some on both sides."""
+    from minipref.fast import attention
+    monkeypatch.setattr(attention, "LEAST_FAR", 1)
+    monkeypatch.setattr(attention, "BLOCK_BYTES", 1)
+    regions = []
+    near_keys = attention.Block.near_keys
+    monkeypatch.setattr(attention.Block, "near_keys",
+                        lambda block, reach: regions.append(near_keys(block, reach)) or regions[-1])
+    attention_mask, L = tokens(lengths), max(lengths)
+    inputs = random_inputs(len(lengths), 2, L, 3, position_buckets=6, seed=3)
+    found = value_and_gradients(PATHS["blocks"], inputs, attention_mask, 6, 16)
+    wanted = value_and_gradients(attention_in_terms, inputs, attention_mask, 6, 16)
+    for name, f, w in zip(NAMES, found, wanted):
+        assert relative(f, w) < 1e-12, name
+    assert any(start for start, _ in regions) and any(stop < 90 for _, stop in regions)
+    assert any(start and stop < 90 for start, stop in regions)
+
+
+@pytest.mark.parametrize(("buckets", "distance"), [
+    ([0, 0, 1, 2, 3, 3, 3], 2), ([0, 1, 2, 3, 4, 5, 6], 3), ([0, 0, 0, 1, 2, 2, 2], 1), ([5, 5, 5], 1), ([4], 1),
+    ([0, 0, 1, 0, 3, 3, 3], 2)])
+def test_the_distance_of_the_last_bucket_is_where_all_farther_ones_are_alike(buckets, distance):
+    from minipref.fast.attention import distance_of_last_bucket
+    assert distance_of_last_bucket(torch.tensor(buckets)) == distance
+    v3 = distance_of_last_bucket(distance_buckets(2048, 256, 512))
+    assert (distance_buckets(2048, 256, 512)[2047 + v3:] == 511).all()
+    assert distance_buckets(2048, 256, 512)[2047 + v3 - 1] == 510
+
+
 @every_path
 @pytest.mark.parametrize("B, H, L, d, position_buckets, max_distance, lengths", [
     (1, 2, 7, 3, 4, 8, [7]), (2, 1, 6, 2, 5, 7, [6, 3]), (1, 1, 1, 2, 4, 8, [1]),

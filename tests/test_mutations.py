@@ -102,6 +102,13 @@ MISTAKES = [
     Mistake("a tile begins one distance too late", "minipref/fast/attention.py",
             "column = others_start - (start + b) + L", "column = others_start - (start + b) + L + (a > 0)",
             "test_attention::test_path_in_float32_is_within_rounding_of_float64_at_v3s_spans"),
+    Mistake("far keys begin one too early", "minipref/fast/attention.py", "self.first - reach + 1, last + reach",
+            "self.first - reach + 2, last + reach",
+            "test_attention::test_keys_past_the_last_bucket_are_scored_by_one_product"),
+    Mistake("far keys of the other side", "minipref/fast/attention.py",
+            "((slice(0, start), reach), (slice(stop, n), -reach))",
+            "((slice(0, start), -reach), (slice(stop, n), reach))",
+            "test_attention::test_keys_past_the_last_bucket_are_scored_by_one_product"),
     Mistake("padding is not masked in the blocks", "minipref/fast/attention.py", "if padding is not None:", "if False:",
             "test_attention::test_path_equals_the_definition_in_value_and_gradient[blocks]"),
     Mistake("padding is not masked in the batch", "minipref/fast/attention.py",
@@ -363,6 +370,10 @@ MISTAKES = [
     Mistake("any table of probabilities is the truth", "minipref/synthetic/generator.py",
             " & (abs(a * b - (tie / TIE)**2) < 1e-6)", "",
             "test_outputs::test_a_truth_that_is_not_the_synthetic_datasets_is_not_read"),
+
+    Mistake("the user's way of waiting is replaced", "minipref/threads.py",
+            ' or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()', "",
+            "test_threads::test_what_the_user_has_set_is_kept"),
 
     # The page and its server.
     Mistake("the page's swapped order is not mapped back", "minipref/explain/attribution.py",

@@ -2,7 +2,7 @@
 
 The plain form in `model.py` multiplies every query with all R relative embeddings, then gathers for each pair of tokens
 the product for its distance. The gather is the slow part of DeBERTa: it reads and writes L x L single elements, twice
-per head, and autograd keeps them all. Three observations remove it.
+per head, and autograd keeps them all. Four observations remove it.
 
 **1. A table ordered by distance needs no index.** (Transformer-XL's relative shift.) L tokens have 2L - 1 distances.
 Let t[m] be the embedding of the distance L - 1 - m, so that distances descend. One matrix product,
@@ -30,6 +30,9 @@ The sums over one distance are also matrix products: write dS into the `relative
 then T times the table, and T transposed times the queries. The row sum over O * dO, as in the literature, is the same
 number up to rounding, but only the sum over P * dP makes the gradients of a single token exactly 0.
 
+**4. Far tokens need no table.** From 511 tokens on all distances share one row. There the three products are one,
+q_i . (k_j + pos_k) + k_j . pos_q, with one more number for each key. It is used in the forward pass of long sequences.
+
 Dropout draws from its own generator, seeded from torch's global one. The backward pass seeds it again, so no mask is
 stored, and a recomputed forward pass gives the same mask.
 """
@@ -46,6 +49,7 @@ from torch import Tensor
 from minipref.fast.layers import DropoutMask, draw_seed, without_autocast
 
 BLOCK_BYTES = 2**21      # of scores per block: half of a core's second-level cache
+LEAST_FAR = 128          # fewer far keys than this are not worth a product of their own
 LANES = 32               # widths of products are rounded up to a multiple of this: 32 bfloat16 fill a cache line
 
 
@@ -156,13 +160,14 @@ class _BlockwiseAttention(torch.autograd.Function):
                 dropped = kept.mul_(probs)
             d_values = torch.bmm(dropped.mT, d_block)
             d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype, grad_input=d_probs)
+            every = 0, block.keys.shape[1]
             d_queries, d_keys = torch.bmm(d_scores, block.keys), torch.bmm(d_scores.mT, block.queries)       # c2c
-            for tile, near in block.query_tiles():                                                         # c2p
+            for tile, near in block.query_tiles(*every):                                                   # c2p
                 d_tile, d_table = tile_backward(d_scores[:, tile], block.queries[:, tile],
                                                   block.table_k[:, near], space)
                 d_queries[:, tile] += d_tile
                 d_table_k[block.head, :, near] += d_table
-            for tile, near in block.key_tiles():                                                           # p2c
+            for tile, near in block.key_tiles(*every):                                                     # p2c
                 d_tile, d_table = tile_backward(d_scores[:, :, tile].mT, block.keys[:, tile],
                                                   block.table_q[:, near], space)
                 d_keys[:, tile] += d_tile
@@ -205,22 +210,39 @@ class Block(NamedTuple):
         """The index of the keys and values in (B, H, L, d)."""
         return self.batch, self.head, slice(0, self.keys.shape[1])
 
-    def query_tiles(self) -> list[tuple[slice, slice]]:
-        """The tiles of the m queries, each with its columns of table_k."""
-        return tiles(self.first, self.queries.shape[1], 0, self.keys.shape[1], self.L, self.keys.dtype)
+    def query_tiles(self, start: int, stop: int) -> list[tuple[slice, slice]]:
+        """Tiles of the queries, each with its columns of table_k for the keys start..stop - 1."""
+        return tiles(self.first, self.queries.shape[1], start, stop - start, self.L, self.keys.dtype)
 
-    def key_tiles(self) -> list[tuple[slice, slice]]:
-        """The tiles of the n keys, each with its columns of table_q."""
-        return tiles(0, self.keys.shape[1], self.first, self.queries.shape[1], self.L, self.keys.dtype)
+    def key_tiles(self, start: int, stop: int) -> list[tuple[slice, slice]]:
+        """Tiles of the keys start..stop - 1, counted from start, each with its columns of table_q for the queries."""
+        return tiles(start, stop - start, self.first, self.queries.shape[1], self.L, self.keys.dtype)
 
-    def compute_probs(self, padding: Tensor | None, space: "Workspace") -> None:
-        """Fill `probs` with softmax(c2c + c2p + p2c). `padding` (G, 1, n) marks the keys that are padding."""
+    def near_keys(self, reach: int) -> tuple[int, int]:
+        """The keys start..stop - 1 that are nearer than `reach` to any query; too few others are counted as near."""
+        n, last = self.keys.shape[1], self.first + self.queries.shape[1] - 1
+        start, stop = self.first - reach + 1, last + reach
+        return start if start >= LEAST_FAR else 0, stop if stop <= n - LEAST_FAR else n
+
+    def compute_probs(self, padding: Tensor | None, space: "Workspace", reach: int) -> None:
+        """Fill `probs` with softmax(c2c + c2p + p2c). `padding` (G, 1, n) marks the keys that are padding.
+
+        From the distance `reach` on all distances share one row of the table: there
+        c2c + c2p + p2c = q_i . (k_j + pos_k) + k_j . pos_q, one product and a number for each key.
+        """
         scores, (m, n) = self.probs, self.probs.shape[1:]
-        for tile, near in self.key_tiles():
-            scores[:, :, tile] = tile_scores(self.keys[:, tile], self.table_q[:, near], m, space).mT      # p2c
-        scores.baddbmm_(self.queries, self.keys.mT)                                                          # c2c
-        for tile, near in self.query_tiles():
-            scores[:, tile] += tile_scores(self.queries[:, tile], self.table_k[:, near], n, space)        # c2p
+        start, stop = self.near_keys(reach)
+        near, near_keys = scores[:, :, start:stop], self.keys[:, start:stop]
+        for tile, columns in self.key_tiles(start, stop):
+            near[:, :, tile] = tile_scores(near_keys[:, tile], self.table_q[:, columns], m, space).mT     # p2c
+        near.baddbmm_(self.queries, near_keys.mT)                                                            # c2c
+        for tile, columns in self.query_tiles(start, stop):
+            near[:, tile] += tile_scores(self.queries[:, tile], self.table_k[:, columns], stop - start, space)    # c2p
+        for keys, distance in ((slice(0, start), reach), (slice(stop, n), -reach)):
+            if keys.start < keys.stop:
+                pos_q, pos_k = self.table_q[:, self.L - 1 + distance], self.table_k[:, self.L - 1 - distance]
+                far = self.keys[:, keys]
+                scores[:, :, keys] = torch.baddbmm((far @ pos_q)[:, None], self.queries, (far + pos_k).mT)
         if padding is not None:
             scores.masked_fill_(padding, torch.finfo(scores.dtype).min)
         torch.softmax(scores, -1, out=scores)              # also for bfloat16 computed in float32, then rounded
@@ -235,7 +257,7 @@ def blocks(q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor, attention_mask: T
     (H, L, d), most = q.shape[1:], BLOCK_BYTES // q.itemsize
     scale = 1 / math.sqrt(3 * d)
     tables_q, tables_k = by_distance(pos_q * scale, buckets), by_distance(pos_k, buckets.flip(0))
-    groups = token_groups(attention_mask, most)
+    groups, reach = token_groups(attention_mask, most), distance_of_last_bucket(buckets)
     for h in range(H):
         for batch, n, padding in groups:
             keys = k[batch, h, :n].contiguous()
@@ -244,8 +266,17 @@ def blocks(q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor, attention_mask: T
                 queries = q[batch, h, first:min(first + m, n)].contiguous() * scale
                 probs = space.take("probs", (len(keys), queries.shape[1], n))
                 block = Block(h, batch, first, L, queries, keys, tables_q[h], tables_k[h], probs)
-                block.compute_probs(padding, space)
+                block.compute_probs(padding, space, reach)
                 yield block
+
+
+def distance_of_last_bucket(buckets: Tensor) -> int:
+    """The distance from which on, in both directions, all distances share one row of the table. At least 1."""
+    runs = []
+    for outermost_first in (buckets, buckets.flip(0)):
+        different = (outermost_first != outermost_first[0]).nonzero()
+        runs.append(int(different[0]) if len(different) else len(buckets))
+    return max(1, (len(buckets) + 1) // 2 - min(runs))
 
 
 def is_one_block(L: int, dtype: torch.dtype) -> bool:

@@ -14,6 +14,7 @@ The files in reading order:
     python -m minipref.pretrain --resume --output runs/pretrain                      resume a stopped run
 """
 
+import minipref.threads  # noqa: F401 - before torch
 from minipref.pretrain.corpus import Corpus, PackedWindows, load_corpus, read_corpus
 from minipref.pretrain.evaluation import evaluate
 from minipref.pretrain.loop import export_encoder, pretrain

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minipref import __version__, runtime
+from minipref import __version__, runtime, threads
 from minipref.checkpoint import encoder_tensors, load_encoder, write_checkpoint
 from minipref.config import EncoderConfig
 from minipref.fast import accelerate
@@ -219,8 +219,8 @@ def log_header(options: argparse.Namespace, model: Pretraining, corpus: Corpus, 
           f"documents, {heldout_tokens:,} tokens")
     print(f"steps      {options.steps:,}, {options.warmup:,} of them warmup; {tokens:,} tokens, "
           f"{tokens / train_tokens:.2f} epochs")
-    print(f"machine    {device.type}, {precision}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-          flush=True)
+    print(f"machine    {device.type}, {precision}, {torch.get_num_threads()} threads{threads.NOTE}, "
+          f"torch {torch.__version__}", flush=True)
 
 
 def count(module: nn.Module) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from minipref import threads
 from minipref.data import Pair, prompt_key
 from minipref.recipes import RECIPE_RULES, RECIPES, default_recipe
 from minipref.run import distributed
@@ -34,7 +35,7 @@ def log_header(setup: Setup, splits: list[tuple[np.ndarray, np.ndarray]], encode
     print(f"           {setup.tokenized.truncation()}")
     log_split(pairs, splits)
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-    print(f"machine    {setup.device.type}, {setup.precision}, {torch.get_num_threads()} threads, "
+    print(f"machine    {setup.device.type}, {setup.precision}, {torch.get_num_threads()} threads{threads.NOTE}, "
           f"torch {torch.__version__}{processes}")
     default = default_recipe(options.encoder)
     print(f"recipe     {options.recipe}   ({RECIPE_RULES[default] if options.recipe == default else GIVEN})")
