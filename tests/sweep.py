@@ -42,6 +42,7 @@ TESTS = {
 
 # Equivalent mutants and the reason: (file, change), or (file, expression) for all mutations of the expression.
 CUT = "division into blocks and tiles: changes only the speed"
+NEAR = "more keys count as near: changes only the speed"
 ROOM = "surplus columns of a table: any number is enough"
 FORM = "either implementation of dropout: same distribution, other memory"
 EQUIVALENT = {
@@ -67,6 +68,13 @@ EQUIVALENT = {
         CUT,
     ("minipref/fast/attention.py", "dtype.itemsize > 2"): CUT,
     ("minipref/fast/attention.py", "others // 4"): CUT,
+    ("minipref/fast/attention.py",
+     "self.first + self.queries.shape[1] - 1 -> self.first + self.queries.shape[1] + 1"): NEAR,
+    ("minipref/fast/attention.py", "self.first - reach + 1 -> self.first - reach - 1"): NEAR,
+    ("minipref/fast/attention.py", "start >= LEAST_FAR -> start > LEAST_FAR"): NEAR,
+    ("minipref/fast/attention.py", "stop <= n - LEAST_FAR -> stop < n - LEAST_FAR"): NEAR,
+    ("minipref/fast/attention.py", "keys.start < keys.stop -> keys.start <= keys.stop"): "a product of no keys",
+    ("minipref/fast/attention.py", "stop - start -> stop + start"): ROOM,
     ("minipref/fast/attention.py", "width % 512 == 0"): ROOM,
     ("minipref/fast/attention.py", "width += LANES"): ROOM,
     ("minipref/fast/attention.py", "-(b - a + others - 1) // LANES"): ROOM,
