@@ -117,10 +117,10 @@ def test_padding_costs_no_computation(monkeypatch):
     monkeypatch.setattr(fast, "BLOCK_BYTES", 8 * 30 * 30)         # no room for two rows of the batch
     computed, compute_probs = [], fast.Block.compute_probs
 
-    def recorded(block, padding, space):
+    def recorded(block, padding, space, reach):
         computed.append(tuple(block.probs.shape))
         assert padding is None
-        compute_probs(block, padding, space)
+        compute_probs(block, padding, space, reach)
 
     monkeypatch.setattr(fast.Block, "compute_probs", recorded)
     tensors, rows = inputs(B=3, H=1, L=40)
