@@ -5,12 +5,23 @@ from pathlib import Path
 
 import torch
 
-from minipref.checkpoint import encoder_tensors, write_checkpoint
+from minipref.checkpoint import encoder_tensors, load_classifier, write_checkpoint
 from minipref.config import EncoderConfig
 from minipref.model import Encoder, init_weights
+from minipref.predictor import Judge
 from minipref.tokenizer import load_tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[1] / "weights" / "minipref-tiny"
+
+
+def write_judge(folder: Path, surface=None) -> Path:
+    """A small classifier with large weights in `folder`, saved as train.py saves one."""
+    write_encoder(folder, dropout=0.0)
+    model = load_classifier(folder)
+    torch.manual_seed(3)
+    init_weights(model, 0.3)
+    Judge(model, load_tokenizer(folder), 96, temperature=1.5, surface=surface).save(folder)
+    return folder
 
 
 def write_encoder(folder: Path, dropout: float = 0.1, seed: int = 0) -> Path:

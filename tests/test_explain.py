@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers import SMALL, large_model, padded_batch
-from small import BUNDLED, write_encoder
+from small import BUNDLED, write_judge
 
 import minipref.model as model_module
 from minipref import explain
@@ -25,9 +25,7 @@ from minipref.explain import attribution
 from minipref.explain.__main__ import main
 from minipref.explain.figure import alternative
 from minipref.explain.page import page_data, pair_texts
-from minipref.model import init_weights
-from minipref.predictor import Judge, load_judge
-from minipref.tokenizer import load_tokenizer
+from minipref.predictor import load_judge
 
 HOSTILE = '</script><img src="https://example.org/x.png" onerror="alert(1)"> & <b>bold</b> @DATA@ <!-- é \x0b <0x41>'
 
@@ -35,11 +33,7 @@ HOSTILE = '</script><img src="https://example.org/x.png" onerror="alert(1)"> & <
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
     """A small classifier with large weights, saved and loaded as train.py's."""
-    folder = write_encoder(tmp_path_factory.mktemp("encoder"), dropout=0.0)
-    model = load_classifier(folder)
-    torch.manual_seed(3)
-    init_weights(model, 0.3)
-    Judge(model, load_tokenizer(folder), 96, temperature=1.5).save(folder)
+    folder = write_judge(tmp_path_factory.mktemp("judge"))
     return folder, load_judge(folder, fast=False)
 
 

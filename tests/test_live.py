@@ -14,20 +14,16 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from browser import Browser
 from conftest import ROOT
-from small import write_encoder
+from small import write_judge
 
 from minipref import explain
-from minipref.checkpoint import load_classifier
 from minipref.data import Pair
 from minipref.explain.figure import alternative, label
 from minipref.explain.page import pair_texts
 from minipref.explain.serve import EXAMPLES, MOST_BYTES, MOST_WAITING, Server
-from minipref.model import init_weights
-from minipref.predictor import Judge, load_judge
-from minipref.tokenizer import load_tokenizer
+from minipref.predictor import load_judge
 
 TEXTS = ("Name a fruit.", "An apple.", '</script><img src="https://example.org/x.png" onerror="alert(1)"> <b>b</b>')
 ROWS = [Pair("1", ("one",), ("two",), ("three",)), Pair("2", ("red", "blue"), ("green", None), ("x", "y"))]
@@ -35,12 +31,7 @@ ROWS = [Pair("1", ("one",), ("two",), ("three",)), Pair("2", ("red", "blue"), ("
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    folder = write_encoder(tmp_path_factory.mktemp("encoder"), dropout=0.0)
-    model = load_classifier(folder)
-    torch.manual_seed(3)
-    init_weights(model, 0.3)
-    Judge(model, load_tokenizer(folder), 96, temperature=1.5).save(folder)
-    return load_judge(folder, fast=False)
+    return load_judge(write_judge(tmp_path_factory.mktemp("judge")), fast=False)
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +304,15 @@ def test_no_other_path_is_there(server):
                                   b"[" * 100_000])
 def test_a_body_that_is_no_pair_is_refused(server, body):
     assert request(server, body=body)[0] == 400
+
+
+def test_a_failure_of_torch_is_an_answer_and_the_server_goes_on(server, monkeypatch):
+    def fail(texts):
+        raise RuntimeError("not enough memory: 5 GB\nat line 3")
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "explain", fail)
+        assert request(server) == (500, {"error": "not enough memory: 5 GB"})
+    assert request(server)[0] == 200
 
 
 @pytest.mark.parametrize(("headers", "status"), [

@@ -90,22 +90,20 @@ def explain(judge: Judge, pair: Pair, max_length: int, name: str = "") -> Explan
     """
     model, tokenizer = judge.model, judge.tokenizer
     tokenized, untruncated = (encode_pairs([pair], tokenizer, length) for length in (max_length, MAX_LENGTH))
-    orders = []
-    for swapped in (False,) if model.load_report.new else (False, True):
-        input_ids, attention_mask, _ = collate(tokenized, [0], [swapped], tokenizer)
-        orders.append(watch(model, input_ids, attention_mask))
+    batches = [collate(tokenized, [0], [swapped], tokenizer)[:2]
+               for swapped in ((False,) if model.load_report.new else (False, True))]
+    orders, (input_ids, attention_mask) = [watch(model, *batch) for batch in batches], batches[0]
     scores, vectors, buckets, rows = attention_terms(model, orders[0].inputs)
     means = scores.mean(-1, keepdim=True)
     scores = scores - means
     probs = masked_softmax(scores.sum(2), attention_mask)                # (N, H, L, L); nothing is padding
-    input_ids = collate(tokenized, [0], [False], tokenizer)[0][0].tolist()
     segments, gaps = [""], {}
     for segment, tokens, all_tokens in zip(("prompt", "A", "B"), tokenized.segments(0), untruncated.segments(0)):
         if len(tokens) < len(all_tokens):                                # cut as `truncate_head_tail` cuts
             gaps[len(segments) + len(tokens) - len(tokens) // 2] = len(all_tokens) - len(tokens)
         segments += [segment] * len(tokens) + [""]
     return Explanation(
-        model=name, pair=pair, tokens=readable(tokenizer, input_ids), segments=segments,
+        model=name, pair=pair, tokens=readable(tokenizer, input_ids[0].tolist()), segments=segments,
         scores=scores.numpy(), means=means[..., 0].numpy(), probs=probs.numpy(),
         vectors={name: vector.numpy() for name, vector in vectors.items()},
         buckets=buckets.numpy() - model.config.position_buckets, rows=rows.numpy(),

@@ -40,7 +40,7 @@ def to_json(value: object) -> str:
 
 
 def page_data(explanation: Explanation) -> dict:
-    """What the page shows of a pair. A number in `_int16` is off by at most a 65,534th of its row's largest, at worst.
+    """What the page shows of a pair. A number of `_int16` is off by at most a 65,534th of its matrix's largest.
 
     Scores come less their row's mean, with the means beside; probabilities as shares of 65,535.
     """

@@ -121,6 +121,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._refuse(HTTPStatus.BAD_REQUEST, str(problem))
         except (ValueError, RecursionError):
             return self._refuse(HTTPStatus.BAD_REQUEST, "not a JSON list of three texts")
+        except RuntimeError as problem:        # of torch, as when memory does not suffice
+            return self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, str(problem).split("\n")[0])
         finally:
             self.server.waiting.release()
         self._answer(HTTPStatus.OK, answer)
