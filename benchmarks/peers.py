@@ -1,12 +1,13 @@
 """minipref beside what a user could take instead: transformers, BERT with SDPA, ONNX Runtime and OpenVINO.
 
-    python benchmarks/peers.py             half an hour on two cores; writes benchmarks/peers.json and prints its table
+    python benchmarks/peers.py             an hour on two cores; writes benchmarks/peers.json and prints its table
     python benchmarks/peers.py --small     a toy model: whether this script works, and no figure worth having
 
 ONNX Runtime and OpenVINO take transformers' DeBERTa, exported (`pip install onnx onnxscript onnxruntime openvino`; a
 peer that is not installed is left out). BERT is no DeBERTa: it has the same sizes and vocabulary and torch's fused
 attention, and shows what disentangled attention costs. All take turns in one process, with a pause in between because
-idle threads spin; of the times the median counts.
+idle threads spin; of the times the median counts. Each row is written once it is measured, and a row in the file is not
+measured again: remove the file to begin anew.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import torch  # noqa: E402 - these need the path
 from bench import BUNDLED, THEM, US, both_models, forward, machine, optimizer_of, random_batch, training_step  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from minipref.runtime import write_json  # noqa: E402
+from minipref.runtime import read_json, write_json  # noqa: E402
 
 FIGURES = ROOT / "benchmarks" / "peers.json"
 BERT, ONNX, OPENVINO = "BERT, SDPA", "ONNX Runtime", "OpenVINO"
@@ -101,16 +102,24 @@ def take_turns(contenders: dict[str, Callable[[], object]], runs: int) -> dict[s
 
 
 def measure(options) -> dict:
+    figures = {"machine": machine(options), "threads": torch.get_num_threads(), "rows": []}
+    if options.figures.exists():
+        before = read_json(options.figures, "figures of this benchmark")
+        if before["machine"] != figures["machine"] or before["threads"] != figures["threads"]:
+            raise SystemExit(f"{options.figures} has figures of another machine: name another file (--figures)")
+        figures = before
+    measured = {(row["what"], row["batch"], row["length"], row["precision"]) for row in figures["rows"]}
     models = both_models(options)
     models[BERT] = Bert(models[US].config, max(length for _, length in options.shapes)).eval()
     optimizers = {name: optimizer_of(model) for name, model in models.items()}
     precisions = ["fp32", "bf16"] if machine(options)["bf16_products"] else ["fp32"]
     threads = torch.get_num_threads()
-    figures = {"machine": machine(options), "threads": threads, "rows": []}
     for batch, length in options.shapes:
         ids, attention_mask = random_batch(batch, length, options)
         for precision in precisions:
             for what in options.only:
+                if (what, batch, length, precision) in measured:
+                    continue
                 contenders = {name: partial(forward, model, ids, attention_mask, precision) if what == "forward" else
                               partial(training_step, model, optimizers[name], ids, attention_mask, precision)
                               for name, model in models.items()}
@@ -128,6 +137,7 @@ def measure(options) -> dict:
                         seconds = take_turns(contenders, options.runs)
                 figures["rows"].append({"what": what, "batch": batch, "length": length, "precision": precision,
                                         "seconds": seconds, "differences": differences})
+                write_json(options.figures, figures)
                 ours = statistics.median(seconds[US])
                 ratios = (f"{name} {statistics.median(s) / ours:.2f}" for name, s in seconds.items() if name != US)
                 print(f"{what} {batch} x {length} {precision}: {ours:.3f} s; {', '.join(ratios)}", flush=True)
@@ -163,9 +173,7 @@ def main() -> None:
         options.sizes = {"vocab_size": 1000, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2,
                          "intermediate_size": 64}
     warnings.filterwarnings("ignore", module="torch.onnx|onnxscript|openvino|transformers")
-    figures = measure(options)
-    write_json(options.figures, figures)
-    print(table(figures))
+    print(table(measure(options)))
 
 
 if __name__ == "__main__":

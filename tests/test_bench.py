@@ -75,3 +75,21 @@ def test_peak_memory_is_that_of_a_process_of_its_own():
     command = [sys.executable, "benchmarks/bench.py", "--in-own-process", json.dumps(arguments)]
     found = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=120).stdout)
     assert 100 * 2**20 < found < 2 * 2**30
+
+
+@pytest.mark.slow
+def test_the_peers_table_has_the_ratio_of_medians_and_a_row_is_measured_once(tmp_path):
+    figures = tmp_path / "peers.json"
+    command = [sys.executable, "benchmarks/peers.py", "--small", "--only", "forward", "--figures", str(figures)]
+
+    def printed():
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=240).stdout
+
+    assert "forward 2 x 64 fp32: " in printed()
+    [row] = json.loads(figures.read_text())["rows"]
+    assert max(row["differences"].values()) < 1e-5
+    assert {bench.US, bench.THEM} < row["seconds"].keys()
+    again = json.loads(figures.read_text())
+    again["rows"][0]["seconds"] = {bench.US: [1.0, 9.0, 2.0], bench.THEM: [5.0, 5.0, 1.0]}
+    figures.write_text(json.dumps(again))
+    assert printed().startswith("| their time over minipref's |") and "| forward, 2 x 64, fp32 | 2.50 |" in printed()
