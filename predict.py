@@ -37,11 +37,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--model", nargs="+", action="extend", metavar="DIR",
         help="trained models, averaged (default: the newest run's)")
     add("--output", metavar="CSV", help="the submission (default: submission.csv)")
-    add("--device", choices=runtime.DEVICES, default="auto")
-    add("--precision", choices=runtime.PRECISIONS, default="auto")
-    add("--batch-tokens", type=number(int, 1), default=16_384, help="tokens in a batch, including padding")
+    add("--device", choices=runtime.DEVICES, default="auto", help="default: a GPU if there is one")
+    add("--precision", choices=runtime.PRECISIONS, default="auto", help="default: the fastest")
+    add("--batch-tokens", type=number(int, 1), default=16_384, help="tokens in a batch, with padding (16,384)")
     add("--no-swap-average", action="store_true", help="predict each pair in one order only, in half the time")
-    add("--no-fast", action="store_true", help="run the plain model of minipref/model.py: same numbers, slower")
+    add("--no-fast", action="store_true", help="run the plain model of minipref/model.py, which is slower")
     options = parser.parse_args(arguments)
     files = [path for path in options.model or () if not os.path.isdir(path)]
     if options.csv is None and options.prompt is None and files and len(options.model) > 1:

@@ -46,7 +46,7 @@ from minipref.tokenizer import load_tokenizer
 HERE = Path(__file__).resolve().parent
 REAL_WEIGHTS, BUNDLED_WEIGHTS = Path("weights/deberta-v3-small"), Path("weights/minipref-tiny")
 REAL_ROWS, SYNTHETIC_ROWS = Path("data/train.csv"), Path("data/synthetic/train.csv")
-PAD_MULTIPLE = 8                 # tokens: oneDNN compiles a bfloat16 product for each shape; this gives fewer shapes
+PAD_MULTIPLE = 8                 # tokens: torch's CPU library compiles a product for each shape; this gives fewer
 MAX_SKIPPED = 25                 # consecutive fp16 steps that may overflow before the run fails
 
 
@@ -72,7 +72,7 @@ class TrainState:
 
 def main(arguments: list[str] | None = None) -> int:
     def body() -> None:
-        with StopSignal() as stop, distributed.process_group():      # a signal must not interrupt the end of the group
+        with StopSignal() as stop, distributed.process_group():   # no signal interrupts the group's shutdown
             train(resolve_options(parse_arguments(arguments)), stop)
 
     return run_program("train.py", body, "; a smaller --batch-size with a larger --accumulate takes less memory, as "
@@ -130,7 +130,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
     classifier.classifier_dropout.p = config.head_dropout
     classifier.encoder.word_embeddings.weight.requires_grad_(not options.freeze_embeddings)
     model = ModelWithAuxiliaryHead(classifier, tokenizer.sep_id).to(device) if config.aux_loss else classifier
-    model = model if options.no_fast or options.compile else accelerate(model)     # same numbers, less time
+    model = model if options.no_fast or options.compile else accelerate(model)     # equal up to rounding
     if options.checkpoint_activations:
         checkpoint_activations(classifier)
     forward = torch.compile(model, dynamic=True) if options.compile else model
@@ -184,7 +184,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
                 break
 
             # One optimizer step: the mean loss over all rows of its micro-batches, in all processes. Losses are sums
-            # over rows. `weight` is the number of processes, by which DDP divides, or 0 for another process's row.
+            # over rows. `weight` undoes DDP's division by the number of processes; it is 0 for a row of another one.
             started = time.monotonic()
             epoch, step_in_epoch = divmod(state.step, steps_per_epoch)
             if epoch != batches_epoch:
@@ -310,7 +310,7 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     add("--valid", metavar="CSV", help="validation rows (default: a part of the training rows)")
     add("--encoder", metavar="DIR", help="folder with config.json, model.safetensors and a tokenizer")
     add("--run", metavar="DIR", help="the run's folder (default: runs/ and the time)")
-    add("--recipe", type=recipe_name, metavar="NAME", help=f"preset of hyperparameters: {', '.join(sorted(RECIPES))}")
+    add("--recipe", type=recipe_name, help=f"{', '.join(sorted(RECIPES))} (default: baseline; small encoders: tiny)")
     add("--resume", action="store_true", help="resume the run in --run")
     add("--folds", type=number(int, 2, 1000), help="cross-validation with this many folds, one model for each")
     add("--all-rows", action="store_true", help="train on every row, without validation")
@@ -321,14 +321,14 @@ def parse_arguments(arguments: list[str] | None) -> dict:
                 allowed["type"] = number(option.type, allowed.pop("lowest"), allowed.pop("highest"))
             add(f"--{option.name.replace('_', '-')}", **allowed)
     add("--precision", choices=runtime.PRECISIONS, help="precision of the forward pass; parameters stay float32")
-    add("--device", choices=runtime.DEVICES)
-    add("--seed", type=number(int, 0, 2**63 - 1), help="seed of split, row order, swaps, new weights and dropout")
+    add("--device", choices=runtime.DEVICES, help="default: a GPU if there is one")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="of split, row order, swaps, new weights, dropout (default 42)")
     add("--newline-token", action="store_true", help="add a token for line breaks, which v3's vocabulary lacks")
     add("--no-swap", action="store_true", help="do not swap A and B at random in training")
     add("--freeze-embeddings", action="store_true", help="do not train the word embeddings")
     add("--checkpoint-activations", action="store_true", help="less memory: recompute activations in backward")
-    add("--compile", action="store_true", help="torch.compile the plain model")
-    add("--no-fast", action="store_true", help="train the plain model of minipref/model.py: same numbers, slower")
+    add("--compile", action="store_true", help="use torch.compile instead of minipref/fast/")
+    add("--no-fast", action="store_true", help="train the plain model of minipref/model.py, which is slower")
     add("--no-blend", action="store_true", help="do not blend the model with a regression on surface features")
     add("--save-every", type=number(float, 0), metavar="MINUTES", help="time between saved states (default 10)")
     add("--limit", type=number(int, 1), metavar="N", help="use only the first N rows")

@@ -1,11 +1,10 @@
-"""Cost of a run: memory by model and precision; time by rows, length, width and processes; an estimate of a full run.
+"""Cost of a run: memory by model and precision; time by rows, length, width and processes.
 
     python benchmarks/scaling.py                      all parts; sections of docs/benchmarks.md; then run `make docs`
-    python benchmarks/scaling.py memory paper         only these parts
+    python benchmarks/scaling.py memory               only this part
 
 `memory` is computed: the real model runs a training step on torch's fake tensors, which have no content, with the
-attention of a GPU, and every allocation is counted. `growth` is measured on this machine. `paper` is an estimate from
-vendors' specifications.
+attention of a GPU, and every allocation is counted. `growth` is measured on this machine.
 """
 
 import argparse
@@ -36,7 +35,6 @@ from minipref.config import EncoderConfig  # noqa: E402
 from minipref.fast import accelerate, checkpoint_activations  # noqa: E402
 from minipref.model import PreferenceModel, distance_buckets  # noqa: E402
 from minipref.optim import AdamW, decay_groups  # noqa: E402
-from minipref.recipes import recipe  # noqa: E402
 from minipref.run import distributed  # noqa: E402
 from minipref.runtime import write_text  # noqa: E402
 
@@ -222,65 +220,13 @@ def growth() -> str:
         last = f"x {points[-1][1] / points[-2][1]:.2f}" if len(points) > 1 else ""
         table.append([axis, others if axis != "processes" else "rows 16 in all, length 128, width 192", *cells,
                       *[""] * (len(table[0]) - 3 - len(cells)), last])
-    return GROWTH.format(machine=machine(), cores=cores, table=markdown(table))
+    return GROWTH.format(machine=machine(), table=markdown(table))
 
 
 def save(measured: dict[str, list[tuple[int, float]]]) -> None:
     """Write the data of the figure, which `make docs` draws."""
     points = {axis: [[value, round(1000 * seconds, 1)] for value, seconds in pairs] for axis, pairs in measured.items()}
     write_text(FIGURES, json.dumps({"machine": machine(), "milliseconds": points}, indent=1) + "\n")
-
-
-# --- on paper ---------------------------------------------------------------------------------------------------------
-
-# Vendors' specifications: dense half-precision operations per second with float32 sums, memory bytes per second.
-MACHINES = {"one T4": (1, 65e12, 320e9), "one A100": (1, 312e12, 1555e9), "eight H100": (8, 989e12, 3350e9)}
-COMPETITION_ROWS = 57_477    # in the competition's train.csv
-REACHED = 0.25               # assumed fraction of those operations that training reaches (MFU)
-LINK = 450e9                 # bytes per second, one way, between H100s of one machine
-
-
-def forward_operations(config: EncoderConfig, length: int, rows: int = 1) -> float:
-    """Multiplications and additions of a forward pass in the batched form, matrix products only.
-
-    The last layer computes only [CLS]: all keys and values, and almost nothing else. The relative embeddings go through
-    two projections in every layer, once per pass.
-    """
-    D, L, table = config.hidden_size, length, min(2 * length - 1, 2 * config.position_buckets - 1)
-    projections = 8 * D * D * L                                     # q, k, v, out: 2 D^2 each for each token
-    attention = 12 * L * L * D                                      # c2c, values 2; c2p, p2c 4: 2 L distances
-    feed_forward = 4 * D * config.intermediate_size * L
-    layer = projections + attention + feed_forward
-    table_projections = config.num_hidden_layers * 4 * table * D * D
-    return rows * ((config.num_hidden_layers - 1) * layer + 4 * D * D * L) + table_projections
-
-
-def paper() -> str:
-    figures = recipe("microsoft")
-    train_rows, valid_rows = round(COMPETITION_ROWS * 0.9), round(COMPETITION_ROWS * 0.1)
-    steps = figures.epochs * -(-train_rows // figures.batch_size)
-    evaluated = valid_rows * (figures.epochs * figures.evals_per_epoch + 2)         # both orders at the end
-    header = ["encoder", "parameters", "operations", *MACHINES, "GPU-hours"]
-    table = [header, ["---"] + ["---:"] * (len(header) - 1)]
-    for name, config in SIZES.items():
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in PreferenceModel(config).parameters())
-        forward = forward_operations(config, 512, figures.batch_size) / figures.batch_size
-        operations = forward * (3 * train_rows * figures.epochs + evaluated)
-        minutes = {}
-        for kind, (count, speed, bandwidth) in MACHINES.items():
-            products = operations / (count * speed * REACHED)
-            optimizer = steps * 28 * parameters / bandwidth
-            link = steps * 2 * (count - 1) / count * 4 * parameters / LINK
-            minutes[kind] = (products + optimizer + link) / 60
-        table.append([name, f"{parameters / 1e6:.0f} M", f"{operations:.1e}",
-                      *(f"{m:,.0f} min" if m >= 2 else f"{60 * m:,.0f} s" for m in minutes.values()),
-                      " / ".join(f"{m / 60 * MACHINES[kind][0]:.2f}" for kind, m in minutes.items())])
-    small = SIZES["v3-small"]
-    return PAPER.format(table=markdown(table), steps=f"{steps:,}", rows=f"{train_rows:,}",
-                        competition=f"{COMPETITION_ROWS:,}", batch=figures.batch_size, epochs=figures.epochs,
-                        evaluated=f"{evaluated:,}", reached=REACHED,
-                        forward=f"{forward_operations(small, 512) / 1e9:.0f}")
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -291,7 +237,7 @@ def markdown(table: list[list[str]]) -> str:
 
 def machine() -> str:
     return (f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, "
-            f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads")
+            f"{len(os.sched_getaffinity(0))} cores, one thread in each process")
 
 
 def write_page(parts: dict[str, str]) -> None:
@@ -325,19 +271,20 @@ def main() -> int:
     return 0
 
 
-PARTS: dict[str, Callable[[], str]] = {"memory": memory, "growth": growth, "paper": paper}
+PARTS: dict[str, Callable[[], str]] = {"memory": memory, "growth": growth}
 
 MEMORY = """
 GB (2^30 bytes) for rows of 512 tokens, with dropout. 'Fixed' are weights, gradients and AdamW's two moments, float32 in
 every precision and in every process. 'Peak' is the most that is alive at once in a step. 'Rows' is the largest
 micro-batch on one GPU with {usable} of its memory in use; a larger batch needs `--accumulate`. 'Checkpointed' is
-`--checkpoint-activations`, which costs a second forward pass.
+`--checkpoint-activations`, which costs a second forward pass. With few rows the peak is AdamW's step, which takes the
+same memory in every precision.
 
 {table}
 """
 
 GROWTH = """
-{machine}; {cores} cores in all.
+{machine}.
 Other programs used them too, so a point may be off by a factor of 1.5. Four layers, vocabulary 8,000, float32, forward
 pass to AdamW, the fastest of three steps.
 
@@ -347,18 +294,6 @@ pass to AdamW, the fastest of three steps.
 
 Expected from the operations: rows x 2; length between x 2 (projections) and x 4 (attention, from about L = 2 D on);
 width between x 2 (few, narrow products) and x 4 (wide ones); processes x 1/2 as long as each has a core of its own.
-"""
-
-PAPER = """
-The recipe `microsoft` on {competition} rows: {rows} training rows, {epochs} epochs in batches of {batch}, {steps}
-steps; the evaluations predict {evaluated} sequences. Every sequence counts as 512 tokens, an upper bound. Assumptions:
-matrix products reach {reached} of the vendor's dense half-precision throughput (T4 fp16, others bf16); AdamW moves 28
-bytes a parameter at full memory bandwidth; gradients of several GPUs are summed once a step without overlap.
-v3-small's forward pass takes {forward} GFLOP a sequence, a training step three times as much.
-
-{table}
-
-GPU-hours are in the order of the columns.
 """
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 REHEARSAL = os.environ.get("NOTEBOOK_REHEARSAL") == "1"
-TRAIN_OPTIONS = os.environ.get("NOTEBOOK_TRAIN_OPTIONS", "").split()      # ["--folds", "5"], for instance
+DEFAULT_OPTIONS = "" if REHEARSAL else "--recipe competition --max-length 512"         # "--folds 3" for folds
+TRAIN_OPTIONS = os.environ.get("NOTEBOOK_TRAIN_OPTIONS", DEFAULT_OPTIONS).split()
 INPUT = Path(os.environ.get("NOTEBOOK_INPUT", "/kaggle/input"))
 WORK = Path(os.environ.get("NOTEBOOK_WORK", "/kaggle/working"))
 PROCESSES = int(os.environ.get("NOTEBOOK_PROCESSES", max(torch.cuda.device_count(), 1)))       # two on 'T4 x2'
@@ -72,7 +73,7 @@ sys.path.insert(0, str(project))
 # %% [markdown]
 # ## A look at the rows
 #
-# Each text cell is a JSON list of turns; one row in seven has more than one. Of the three winner columns one is 1.
+# Each text cell is a JSON list of turns. Of the three winner columns one is 1.
 
 # %%
 import pandas as pd

@@ -7,7 +7,7 @@ BERT adds a position embedding to each token embedding. DeBERTa keeps the two ap
                      c2c            c2p                              p2c
 
 What is unusual, compared with BERT or a GPT:
-- A bucket is one distance up to 128 tokens, and a range of distances beyond. One embedding table serves all layers.
+- Each distance up to 130 has a bucket of its own; farther ones share buckets. One embedding table serves all layers.
 - The table goes through each layer's own q_proj and k_proj, biases included (`share_att_key` in config.json).
 - **The sign of p2c.** The paper (equation 4) has the distance j - i in the third term; the released weights use i - j.
 - The scale is sqrt(3 d), because three products of variance d are added.
@@ -16,7 +16,7 @@ What is unusual, compared with BERT or a GPT:
 Letters: B batch, L tokens (i query, j key), D hidden size, H heads, d = D / H, F intermediate size, N layers,
 R = 2 * position_buckets relative embeddings, V vocabulary, C classes.
 
-Read `attention_by_definition` first. `minipref/fast/` replaces parts of this file without changing a number.
+Read `attention_by_definition` first. `minipref/fast/` replaces parts of it; results are equal up to rounding.
 """
 
 import math
@@ -47,7 +47,7 @@ def log_bucket(distance: Tensor, position_buckets: int = 256, max_distance: int 
     distance = distance.clamp(1 - max_distance, max_distance - 1)
     far = distance.abs().clamp(min=exact).double()                   # a shorter one would have a negative logarithm
     reach = torch.tensor((max_distance - 1) / exact, dtype=torch.float64, device=distance.device)
-    # Where the ratio is a whole number (log 2 / log 8 * 3 = 1), rounding must not raise it to the next bucket.
+    # 1e-9: where the exact value is a whole number (log 2 / log 8 * 3 = 1), `ceil` must not round its error up.
     steps = torch.ceil(torch.log(far / exact) / torch.log(reach) * (exact - 1) - 1e-9).long()
     return torch.where(distance.abs() <= exact, distance, (exact + steps) * distance.sign())
 
@@ -201,7 +201,7 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """DeBERTa-v3 without a head.
 
-    Shapes: input_ids (B, L) int64, attention_mask (B, L) bool or 0/1 -> (B, L, D); padding has no meaning.
+    Shapes: input_ids (B, L) int64, attention_mask (B, L) bool or 0/1 -> (B, L, D); outputs at padding are meaningless.
     Errors: IndexError for an id outside the vocabulary.
     """
 

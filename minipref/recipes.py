@@ -35,7 +35,7 @@ class TrainConfig:
     evals_per_epoch: int = _between(1, 10**4, "evaluations per epoch")
     max_length: int = _between(8, 1 << 16, "tokens of prompt and responses together")
     accumulate: int = _between(1, 10**9, "micro-batches per optimizer step", default=1)
-    valid_fraction: float = _between(0.001, 0.9, "fraction of the rows used for validation", default=0.1)
+    valid_fraction: float = _between(0.001, 0.9, "fraction of the rows used for validation (default 0.1)", default=0.1)
     head_lr: float = _between(0, 1e30, "peak learning rate of the new head; 0: as --lr", default=0.0)
     layer_decay: float = _between(0.01, 1, "learning rate of a layer, relative to the layer above it", default=1.0)
     label_smoothing: float = _between(0, 0.999, "share of each label spread over all three classes", default=0.0)

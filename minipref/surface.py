@@ -5,8 +5,7 @@ less than these features show, and truncation hides the lengths from it. Its log
 regression's (`metrics.fit_blend`).
 
 What is unusual here: the regression is fitted on both orders of every pair, so it treats A and B alike. Features other
-than length have a strong penalty: they have little effect with a thousand rows and their full effect with fifty
-thousand.
+than lengths and 'identical' have a strong penalty: little effect with a thousand rows, full effect with fifty thousand.
 """
 
 import re

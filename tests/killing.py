@@ -4,11 +4,11 @@
     python tests/killing.py --small  the smaller number that tests/test_reliability.py runs
 
 There are three ways of killing, all by SIGKILL, which no program can catch:
-- *everywhere*: a run is killed at one chosen event and then resumed to its end. An event is a call that matters to the
+- *at a chosen event*: a run is killed there once and resumed to its end. An event is a call that matters to the
   files on disk or to the random generators: a file half written, flushed, moved; a micro-batch; AdamW in the middle of
   its parameters; a batch of an evaluation.
-- *often*: one run is killed at random events, ten times or more, before it may end.
-- *at any moment*: a run is killed after a random time. Half of these are separate processes (`python train.py`), so
+- *at random events*: one run is killed at random events, ten times or more, before it may end.
+- *at a random time*: a run is killed after a random time. Half of these are separate processes (`python train.py`), so
   start-up and imports are killed too.
 
 Every run must end with the same bytes as an uninterrupted one: weights, metrics.csv, submission, and the state with its
@@ -79,7 +79,7 @@ class Watch:
     """
 
     def __init__(self, pipe: int, die_at: int | None):
-        self.pipe, self.die_at, self.events, self.part = pipe, die_at, 0, "the beginning"
+        self.pipe, self.die_at, self.events, self.part = pipe, die_at, 0, "start-up"
 
     def here(self, moment: str, before_death=lambda: None) -> None:
         self.events += 1
@@ -255,7 +255,7 @@ class Tally:
     """Counts of the kills and their results."""
 
     places: Counter = field(default_factory=Counter)       # event at the kill -> number of kills
-    ways: Counter = field(default_factory=Counter)         # everywhere, often, at any moment -> kills
+    ways: Counter = field(default_factory=Counter)         # at a chosen event, ... -> kills
     runs: int = 0                                          # killed and resumed to their end
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -268,7 +268,7 @@ class Tally:
         if sitting.code != -signal.SIGKILL:
             return                                          # it ended before the kill
         self.ways[way] += 1
-        self.places[sitting.events[-1] if sitting.events else "the beginning: imports, arguments, reading"] += 1
+        self.places[sitting.events[-1] if sitting.events else "start-up: imports, arguments, reading"] += 1
 
     def end(self, what: str, sitting: Sitting, found: Path, wanted: Path) -> None:
         """Compare a finished run with the uninterrupted one."""
@@ -292,7 +292,7 @@ def kill_everywhere(place: Path, setting: str, wanted: Path, events: list[str], 
     kinds = {events[number]: number for number in numbers if events[number] not in tally.places}
     for number in list(dict.fromkeys([*kinds.values(), *numbers]))[:times]:
         folder = fresh(place / f"everywhere {setting} {number}")
-        tally.note("everywhere", sit(folder, SETTINGS[setting], die_at=number + 1))
+        tally.note("at a chosen event", sit(folder, SETTINGS[setting], die_at=number + 1))
         tally.end(f"{setting}, killed at event {number + 1} ({events[number]})", sit(folder, SETTINGS[setting]),
                   folder / "run", wanted)
 
@@ -302,7 +302,7 @@ def kill_often(place: Path, setting: str, wanted: Path, times: int, seed: int, t
     draw, folder = random.Random(seed), fresh(place / f"often {setting} {seed}")
     for _ in range(times):
         sitting = sit(folder, SETTINGS[setting], die_at=draw.randint(1, 60))
-        tally.note("often", sitting)
+        tally.note("at random events", sitting)
         if sitting.code == 0:
             break
     tally.end(f"{setting}, killed often, seed {seed}", sit(folder, SETTINGS[setting]), folder / "run", wanted)
@@ -312,7 +312,7 @@ def kill_at_any_moment(place: Path, wanted: Path, seconds: float, forked: int, p
     """One long run, killed after random times: first in forked children, then in separate processes."""
     draw, folder = random.Random(0), fresh(place / "any moment")
     for _ in range(forked):
-        tally.note("at any moment", sit(folder, LONG, seconds=draw.uniform(0.05, seconds)))
+        tally.note("at a random time", sit(folder, LONG, seconds=draw.uniform(0.05, seconds)))
     for number in range(processes):
         before = (folder / "said.txt").stat().st_size
         begun = (folder / "run/config.json").exists()
@@ -326,7 +326,7 @@ def kill_at_any_moment(place: Path, wanted: Path, seconds: float, forked: int, p
             process.kill()
             process.wait()
         begun = "steps  " in (folder / "said.txt").read_text()[before:]
-        tally.note("at any moment", Sitting(process.returncode, ["the loop: of a process of its own"] if begun else []))
+        tally.note("at a random time", Sitting(process.returncode, ["the loop: separate process"] if begun else []))
     tally.end("killed at any moment", sit(folder, LONG), folder / "run", wanted)
 
 

@@ -241,22 +241,9 @@ def test_rows_that_fit_are_on_the_safe_side():
     assert [scaling.fitting_rows(peaks, card) for card in (2, 8, 16, 200)] == ["0", "37", "81", "512+"]
 
 
-def test_counted_operations_are_those_of_the_model():
-    """The formula of the estimate against torch's count of the operations of the batched form."""
-    from torch.utils.flop_counter import FlopCounterMode
-    config = resized(scaling.SIZES["v3-small"], vocab_size=400)
-    counter = FlopCounterMode(display=False)
-    with scaling.as_on_a_gpu(config, 512):
-        model = accelerate(PreferenceModel(config)).eval()
-        ids, attention_mask = torch.ones(4, 512, dtype=torch.int64), torch.ones(4, 512, dtype=torch.bool)
-        with counter:
-            model(ids, attention_mask)
-    assert counter.get_total_flops() == pytest.approx(scaling.forward_operations(config, 512, 4), rel=0.01)
-
-
 def test_a_part_is_written_between_its_marks_and_the_rest_of_the_page_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "PAGE", tmp_path / "page.md")
-    page = "By hand.\n\n<!-- memory -->\n{}\n<!-- end -->\n\n<!-- paper -->\nold\n<!-- end -->\n\nBy hand.\n"
+    page = "By hand.\n\n<!-- memory -->\n{}\n<!-- end -->\n\n<!-- other -->\nold\n<!-- end -->\n\nBy hand.\n"
     scaling.PAGE.write_text(page.format("old"))
     scaling.write_page({"memory": "\nnew\n"})
     assert scaling.PAGE.read_text() == page.format("new")

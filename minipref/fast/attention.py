@@ -30,7 +30,7 @@ The sums over one distance are also matrix products: write dS into the `relative
 then T times the table, and T transposed times the queries. The row sum over O * dO, as in the literature, is the same
 number up to rounding, but only the sum over P * dP makes the gradients of a single token exactly 0.
 
-**4. Far tokens need no table.** From 511 tokens on all distances share one row. There the three products are one,
+**4. Far tokens need no table.** All distances from 506 on share one row. There the three products are one,
 q_i . (k_j + pos_k) + k_j . pos_q, with one more number for each key. It is used in the forward pass of long sequences.
 
 Dropout draws from its own generator, seeded from torch's global one. The backward pass seeds it again, so no mask is
