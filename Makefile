@@ -21,7 +21,7 @@ test: .venv/dev             ## run the tests, one process per core, at most four
 	MINIPREF_REQUIRE=transformers,sentencepiece,sklearn $(PY) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-slow: .venv/dev        ## run the slow tests: full-size models, hundreds of kills
-	MINIPREF_REQUIRE=transformers,sentencepiece,sklearn $(PY) -m pytest -m slow $(ARGS)
+	MINIPREF_REQUIRE=transformers,sentencepiece,sklearn $(PY) -m pytest -m slow -n auto --maxprocesses 2 --dist worksteal $(ARGS)
 
 lint: .venv/dev             ## run ruff
 	$(PY) -m ruff check .

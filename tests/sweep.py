@@ -1,13 +1,13 @@
 """Mutation testing: flip every sign and every comparison of the arithmetic, one at a time, and run the tests.
 
-    python tests/sweep.py                          all files
+    python tests/sweep.py                          all files, an hour on two cores
     python tests/sweep.py minipref/optim.py ...    only these
     python tests/sweep.py --all                    also the equivalent mutants
 
 Mutations: a + b and a - b, a * b and a / b (also +=, -=, *=, /=), -a, the six comparisons, `is`, `in`, `not a` and
 `a if b else c`. Each mutant runs the quick tests in a forked process with a time limit, until the first failure. The
 exit code is 1 if a mutant survives that is not in `EQUIVALENT`, which gives the reason why no test can detect it.
-`tests/test_mutations.py` runs this as a slow test.
+`tests/test_mutations.py` runs this for two files as a slow test.
 """
 
 import argparse

@@ -70,7 +70,8 @@ def assert_same_run(one: str, several: str, weights: float, moments: float) -> N
 
 # --- the same run
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_the_run_is_that_of_one_process(still, size):
     arguments = [*TWENTY_STEPS, "--encoder", str(still)]
     assert train.main([*arguments, "--run", "one"]) == 0

@@ -86,7 +86,7 @@ def test_odd_shapes_have_the_reference_values_and_gradients(shape, form, dtype):
         assert_parity(ODD_SHAPES[shape], lengths, dtype, form)
 
 
-@pytest.mark.parametrize("length", [1, 2, 17, 130, 131, 132, 300, 512])
+@pytest.mark.parametrize("length", [1, 2, 17, 130, 131, 132, 300, pytest.param(512, marks=pytest.mark.slow)])
 def test_every_length_has_the_reference_values_and_gradients_in_float64(length, form):
     assert_parity(V3_DISTANCES, [length, max(1, length - 7)], torch.float64, form)
 
@@ -96,7 +96,8 @@ def test_every_length_has_the_reference_values_and_gradients_in_float32(length, 
     assert_parity(V3_DISTANCES, [length, max(1, length // 2)], torch.float32, form)
 
 
-@pytest.mark.parametrize("form", [pytest.param("plain", marks=pytest.mark.slow), "fast"], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["plain", "fast"], indirect=True)
 def test_v3_small_has_the_reference_values_and_gradients(form):
     assert_parity(V3_SMALL, [140], torch.float32, form)
 
@@ -192,7 +193,8 @@ def test_past_the_largest_distance_we_follow_the_definition_and_the_reference_do
     assert relative(ours[-1][attention_mask], theirs[-1][attention_mask]) > 0.05
 
 
-@pytest.mark.parametrize("config, lengths", [(SMALL, [40, 31]), (V3_DISTANCES, [700, 530])], ids=["40", "700"])
+@pytest.mark.parametrize("config, lengths", [
+    pytest.param(SMALL, [40, 31], id="40"), pytest.param(V3_DISTANCES, [700, 530], id="700", marks=pytest.mark.slow)])
 def test_past_the_largest_distance_the_clamp_is_all_that_differs_from_the_reference(config, lengths):
     problem.cache_clear()
     with reference_distance_clamped():

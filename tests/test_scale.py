@@ -72,7 +72,7 @@ def check_shape(config: EncoderConfig, folder: Path, lengths: list[int]) -> None
     assert losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("name", ["v3-xsmall", "v3-base", "v3-large"])
+@pytest.mark.parametrize("name", ["v3-xsmall", "v3-base", pytest.param("v3-large", marks=pytest.mark.slow)])
 def test_other_widths_load_match_transformers_and_train(name, tmp_path):
     """Full hidden size, heads and feed-forward, but only two layers and a small vocabulary."""
     pytest.importorskip("transformers", reason="transformers is not installed")
