@@ -69,7 +69,7 @@ def predict(options: argparse.Namespace) -> None:
     folders = options.model or newest_models()
     if options.csv is not None:
         runtime.check_writable(options.output, [options.csv, *folders])     # before hours of work
-        runtime.check_replaceable(options.output, ",".join(["id", *LABEL_COLUMNS]), "a submission")
+        runtime.check_replaceable(options.output, f"id,{','.join(LABEL_COLUMNS)}\n", "a submission")
     judges = [load_judge(folder, device, precision, fast=not options.no_fast) for folder in folders]
     for folder, judge in zip(folders, judges):
         if judge.model.load_report.note:

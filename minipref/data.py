@@ -77,23 +77,40 @@ def mend(turns: Turns) -> Turns:
     return tuple(turn and replace_surrogates(turn) for turn in turns)
 
 
-def to_pair(row: Sequence, number: int = 1) -> Pair:
+def are_json_lists(prompts: Iterable[object]) -> bool:
+    """Whether a file's text cells are JSON lists: most of its prompts that are text begin like a JSON list of texts."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str) and prompt.strip()]
+    return 2 * sum(bool(LIST_START.match(text)) for text in texts) >= len(texts)
+
+
+def to_pairs(rows: Iterable[Sequence]) -> list[Pair]:
+    """The pairs of Python rows, read as `read_pairs` reads a file with these cells. Errors: as `to_pair`."""
+    rows = [row.tolist() if isinstance(row, np.ndarray) else row for row in rows]
+    as_lists = are_json_lists(row[0] for row in rows if isinstance(row, tuple | list) and row)
+    return [row if isinstance(row, Pair) else to_pair(row, number, as_lists) for number, row in enumerate(rows, 1)]
+
+
+def to_pair(row: Sequence, number: int = 1, as_lists: bool | None = None) -> Pair:
     """The pair of a Python row: (prompt, response_a, response_b), each a text, a list of turns, or None.
 
-    In a list of turns, None is a missing turn. Texts are parsed like the cells of a CSV: as JSON lists if the prompt
-    begins like a JSON list of texts. None, NaN and pandas' NA are empty cells.
+    In a list of turns, None is a missing turn. None, NaN and pandas' NA are empty cells. `as_lists`: whether texts are
+    JSON lists, like the cells of a CSV; by default, if the prompt begins like a JSON list of texts.
     Errors: `InputError` naming the row `number` and the column of any other value.
     """
-    values = list(row) if isinstance(row, tuple | list | np.ndarray) else []
+    row = row.tolist() if isinstance(row, np.ndarray) else row
+    values = [value.tolist() if isinstance(value, np.ndarray) else value for value in row] if isinstance(
+        row, tuple | list) else []
     if len(values) != len(TEXT_COLUMNS):
         raise InputError(row=number, found=f"{len(values)} values" if values else f"a {type(row).__name__}",
                          expected=f"a tuple of {', '.join(TEXT_COLUMNS)}; of a DataFrame, "
                                   f"frame[{list(TEXT_COLUMNS)}].itertuples(index=False)")
-    segments, as_lists = [], isinstance(values[0], str) and LIST_START.match(values[0])
+    if as_lists is None:
+        as_lists = isinstance(values[0], str) and bool(LIST_START.match(values[0]))
+    segments, are_cells = [], as_lists and not isinstance(values[0], tuple | list)      # beside turns, texts are plain
     for column, value in zip(TEXT_COLUMNS, values):
         if isinstance(value, str):
-            turns = parse_turns(value) if as_lists else (value,)
-        elif isinstance(value, tuple | list | np.ndarray):
+            turns = parse_turns(value) if are_cells else (value,)
+        elif isinstance(value, tuple | list):
             turns = tuple(None if _is_missing(turn) else turn for turn in value)
         else:
             turns = ("",) if _is_missing(value) else (value,)
@@ -124,8 +141,7 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
     records = read_records(path, labels)
     if unique_ids:
         _check_ids([record["id"] for record in records], path)
-    prompts = [prompt for record in records if isinstance(prompt := record["prompt"], str) and prompt.strip()]
-    as_lists = 2 * sum(bool(LIST_START.match(prompt)) for prompt in prompts) >= len(prompts)
+    as_lists = are_json_lists(record["prompt"] for record in records)
     pairs, mended, plain = [], [], []                                    # cells: (row, column, cell)
     broken = {column: [] for column in TEXT_COLUMNS}
     for row, record in enumerate(records, 1):

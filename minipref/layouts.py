@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minipref.runtime import InputError, check_regular_file, short_repr
+from minipref.tokenizer import replace_surrogates
 
 TEXT_COLUMNS = ("prompt", "response_a", "response_b")
 LABEL_COLUMNS = ("winner_model_a", "winner_model_b", "winner_tie")       # the classes 0, 1, 2
@@ -94,7 +95,7 @@ class _Layout:
             if column not in values:
                 raise InputError(file=self.path, row=row, column=column, found="no such column in this row",
                                  expected=", ".join(self.needed))
-        record = {"id": str(values[self.id])}
+        record = {"id": replace_surrogates(str(values[self.id]))}
         if self.texts == TEXT_COLUMNS:
             for column in TEXT_COLUMNS:
                 value = values[column]

@@ -14,7 +14,7 @@ import torch
 
 from minipref.checkpoint import load_classifier, save_classifier
 from minipref.config import LABELS
-from minipref.data import SHARES, Pair, TokenizedPairs, batches_by_tokens, collate, encode_pairs, swap_classes, to_pair
+from minipref.data import SHARES, Pair, TokenizedPairs, batches_by_tokens, collate, encode_pairs, swap_classes, to_pairs
 from minipref.fast import accelerate
 from minipref.metrics import swap_averaged
 from minipref.model import PreferenceModel
@@ -49,11 +49,11 @@ class Judge:
                      progress: Callable[[int], object] | None = None) -> np.ndarray:
         """Probabilities of many pairs (prompt, response_a, response_b). Shapes: N rows -> (N, 3) float64.
 
-        Each of the three is a text or a list of turns, in which None is a missing turn. If the prompt is the text of a
-        JSON list, all three texts are parsed like the cells of a CSV (`to_pair`).
+        Each of the three is a text or a list of turns, in which None is a missing turn. If most prompts are JSON lists,
+        all texts are parsed, as in a file with these cells (`to_pairs`).
         Errors: `InputError` for any other row, or if the model's arithmetic overflows.
         """
-        pairs = [row if isinstance(row, Pair) else to_pair(row, n) for n, row in enumerate(rows, 1)]
+        pairs = to_pairs(rows)
         if not pairs:
             return np.empty((0, 3))
         blocks = [pairs[begin:begin + ROWS_AT_ONCE] for begin in range(0, len(pairs), ROWS_AT_ONCE)]

@@ -1,6 +1,7 @@
 """Shared by all commands: errors and exit codes, devices and precision, atomic file writes."""
 
 import argparse
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -290,12 +291,13 @@ def check_writable(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
 
 
 def check_replaceable(path: str | Path, mark: str, kind: str) -> None:
-    """Errors: `InputError` for an existing, non-empty file that does not contain `mark`, so is not of this kind."""
+    """Errors: `InputError` for an existing, non-empty file without a line that begins with `mark`: not of this kind."""
     if not os.path.isfile(path):
         return
     with open(path, "rb") as file:
         start = file.read(1 << 16)
-    if start and mark.encode() not in start:
+    lines = b"\n" + start.removeprefix(codecs.BOM_UTF8).replace(b"\r", b"")
+    if start and b"\n" + mark.encode() not in lines:
         raise InputError(file=path, found=f"a file that is not {kind}", expected="a new name, or this file moved away")
 
 
@@ -393,7 +395,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: object) -> None:
     """Write `value` as indented JSON, atomically. Errors: ValueError for NaN and infinity, which JSON lacks."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    # A surrogate is part of a path that is not UTF-8.
+    write_text(path, re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def sha256_of(path: str | Path) -> str:

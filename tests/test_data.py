@@ -32,6 +32,7 @@ from minipref.data import (
     swap_classes,
     swap_mask,
     to_pair,
+    to_pairs,
     truncate_head_tail,
     truncation_budgets,
 )
@@ -154,6 +155,21 @@ def test_rows_of_python_are_read_as_the_rows_of_a_csv(tmp_path):
         for same in (row, list(row), np.array(row), *held.itertuples(index=False), *held.to_numpy()):
             pair = to_pair(same)
             assert (pair.prompt, pair.response_a, pair.response_b) == segments
+
+
+def test_many_rows_of_python_decide_by_all_of_their_prompts_as_a_file_does(tmp_path):
+    lists = ('["q"]', '["yes"]', "[2, 4]")
+    for rows in ([lists, ("", '["yes"]', '["no"]'), lists], [lists, ("plain", '["yes"]', '["no"]'), lists],
+                 [("p", "a", "b"), lists, ("p", "[2]", "b")], [("", '["yes"]', "b")], [("p", '["yes"]', "b")]):
+        segments = read_cells(tmp_path, *rows)
+        held = pd.read_csv(tmp_path / "t.csv", index_col="id")                     # an empty prompt is NaN
+        for same in (rows, np.array(rows), held.itertuples(index=False), held.to_numpy()):
+            assert [(pair.prompt, pair.response_a, pair.response_b) for pair in to_pairs(same)] == segments
+    pair = Pair("7", ("p",), ("[2]",), ("b",))
+    assert to_pairs([lists, pair, (["p"], "[2]", "b")])[1:] == [pair, Pair("", ("p",), ("[2]",), ("b",))]
+    assert to_pairs([(np.array("q"), "a", "b")]) == [Pair("", ("q",), ("a",), ("b",))] and to_pairs([]) == []
+    with pytest.raises(InputError, match="row 2: 2 values"):
+        to_pairs([lists, ("p", "a")])
 
 
 def test_a_missing_value_of_python_is_an_empty_cell_and_a_missing_turn_in_a_list():

@@ -304,11 +304,14 @@ def test_a_run_beside_a_foreign_truth_reports_no_bayes_optimal_score(encoder, ca
 # --- existing files
 
 @pytest.mark.parametrize("name", ["notes.txt", "run/config.json", "run/state/current.json", "run/valid_predictions.csv",
-                                  "t.csv"])
+                                  "t.csv", "labels.csv", "notes.md"])
 def test_a_file_that_is_no_submission_is_not_written_over(model, capsys, name):
     shutil.copytree(model.parent, "run")
     write_rows(Path("t.csv"), 5)
     Path("notes.txt").write_text("mine")
+    header = "id,winner_model_a,winner_model_b,winner_tie"
+    Path("labels.csv").write_text(f"question_{header}\n{header},comment\n")
+    Path("notes.md").write_text(f"Kaggle wants {header}\n")
     write_rows(Path("test.csv"), 3, labels=False)
     refused(capsys, predict.main, ["test.csv", "--model", "run/model", "--output", name], f"{name}: a file that is not")
 
@@ -316,8 +319,11 @@ def test_a_file_that_is_no_submission_is_not_written_over(model, capsys, name):
 def test_a_submission_and_an_empty_file_are_replaced(model):
     write_rows(Path("test.csv"), 3, labels=False)
     Path("submission.csv").touch()
-    for _ in range(2):
+    for _ in range(3):
         assert predict.main(["test.csv", "--model", str(model)]) == 0
+        spreadsheets = "\ufeff" + Path("submission.csv").read_text().replace("\n", "\r\n")
+        Path("submission.csv").write_bytes(spreadsheets.encode())
+    assert predict.main(["test.csv", "--model", str(model)]) == 0
     assert Path("submission.csv").read_text().count("\n") == 4
 
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -554,6 +555,37 @@ def test_a_run_goes_on_from_a_folder_with_its_sizes_and_its_vocabulary_and_resum
         capsys.readouterr()
         assert main([*more, "--output", str(tmp_path / "other"), option, value]) == 2
         assert f"{option} with --encoder" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_first_state_begins_again_with_the_encoder_that_moved_and_no_other(
+        text, tmp_path, monkeypatch, capsys):
+    assert run(text, tmp_path / "first") == 0
+    for place in ("there", "elsewhere"):
+        (tmp_path / place).mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    shutil.copytree(tmp_path / "first/model", "encoder")
+    more = ["--corpus", str(text), "--encoder", "encoder", *SIZES[SIZES.index("--heldout-share"):],
+            "--steps", "4", "--warmup", "1", "--batch-tokens", "384", "--evaluations", "2"]
+    assert main([*more, "--output", "../whole"]) == 0
+
+    def killed():
+        raise MemoryError                                                # no state is saved
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        interrupt(patched, 1, killed)
+        main([*more, "--output", "../run"])
+    assert not (tmp_path / "run/state").exists()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["--resume", "--output", "../run", "--tokenizer", "../first/model"]) == 2
+    assert "--tokenizer ../first/model, where the run has None" in capsys.readouterr().err
+    assert main(["--resume", "--output", "../run", "--encoder", "../whole/model"]) == 2
+    assert "../whole/model: other weights than those with which the run began" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    assert main(["--resume", "--output", "../again"]) == 0               # 'encoder' is in the folder where it began
+    (tmp_path / "there/encoder").rename("moved")
+    assert main(["--resume", "--output", "../run", "--encoder", "moved"]) == 0
+    same_result(tmp_path / "whole", tmp_path / "run")
+    same_result(tmp_path / "whole", tmp_path / "again")
 
 
 def test_whose_encoder_it_was_keeps_its_distances_and_its_dropout(text, corpus, tmp_path):

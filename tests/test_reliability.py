@@ -230,6 +230,23 @@ def test_a_run_finds_its_files_from_another_directory_and_takes_new_paths_for_th
     same_ending(Path("run"), Path("once"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow only names in UTF-8")
+def test_a_folder_whose_name_is_not_utf8_and_an_id_with_half_a_pair_cost_nothing(encoder, tmp_path):
+    place = os.fsencode(tmp_path) + b"/a\xff"
+    os.mkdir(place)
+    for name, labels in (("t.jsonl", {"winner": "tie"}), ("test.jsonl", {})):
+        rows = ({"id": f"i{n}\ud83d", "prompt": [f"Question {n}"], "response_a": ["yes"], "response_b": ["no"]} | labels
+                for n in range(24))
+        Path(os.fsdecode(place), name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--train", "t.jsonl", "--encoder", str(encoder), "--run", "run", "--epochs", "1", "--max-length", "32"]
+    for command in (["train.py", *arguments], ["train.py", "--resume", "--run", "run"],
+                    ["predict.py", "test.jsonl", "--model", "run/model"]):
+        done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=place, capture_output=True,
+                              text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+    assert Path(os.fsdecode(place), "submission.csv").read_text(encoding="utf-8").count("\ufffd,") == 24
+
+
 def test_paths_of_a_moved_project_are_found_where_the_run_is_resumed(tmp_path, monkeypatch):
     stored = {"corpus": ["text.txt", "/absolute.txt"], "encoder": None, "lr": 1.0}
     for place in ("began", "elsewhere"):

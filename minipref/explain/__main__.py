@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 @keep_globals()
 def run(options: argparse.Namespace) -> None:
     output, drawing = Path(options.output), Path(options.output).with_suffix(".svg")
-    for path, mark in ((output, PAGE_MARK), (drawing, STYLE)) if not options.serve else ():
+    for path, mark in ((output, PAGE_MARK), (drawing, f"<style>{STYLE}")) if not options.serve else ():
         check_writable(path, filter(None, (options.csv, options.model)))
         check_replaceable(path, mark, "one of minipref.explain")
     pairs, pair = [], None

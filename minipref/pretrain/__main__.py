@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minipref import runtime
-from minipref.pretrain.loop import PROGRAM, pretrain
+from minipref.pretrain.loop import PATHS, PROGRAM, pretrain
 from minipref.run import folder
 from minipref.runtime import ArgumentParser, InputError, number, run_program
 
@@ -73,7 +73,7 @@ def resolve_options(overrides: dict) -> argparse.Namespace:
     if overrides.get("resume"):
         overrides = {"output": DEFAULTS["output"]} | overrides
         return argparse.Namespace(**folder.resumed_options(
-            Path(overrides["output"]), PROGRAM, overrides, {"resume", "output", "threads", "device"}, {"corpus"}))
+            Path(overrides["output"]), PROGRAM, overrides, {"resume", "output", "threads", "device"}, set(PATHS)))
     if "corpus" not in overrides:
         raise InputError(found="no --corpus", expected="folders or files of text")
     for name in ("tokenizer", *FRESH):

@@ -31,6 +31,7 @@ from minipref.runtime import InputError, RunError, Stopped, autocast
 from minipref.tokenizer import Tokenizer
 
 PROGRAM = "python -m minipref.pretrain"
+PATHS = ("corpus", "encoder", "tokenizer")         # options that name files, which may move during a run
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}      # v3's
 MAX_GRADIENT_NORM = 1.0
 
@@ -92,8 +93,13 @@ def fit(run: Path, options: argparse.Namespace, resuming: bool) -> None:
     state = PretrainState()
     fingerprint = {"corpus": corpus.sha256, "precision": precision, "minipref": __version__}
     fingerprint |= folder.machine_fingerprint(device)
+    trained_encoder = weights_sha256(encoder) if encoder else None
+    if options.resume:
+        if not resuming and folder.read_manifest(run, PROGRAM)["trained_encoder"] != trained_encoder:
+            raise InputError(file=options.encoder, found="other weights than those with which the run began",
+                             expected="the same encoder, or a new run")
+        folder.check_manifest(run, PROGRAM, {}, fingerprint, {name: getattr(options, name) for name in PATHS})
     if resuming:
-        folder.check_manifest(run, PROGRAM, {}, fingerprint, {"corpus": options.corpus})    # others are stored
         state = load_state(run / "state", PretrainState, model, optimizers)
         folder.write_logs(run, state)
         print(f"resumed at step {state.step:,} of {options.steps:,}", flush=True)
@@ -101,7 +107,7 @@ def fit(run: Path, options: argparse.Namespace, resuming: bool) -> None:
         stored = {name: value for name, value in vars(options).items() if name not in ("output", "resume")}
         folder.write_manifest(run, {"options": stored, "hyperparameters": {}, "fingerprint": fingerprint,
                                     "encoder": asdict(export_config),
-                                    "trained_encoder": weights_sha256(encoder) if encoder else None})
+                                    "trained_encoder": trained_encoder})
         corpus.tokenizer.save(run / "model")
     eval_steps = {round(options.steps * (k + 1) / options.evaluations) for k in range(options.evaluations)}
     clock = log.Clock()

@@ -72,8 +72,9 @@ def write_latest(folder: Path) -> None:
     run = folder.parent if folder.name.startswith("fold-") else folder
     try:
         write_text(LATEST, f"{run.resolve()}\n")
-    except OSError as problem:
-        print(f"note: {LATEST} cannot be written ({problem.strerror}): pass --model {run / 'model'} to predict.py")
+    except (OSError, UnicodeError) as problem:             # UnicodeError: a name that is not UTF-8
+        why = getattr(problem, "strerror", "its path is not UTF-8")
+        print(f"note: {LATEST} cannot be written ({why}): pass --model {run / 'model'} to predict.py")
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -202,7 +203,7 @@ def resumed_options(folder: Path, program: str, overrides: Mapping, free: set[st
                          expected="the version that began it, or a new run")
     stored = manifest["options"]
     stored |= {name: _seen_from_here(stored[name], manifest.get("directory", "")) for name in paths & stored.keys()}
-    free = free | paths
+    free = free | {name for name in paths if stored.get(name)}
     for name in sorted(overrides.keys() - free):
         if overrides[name] != stored.get(name):
             raise InputError(file=folder / "config.json", found=f"--{name.replace('_', '-')} {overrides[name]}, where "
