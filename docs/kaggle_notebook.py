@@ -4,7 +4,7 @@
 # Trains DeBERTa-v3 on the competition's rows and writes `submission.csv`. It needs no internet. Attach three inputs:
 #
 # - the competition's data (`train.csv`, `test.csv`);
-# - a dataset with the project's files (`train.py`, `predict.py`, `minipref/`);
+# - a dataset with the project's files (`train.py`, `predict.py`, `minipref/`, and `weights/` for a rehearsal);
 # - a dataset with an encoder in the Hugging Face layout (`config.json`, `model.safetensors`, `spm.model`).
 #
 # `REHEARSAL = True` trains the small encoder in the project's `weights/minipref-tiny` instead: everything else is the
