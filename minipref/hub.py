@@ -111,13 +111,13 @@ def _missing(wanted: tuple, folder: Path) -> list[tuple]:
 
 def _fetch(repo: str, repo_type: str, wanted: Sequence[tuple], folder: Path, log: Callable) -> None:
     """Fetch one file for each row of `wanted`, all from one commit; copy them into `folder` once all are cached."""
-    found, revision = [], "main"
+    found, revision, online = [], "main", False
     for names in wanted:
         try:
-            found.append(_find(repo, repo_type, names, revision, log))
-            revision = found[-1].parent.name         # the cache has snapshots/COMMIT/NAME
+            path, downloaded = _find(repo, repo_type, names, revision, log)      # the cache has snapshots/COMMIT/NAME
+            found, revision, online = [*found, path], path.parent.name, online or downloaded
         except Exception as error:                   # the library, its HTTP client and hf_xet share no base class
-            if names in OPTIONAL:
+            if names in OPTIONAL and (isinstance(error, LookupError) or not online):
                 log(f"{names[0]} was not fetched, and most encoders need none: {_reason(error)}")
                 continue
             files = ", ".join(" or ".join(names) for names in wanted if names not in OPTIONAL)
@@ -132,8 +132,8 @@ def _fetch(repo: str, repo_type: str, wanted: Sequence[tuple], folder: Path, log
         _install(source, folder, log)
 
 
-def _find(repo: str, repo_type: str, names: tuple, revision: str, log: Callable) -> Path:
-    """The first of `names` in the Hugging Face cache, else the first on the hub, downloaded into the cache."""
+def _find(repo: str, repo_type: str, names: tuple, revision: str, log: Callable) -> tuple[Path, bool]:
+    """The first of `names` in the Hugging Face cache, else on the hub; and whether it was downloaded into the cache."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Imported here, because the import reads HF_ENDPOINT and fails if it is malformed.
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -141,11 +141,11 @@ def _find(repo: str, repo_type: str, names: tuple, revision: str, log: Callable)
     for name in names:
         cached = try_to_load_from_cache(repo, name, repo_type=repo_type, revision=revision)
         if isinstance(cached, str):                  # otherwise None, or a marker for a file that the hub lacks
-            return Path(cached)
+            return Path(cached), False
     with _warnings_to(log):
         for name in names:
             with suppress(RemoteEntryNotFoundError):
-                return Path(hf_hub_download(repo, name, repo_type=repo_type, revision=revision))
+                return Path(hf_hub_download(repo, name, repo_type=repo_type, revision=revision)), True
     raise LookupError(f"404, the repository has no {' or '.join(names)}")
 
 

@@ -246,6 +246,17 @@ def test_a_repository_without_an_optional_file_is_complete_and_the_log_says_so(s
     assert f"{optional} was not fetched, and most encoders need none: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("optional", sorted(OPTIONAL))
+def test_a_network_that_fails_at_an_optional_file_leaves_no_encoder_without_it(server, tmp_path, capsys, optional):
+    server.fail("HEAD", optional, {"status": 503}, forever=True)
+    line = refusal(hub.fetch_weights, REPO, tmp_path / "weights", error=hub.FetchError)
+    assert "503 Service Unavailable" in line and "run the same command again" in line
+    assert names(tmp_path / "weights") == set()
+    hub.fetch_weights(REPO, tmp_path / "weights")                  # all that is required is in the cache: good enough
+    assert optional not in names(tmp_path / "weights")
+    assert f"{optional} was not fetched" in capsys.readouterr().out
+
+
 def test_the_data_set_arrives_under_its_own_name(server, tmp_path, capsys):
     assert hub.fetch_data(DATA, tmp_path / "data") == tmp_path / "data" / "train.csv"
     assert contents(tmp_path / "data") == {"train.csv": CSV}
