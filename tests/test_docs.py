@@ -466,8 +466,9 @@ def checkout(tmp_path_factory) -> Path:
 def hurried(command: str) -> str:
     """The command with additional options that reduce its time to seconds."""
     command = command.split("#")[0].strip()
-    if command == "make train":
-        return f'make train ARGS="{HURRY}"'
+    if command.startswith("make train"):
+        options = re.findall('ARGS="(.*)"', command)
+        return f'make train ARGS="{" ".join([*options, HURRY])}"'
     return f"{command} {HURRY}" if "python train.py" in command and "--resume" not in command else command
 
 
