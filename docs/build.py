@@ -475,7 +475,7 @@ def build() -> dict[str, str]:
     files["README.md"] = marked(marked(readme, "parity", parity()), "results", results())
     files["docs/training.md"] = marked((ROOT / "docs/training.md").read_text(encoding="utf-8"), "recipes", recipes())
     for page, mark, content in (("benchmarks", "parity", parity_by_length()),
-                                ("benchmarks", "neighbour", measured("neighbour")),
+                                *(("benchmarks", name, measured(name)) for name in ("peers", "int8", "neighbour")),
                                 ("glossary", "names", parameter_names())):
         path = f"docs/{page}.md"
         files[path] = marked(files.get(path) or (ROOT / path).read_text(encoding="utf-8"), mark, content)
