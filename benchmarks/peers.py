@@ -152,11 +152,12 @@ def table(figures: dict) -> str:
         middle = {name: statistics.median(times) for name, times in row["seconds"].items()}
         cells = [f"{middle[peer] / middle[US]:.2f}" if peer in middle else "" for peer in peers]
         lines.append(f"| {row['what']}, {row['batch']} x {row['length']}, {row['precision']} | {' | '.join(cells)} |")
-    worst = max(max(row["differences"].values()) for row in figures["rows"] if row["differences"])
+    worst = max(max(row["differences"].values()) for row in figures["rows"]       # beyond, transformers clamps nothing
+                if row["differences"] and row["length"] <= 512)
     found = figures["machine"]
     return "\n".join([*lines, "", f"v3-small with random weights, {figures['threads']} threads of {found['cpu']} "
                       f"({found['instructions']}), torch {found['torch']}, transformers {found['transformers']}. "
-                      f"Logits of the DeBERTas differ by at most {worst:.0e}. `python benchmarks/peers.py`."])
+                      f"Logits of the DeBERTas differ by at most {worst:.0e} up to 512 tokens. `python benchmarks/peers.py`."])
 
 
 def main() -> None:

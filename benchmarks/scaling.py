@@ -291,9 +291,6 @@ pass to AdamW, the fastest of three steps.
 ![Milliseconds of a training step by rows, length, width and processes](scaling.svg)
 
 {table}
-
-Expected from the operations: rows x 2; length between x 2 (projections) and x 4 (attention, from about L = 2 D on);
-width between x 2 (few, narrow products) and x 4 (wide ones); processes x 1/2 as long as each has a core of its own.
 """
 
 if __name__ == "__main__":
