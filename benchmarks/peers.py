@@ -157,7 +157,8 @@ def table(figures: dict) -> str:
     found = figures["machine"]
     return "\n".join([*lines, "", f"v3-small with random weights, {figures['threads']} threads of {found['cpu']} "
                       f"({found['instructions']}), torch {found['torch']}, transformers {found['transformers']}. "
-                      f"Logits of the DeBERTas differ by at most {worst:.0e} up to 512 tokens. `python benchmarks/peers.py`."])
+                      f"Up to 512 tokens the logits of the DeBERTas differ by at most {worst:.0e}. `python "
+                      "benchmarks/peers.py`."])
 
 
 def main() -> None:
