@@ -88,6 +88,8 @@ class _Layout:
         said = [kind] if kind != "CSV" else []
         said += ["texts from conversation_a and conversation_b"] if self.texts == CONVERSATIONS else []
         said += ["labels from winner"] if self.labels == ("winner",) else []
+        said += ["conversation_a and conversation_b are not read"] if self.texts == TEXT_COLUMNS and set(
+            CONVERSATIONS) & set(header) else []
         self.note = ", ".join(said)
 
     def record(self, row: int, values: dict) -> dict:
@@ -201,13 +203,21 @@ def _json_lines(path: Path) -> Iterator[dict]:
         lines = iter(lambda: file.readline(16 * LONGEST_CELL), "")
         for row, line in enumerate(filter(str.strip, lines), 1):
             try:
-                values = json.loads(line)
+                values = json.loads(line, object_pairs_hook=_without_repetition)
             except (ValueError, RecursionError) as problem:
                 raise InputError(file=path, row=row, found=f"not JSON ({problem})",
                                  expected="a JSON object in each line") from None
             if not isinstance(values, dict):
                 raise InputError(file=path, row=row, found=short_repr(values), expected="a JSON object in each line")
             yield {column: value for column, value in values.items() if column in COLUMNS} or values
+
+
+def _without_repetition(pairs: list[tuple]) -> dict:
+    """A JSON object. Errors: ValueError for a key that stands there twice, of which json would keep the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"a key stands there twice, among {short_repr([key for key, _ in pairs], 120)}")
+    return values
 
 
 def _parquet(path: Path) -> tuple[list[str], Iterator[dict]]:

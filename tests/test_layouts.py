@@ -64,6 +64,14 @@ def test_every_layout_gives_the_rows_of_the_competitions_csv(tmp_path, capsys, n
     assert ("JSON lines" in said) == (name in ("rows.jsonl", "rows.gz")) and ("Parquet" in said) == ("parquet" in name)
 
 
+def test_conversations_beside_the_three_columns_are_not_read_and_the_note_says_so(tmp_path, capsys):
+    both = [columns | conversations for columns, conversations in zip(rows("columns", "winner"),
+                                                                      rows("conversations", "winner"))]
+    for name in ("rows.csv", "rows.jsonl"):
+        assert read_pairs(written(tmp_path / name, both)) == PAIRS
+        assert "conversation_a and conversation_b are not read" in capsys.readouterr().out
+
+
 def test_a_kind_of_file_is_known_by_its_content(tmp_path):
     path = written(tmp_path / "rows.jsonl", rows("columns", "winner"))
     assert read_pairs(path.rename(tmp_path / "rows.csv")) == PAIRS
@@ -106,6 +114,7 @@ def test_a_bad_value_is_named_with_its_row(tmp_path, change, what):
 @pytest.mark.parametrize("line, what", [
     ('{"id": 2', "row 2: not JSON"), ("[1]", "row 2: [1]; expected a JSON object"),
     ('{"id": 2}', "row 2, column prompt"),
+    ('{"id": 2, "prompt": "p", "response_a": "a", "response_a": "b"}', "row 2: not JSON (a key stands there twice"),
     (json.dumps({**rows("columns", "winner")[0], "prompt": {"a": 1}}), "row 2, column prompt: {'a': 1}")])
 def test_a_bad_line_is_named(tmp_path, line, what):
     path = written(tmp_path / "rows.jsonl", rows("columns", "winner")[:1])
