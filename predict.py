@@ -91,7 +91,8 @@ def predict_file(judges: list[Judge], options: argparse.Namespace) -> None:
     processes predicts every N-th row.
     """
     pairs = read_pairs(options.csv, labels="if present", unique_ids=True)
-    print(f"rows       {options.csv}: {len(pairs):,}")
+    missing = sum(turn is None for pair in pairs for turns in (pair.response_a, pair.response_b) for turn in turns)
+    print(f"rows       {options.csv}: {len(pairs):,}{f'; {missing:,} missing responses read as text' * (missing > 0)}")
     shard = distributed.shard(np.arange(len(pairs)))
     probabilities = np.zeros((len(pairs), len(LABELS)))
     with tqdm(total=len(shard) * len(judges), unit="pairs", dynamic_ncols=True,

@@ -136,7 +136,8 @@ class _Layout:
         if not texts or not all(role in ("system", "user", "assistant") for role, _ in texts):
             raise InputError(file=self.path, row=row, column=column, found=short_repr(value), expected="a JSON list of "
                              'turns, each {"role": "user" or "assistant", "content": text}')
-        return [text for role, text in texts if role != "assistant"], [t for role, t in texts if role == "assistant"]
+        answers = [text for role, text in texts if role == "assistant"]
+        return [text for role, text in texts if role != "assistant"], answers or [None]       # a missing turn
 
 
 def _content(content: str | list) -> str:

@@ -72,6 +72,13 @@ def test_conversations_beside_the_three_columns_are_not_read_and_the_note_says_s
         assert "conversation_a and conversation_b are not read" in capsys.readouterr().out
 
 
+def test_a_conversation_without_an_answer_has_a_missing_turn(tmp_path):
+    record = rows("conversations", "winner")[0]
+    record["conversation_a"] = record["conversation_b"] = record["conversation_b"][:1]
+    [pair] = read_pairs(written(tmp_path / "rows.jsonl", [record]))
+    assert pair.response_a == pair.response_b == (None,)
+
+
 def test_a_kind_of_file_is_known_by_its_content(tmp_path):
     path = written(tmp_path / "rows.jsonl", rows("columns", "winner"))
     assert read_pairs(path.rename(tmp_path / "rows.csv")) == PAIRS
