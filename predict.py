@@ -69,7 +69,7 @@ def predict(options: argparse.Namespace) -> None:
     folders = options.model or newest_models()
     if options.csv is not None:
         runtime.check_writable(options.output, [options.csv, *folders])     # before hours of work
-        runtime.check_replaceable(options.output, f"id,{','.join(LABEL_COLUMNS)}\n", "a submission")
+        check_submission(options.output)
     judges = [load_judge(folder, device, precision, fast=not options.no_fast) for folder in folders]
     for folder, judge in zip(folders, judges):
         if judge.model.load_report.note:
@@ -116,6 +116,20 @@ def predict_rows(judges: list[Judge], pairs: list, options: argparse.Namespace,
     """The mean of all models' probabilities. Shapes: N rows -> (N, 3)."""
     return np.mean([judge.compare_many(pairs, options.batch_tokens, not options.no_swap_average, progress)
                     for judge in judges], axis=0)
+
+
+def check_submission(path: str) -> None:
+    """Errors: `InputError` for an existing file that is no submission, also if it holds labels under that header."""
+    runtime.check_replaceable(path, f"id,{','.join(LABEL_COLUMNS)}\n", "a submission")
+    if os.path.isfile(path) and os.path.getsize(path):
+        try:
+            cells = pd.read_csv(path, usecols=list(LABEL_COLUMNS), dtype=str).to_numpy()
+            values = cells.astype(np.float64)
+        except ValueError:                       # also pandas' errors
+            cells = values = np.zeros((1, 3))
+        if len(values) and (not (abs(values.sum(1) - 1) < 1e-3).all() or set(cells.flat) <= {"0", "1"}):
+            raise InputError(file=path, found="labels or other rows under a submission's header",
+                             expected="a new name, or this file moved away")
 
 
 def write_submission(path: str, ids: list[str], probabilities: np.ndarray) -> None:

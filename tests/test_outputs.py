@@ -316,6 +316,14 @@ def test_a_file_that_is_no_submission_is_not_written_over(model, capsys, name):
     refused(capsys, predict.main, ["test.csv", "--model", "run/model", "--output", name], f"{name}: a file that is not")
 
 
+@pytest.mark.parametrize("rows", ["100,1,0,0\n101,0,1,0\n", "100,0.2,0.3,0.5\n# my notes\n", "100,0.2,0.3,0.6\n"])
+def test_labels_and_notes_under_a_submissions_header_are_not_written_over(model, capsys, rows):
+    Path("mine.csv").write_text(f"id,winner_model_a,winner_model_b,winner_tie\n{rows}")
+    write_rows(Path("test.csv"), 3, labels=False)
+    refused(capsys, predict.main, ["test.csv", "--model", str(model), "--output", "mine.csv"],
+            "mine.csv: labels or other rows under a submission's header")
+
+
 def test_a_submission_and_an_empty_file_are_replaced(model):
     write_rows(Path("test.csv"), 3, labels=False)
     Path("submission.csv").touch()

@@ -578,7 +578,7 @@ def test_a_half_written_checkpoint_is_refused_and_nothing_is_overwritten(finishe
     for file in (finished / "run" / "model").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     whole = (folder / "model.safetensors").read_bytes()
-    mine = "id,winner_model_a,winner_model_b,winner_tie\n1,1,0,0\n"
+    mine = "id,winner_model_a,winner_model_b,winner_tie\n1,0.5,0.5,0\n"
     Path("submission.csv").write_text(mine)
     test = write_rows(tmp_path / "t.csv", 3, labels=False)
     for part in range(0, 16):
