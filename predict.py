@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from minipref import metrics, runtime
 from minipref.config import LABELS
-from minipref.data import LABEL_COLUMNS, read_pairs
+from minipref.data import LABEL_COLUMNS, count_missing, read_pairs
 from minipref.predictor import Judge, add_rows_or_pair, check_rows_or_pair, load_judge
 from minipref.run import distributed
 from minipref.run.folder import newest_models
@@ -91,7 +91,7 @@ def predict_file(judges: list[Judge], options: argparse.Namespace) -> None:
     processes predicts every N-th row.
     """
     pairs = read_pairs(options.csv, labels="if present", unique_ids=True)
-    missing = sum(turn is None for pair in pairs for turns in (pair.response_a, pair.response_b) for turn in turns)
+    missing = count_missing(pairs)
     print(f"rows       {options.csv}: {len(pairs):,}{f'; {missing:,} missing responses read as text' * (missing > 0)}")
     shard = distributed.shard(np.arange(len(pairs)))
     probabilities = np.zeros((len(pairs), len(LABELS)))
@@ -119,17 +119,19 @@ def predict_rows(judges: list[Judge], pairs: list, options: argparse.Namespace,
 
 
 def check_submission(path: str) -> None:
-    """Errors: `InputError` for an existing file that is no submission, also if it holds labels under that header."""
-    runtime.check_replaceable(path, f"id,{','.join(LABEL_COLUMNS)}\n", "a submission")
-    if os.path.isfile(path) and os.path.getsize(path):
-        try:
-            cells = pd.read_csv(path, usecols=list(LABEL_COLUMNS), dtype=str).to_numpy()
-            values = cells.astype(np.float64)
-        except ValueError:                       # also pandas' errors
-            cells = values = np.zeros((1, 3))
-        if len(values) and (not (abs(values.sum(1) - 1) < 1e-3).all() or set(cells.flat) <= {"0", "1"}):
-            raise InputError(file=path, found="labels or other rows under a submission's header",
-                             expected="a new name, or this file moved away")
+    """Errors: `InputError` for an existing, non-empty file that is no submission. Labels under its header are none."""
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return
+    try:
+        frame = pd.read_csv(path, dtype=str)
+        cells = frame[list(LABEL_COLUMNS)].to_numpy()
+        is_submission = list(frame) == ["id", *LABEL_COLUMNS] and bool(
+            (abs(cells.astype(np.float64).sum(1) - 1) < 1e-3).all()) and set(cells.flat) != {"0", "1"}
+    except (KeyError, ValueError):               # pandas' own errors are ValueErrors
+        is_submission = False
+    if not is_submission:
+        raise InputError(file=path, found="a file that is not a submission",
+                         expected="a new name, or this file moved away")
 
 
 def write_submission(path: str, ids: list[str], probabilities: np.ndarray) -> None:

@@ -184,7 +184,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
                 break
 
             # One optimizer step: the mean loss over all rows of its micro-batches, in all processes. Losses are sums
-            # over rows. `weight` undoes DDP's division by the number of processes; it is 0 for a row of another one.
+            # over rows. `weight` undoes DDP's division by the number of processes; it is 0 for a process without a row.
             started = time.monotonic()
             epoch, step_in_epoch = divmod(state.step, steps_per_epoch)
             if epoch != batches_epoch:

@@ -221,6 +221,11 @@ def _one_hot(cells: list[str], path: str | Path, row: int) -> int:
     return values.index(True)
 
 
+def count_missing(pairs: Sequence[Pair]) -> int:
+    """Responses that are missing turns, in all rows together."""
+    return sum(turn is None for p in pairs for turns in (p.response_a, p.response_b) for turn in turns)
+
+
 def character_counts(pairs: Sequence[Pair]) -> np.ndarray:
     """Characters of each row's prompt, A and B, over all turns. Shapes: N rows -> (N, 3) int64."""
     return np.array([[sum(len(turn or "") for turn in turns) for turns in (p.prompt, p.response_a, p.response_b)]

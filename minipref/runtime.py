@@ -1,7 +1,6 @@
 """Shared by all commands: errors and exit codes, devices and precision, atomic file writes."""
 
 import argparse
-import codecs
 import contextlib
 import errno
 import hashlib
@@ -291,13 +290,12 @@ def check_writable(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
 
 
 def check_replaceable(path: str | Path, mark: str, kind: str) -> None:
-    """Errors: `InputError` for an existing, non-empty file without a line that begins with `mark`: not of this kind."""
+    """Errors: `InputError` for an existing, non-empty file in which no later line begins with `mark`."""
     if not os.path.isfile(path):
         return
     with open(path, "rb") as file:
         start = file.read(1 << 16)
-    lines = b"\n" + start.removeprefix(codecs.BOM_UTF8).replace(b"\r", b"")
-    if start and b"\n" + mark.encode() not in lines:
+    if start and b"\n" + mark.encode() not in start:
         raise InputError(file=path, found=f"a file that is not {kind}", expected="a new name, or this file moved away")
 
 

@@ -285,11 +285,13 @@ MISTAKES = [
             "probabilities", "test_data::test_swapping_classes_exchanges_a_and_b_and_leaves_the_tie"),
 
     # Files of others.
-    Mistake("any file is written over", "minipref/runtime.py", """if start and b"\\n" + mark.encode() not in lines:""",
-            "if False:", "test_outputs::test_a_file_that_is_no_submission_is_not_written_over"),
-    Mistake("a submission is known by its header's letters", "minipref/runtime.py",
-            """b"\\n" + mark.encode() not in lines""", "mark.strip().encode() not in lines",
+    Mistake("any file is written over", "predict.py", "if not is_submission:", "if False:",
             "test_outputs::test_a_file_that_is_no_submission_is_not_written_over"),
+    Mistake("labels are written over", "predict.py", """ and set(cells.flat) != {"0", "1"}""", "",
+            "test_outputs::test_labels_and_notes_under_a_submissions_header_are_not_written_over"),
+    Mistake("a page of somebody else is written over", "minipref/runtime.py",
+            """if start and b"\\n" + mark.encode() not in start:""", "if False:",
+            "test_outputs::test_a_page_of_somebody_else_is_not_written_over_and_ones_own_is"),
     Mistake("each row of Python decides alone", "minipref/data.py", "to_pair(row, number, as_lists) for",
             "to_pair(row, number) for",
             "test_data::test_many_rows_of_python_decide_by_all_of_their_prompts_as_a_file_does"),

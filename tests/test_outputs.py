@@ -321,7 +321,7 @@ def test_labels_and_notes_under_a_submissions_header_are_not_written_over(model,
     Path("mine.csv").write_text(f"id,winner_model_a,winner_model_b,winner_tie\n{rows}")
     write_rows(Path("test.csv"), 3, labels=False)
     refused(capsys, predict.main, ["test.csv", "--model", str(model), "--output", "mine.csv"],
-            "mine.csv: labels or other rows under a submission's header")
+            "mine.csv: a file that is not a submission")
 
 
 def test_a_submission_and_an_empty_file_are_replaced(model):

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from minipref import threads
-from minipref.data import Pair, prompt_key
+from minipref.data import Pair, count_missing, prompt_key
 from minipref.recipes import RECIPE_RULES, RECIPES, default_recipe
 from minipref.run import distributed
 from minipref.run.setup import Setup
@@ -29,7 +29,7 @@ def log_header(setup: Setup, splits: list[tuple[np.ndarray, np.ndarray]], encode
     print(f"encoder    {options.encoder}{encoder_hint}")
     print(f"rows       {', '.join(options.train)}{rows_hint}")
     labels = np.bincount([p.label for p in pairs], minlength=3)
-    missing = sum(turn is None for p in pairs for turns in (p.response_a, p.response_b) for turn in turns)
+    missing = count_missing(pairs)
     print(f"           {len(pairs):,} rows: {labels[0]:,} A, {labels[1]:,} B, {labels[2]:,} ties; {missing:,} missing "
           f"responses read as text{'; soft labels, scored by the most probable class' * options.soft_labels}")
     print(f"           {setup.tokenized.truncation()}")
