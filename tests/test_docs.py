@@ -1,9 +1,9 @@
 """README and docs/ are correct: snippets and commands run, figures are current, links are valid.
 
 Code blocks with ```python or ```sh are run unchanged, those of a page in their order. A comment on the line above
-marks exceptions: `<!-- slow -->` is run by `make test-slow`, `<!-- needs: FILES -->` needs files that a reader must
-fetch, `<!-- not run: WHY -->` is not run. A command that would train for minutes gets more options that shorten it
-(`hurried`).
+marks exceptions: `<!-- slow -->` is run by `make test-slow`; `<!-- needs: FILES -->` too, with other rows in the place
+of files that a reader must fetch; `<!-- not run: WHY -->` is not run. A command that would train for minutes gets more
+options that shorten it (`hurried`).
 """
 
 import ast
@@ -626,19 +626,18 @@ def test_the_pretraining_pages_excerpts_are_what_the_code_does(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fence", sh_fences("needs"), ids=lambda fence: f"{fence.page}:{fence.line}")
-def test_commands_that_need_fetched_files_run_where_the_files_are(fence, checkout):
-    files = fence.mark.removeprefix("needs: ").split()
-    missing = [name for name in files if not (ROOT / name).exists()]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} was not fetched: {fence.page}:{fence.line} was not run")
-    for name in files:
-        (checkout / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, checkout / name)
+def test_commands_that_need_the_competitions_rows_run_on_others_in_its_layout(fence, checkout):
+    assert fence.mark == "needs: data/train.csv data/test.csv"
+    data = checkout / "data"
+    data.mkdir(exist_ok=True)
+    (checkout / "submission.csv").unlink(missing_ok=True)
+    rows = write_rows(data / "train.csv", 60), write_rows(data / "test.csv", 12, seed=1, labels=False)
     try:
         run_fence(fence, checkout)
+        assert (checkout / "submission.csv").read_text().count("\n") == 13
     finally:
-        for name in files:
-            (checkout / name).unlink()
+        for path in rows:
+            path.unlink()
 
 
 def test_the_readme_counts_the_tests_that_make_test_runs(request):
