@@ -64,7 +64,8 @@ def test_a_system_without_proc_counts_as_idle(monkeypatch):
     assert threads.busy_cores(0.0) == 0.0
 
 
-@pytest.mark.parametrize("program", ["train.py", "predict.py", "minipref/pretrain/__init__.py"])
+@pytest.mark.parametrize("program", ["train.py", "predict.py", "minipref/explain/__init__.py",
+                                     "minipref/pretrain/__init__.py"])
 def test_each_program_chooses_before_it_imports_torch(program):
     imports = [node for node in ast.parse((ROOT / program).read_text()).body
                if isinstance(node, ast.Import | ast.ImportFrom)]

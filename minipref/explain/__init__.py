@@ -21,6 +21,7 @@ What is unusual here:
     serve.py         the live page's server
 """
 
+import minipref.threads  # noqa: F401 - before torch
 from minipref.explain.attribution import Attribution, Explanation, explain
 from minipref.explain.figure import figure
 from minipref.explain.page import page
