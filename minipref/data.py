@@ -84,28 +84,24 @@ def are_json_lists(prompts: Iterable[object]) -> bool:
 
 
 def to_pairs(rows: Iterable[Sequence]) -> list[Pair]:
-    """The pairs of Python rows, read as `read_pairs` reads a file with these cells. Errors: as `to_pair`."""
+    """The pairs of Python rows (prompt, response_a, response_b), each a text, a list of turns, or None.
+
+    Texts are read as `read_pairs` reads a file with these cells. In a list of turns, None is a missing turn. None, NaN
+    and pandas' NA are empty cells.
+    Errors: `InputError` naming the row, from 1, and the column of any other value.
+    """
     rows = [row.tolist() if isinstance(row, np.ndarray) else row for row in rows]
     as_lists = are_json_lists(row[0] for row in rows if isinstance(row, tuple | list) and row)
-    return [row if isinstance(row, Pair) else to_pair(row, number, as_lists) for number, row in enumerate(rows, 1)]
+    return [row if isinstance(row, Pair) else _to_pair(row, number, as_lists) for number, row in enumerate(rows, 1)]
 
 
-def to_pair(row: Sequence, number: int = 1, as_lists: bool | None = None) -> Pair:
-    """The pair of a Python row: (prompt, response_a, response_b), each a text, a list of turns, or None.
-
-    In a list of turns, None is a missing turn. None, NaN and pandas' NA are empty cells. `as_lists`: whether texts are
-    JSON lists, like the cells of a CSV; by default, if the prompt begins like a JSON list of texts.
-    Errors: `InputError` naming the row `number` and the column of any other value.
-    """
-    row = row.tolist() if isinstance(row, np.ndarray) else row
+def _to_pair(row: object, number: int, as_lists: bool) -> Pair:
     values = [value.tolist() if isinstance(value, np.ndarray) else value for value in row] if isinstance(
         row, tuple | list) else []
     if len(values) != len(TEXT_COLUMNS):
         raise InputError(row=number, found=f"{len(values)} values" if values else f"a {type(row).__name__}",
                          expected=f"a tuple of {', '.join(TEXT_COLUMNS)}; of a DataFrame, "
                                   f"frame[{list(TEXT_COLUMNS)}].itertuples(index=False)")
-    if as_lists is None:
-        as_lists = isinstance(values[0], str) and bool(LIST_START.match(values[0]))
     segments, are_cells = [], as_lists and not isinstance(values[0], tuple | list)      # beside turns, texts are plain
     for column, value in zip(TEXT_COLUMNS, values):
         if isinstance(value, str):

@@ -31,7 +31,6 @@ from minipref.data import (
     split_by_prompt,
     swap_classes,
     swap_mask,
-    to_pair,
     to_pairs,
     truncate_head_tail,
     truncation_budgets,
@@ -153,7 +152,7 @@ def test_rows_of_python_are_read_as_the_rows_of_a_csv(tmp_path):
         [segments] = read_cells(tmp_path, row) if "['" not in row[1] else read_cells(tmp_path, rows[0], row)[1:]
         held = pd.read_csv(tmp_path / "t.csv", index_col="id").iloc[[-1]]
         for same in (row, list(row), np.array(row), *held.itertuples(index=False), *held.to_numpy()):
-            pair = to_pair(same)
+            [pair] = to_pairs([same])
             assert (pair.prompt, pair.response_a, pair.response_b) == segments
 
 
@@ -174,11 +173,11 @@ def test_many_rows_of_python_decide_by_all_of_their_prompts_as_a_file_does(tmp_p
 
 def test_a_missing_value_of_python_is_an_empty_cell_and_a_missing_turn_in_a_list():
     for missing in (None, float("nan"), np.float32("nan"), pd.NA, pd.NaT):
-        assert to_pair((missing, missing, "b")) == Pair("", ("",), ("",), ("b",))
-        assert to_pair((["p", missing], ("a",), np.array([missing, "b"], dtype=object))) == Pair(
-            "", ("p", None), ("a",), (None, "b"))
-    assert to_pair(("p", "nan", ["None", "\udfff"])) == Pair("", ("p",), ("nan",), ("None", "\ufffd"))
-    assert to_pair((["p"], '["a"]', "b")) == Pair("", ("p",), ('["a"]',), ("b",))
+        assert to_pairs([(missing, missing, "b")]) == [Pair("", ("",), ("",), ("b",))]
+        assert to_pairs([(["p", missing], ("a",), np.array([missing, "b"], dtype=object))]) == [Pair(
+            "", ("p", None), ("a",), (None, "b"))]
+    assert to_pairs([("p", "nan", ["None", "\udfff"])]) == [Pair("", ("p",), ("nan",), ("None", "\ufffd"))]
+    assert to_pairs([(["p"], '["a"]', "b")]) == [Pair("", ("p",), ('["a"]',), ("b",))]
 
 
 FRAME = pd.DataFrame({"id": [1], "prompt": ["p"], "response_a": ["a"], "response_b": ["b"]})
@@ -189,14 +188,14 @@ FRAME = pd.DataFrame({"id": [1], "prompt": ["p"], "response_a": ["a"], "response
     FRAME.iterrows(), FRAME.itertuples(), [FRAME.iloc[0, 1:]], [None], [{"p", "a", "b"}]], ids=range(11))
 def test_what_is_no_row_of_three_is_refused_and_the_fields_are_named(rows):
     with pytest.raises(InputError, match=r"row 1: .* expected a tuple of prompt, response_a, response_b") as caught:
-        [to_pair(row, number) for number, row in enumerate(rows, 1)]
+        to_pairs(rows)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [4, 2.5, True, b"a", {"a": 1}, [["a"]], [1], np.int64(4), np.array([1.5]), FRAME])
 def test_what_is_no_text_is_refused_by_its_column(value):
-    with pytest.raises(InputError, match=r"row 7, column response_a: .* of type .* expected a text") as caught:
-        to_pair(("p", value, "b"), 7)
+    with pytest.raises(InputError, match=r"row 2, column response_a: .* of type .* expected a text") as caught:
+        to_pairs([("p", "a", "b"), ("p", value, "b")])
     assert "\n" not in str(caught.value)
 
 

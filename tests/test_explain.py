@@ -20,7 +20,7 @@ from small import BUNDLED, write_judge
 import minipref.model as model_module
 from minipref import explain
 from minipref.checkpoint import LoadReport, load_classifier
-from minipref.data import Pair, collate, encode_pairs, to_pair
+from minipref.data import Pair, collate, encode_pairs, to_pairs
 from minipref.explain import attribution
 from minipref.explain.__main__ import main
 from minipref.explain.figure import alternative
@@ -265,12 +265,13 @@ def test_the_pages_numbers_are_the_explanations(explanation):
 
 @pytest.mark.parametrize("pair", [
     Pair("", ("one",), ("two",), ("three",)), Pair("", ("a", None), ("b", "c"), ("", "é")), Pair("", (), ("x",), ("",)),
-    Pair("", ("one",), ("[1, 2]",), (None,))])
+    Pair("", ("one",), ("[1, 2]",), (None,)), Pair("", ("",), ('["a"]',), ("b",)),
+    Pair("", ('["a"]',), ("b",), ("c",))])
 def test_a_pairs_texts_are_read_back_as_the_same_pair(pair):
     def turns(pair: Pair) -> list[list[str]]:
         return [[turn or "" for turn in turns] for turns in (pair.prompt, pair.response_a, pair.response_b)]
 
-    assert turns(to_pair(pair_texts(pair))) == turns(pair)
+    assert turns(*to_pairs([pair_texts(pair)])) == turns(pair)
 
 
 @pytest.mark.parametrize("length", [40, 41])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minipref.checkpoint import load_classifier
 from minipref.config import LABELS
-from minipref.data import read_pairs, to_pair
+from minipref.data import read_pairs, to_pairs
 from minipref.explain.attribution import explain
 from minipref.explain.figure import STYLE, figure
 from minipref.explain.page import PAGE_MARK, page
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
             raise InputError(file=options.csv, found=f"no row {options.row}", expected=f"a row of the {len(pairs):,}")
         pair = pairs[options.row - 1]
     elif options.prompt is not None:
-        pair = to_pair((options.prompt, options.a, options.b))
+        [pair] = to_pairs([(options.prompt, options.a, options.b)])
     judge, name = load_model(options.model)
     config = judge.model.config
     for what, chosen, count in (("layer", options.layer, config.num_hidden_layers),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from minipref.config import LABELS
-from minipref.data import Pair
+from minipref.data import Pair, to_pairs
 from minipref.explain.attribution import Explanation
 from minipref.explain.figure import PANELS
 from minipref.runtime import html_text
@@ -61,10 +61,12 @@ def page_data(explanation: Explanation) -> dict:
 
 
 def pair_texts(pair: Pair) -> list[str]:
-    """Prompt, A and B as texts that `to_pair` reads back as the same turns: JSON lists where one turn is not enough."""
+    """Prompt, A and B as texts that `to_pairs` reads back as the same turns: JSON lists if one turn is not enough."""
     segments = pair.prompt, pair.response_a, pair.response_b
     if all(len(turns) == 1 for turns in segments):
-        return [turns[0] or "" for turns in segments]
+        texts = [turns[0] or "" for turns in segments]
+        if to_pairs([texts]) == [Pair("", *((text,) for text in texts))]:
+            return texts
     return [json.dumps(turns, ensure_ascii=False) for turns in segments]
 
 

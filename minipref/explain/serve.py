@@ -15,7 +15,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-from minipref.data import Pair, to_pair
+from minipref.data import Pair, to_pairs
 from minipref.explain.attribution import explain
 from minipref.explain.page import fill_template, page_data, pair_texts, to_json
 from minipref.predictor import Judge
@@ -66,7 +66,7 @@ class Server(ThreadingHTTPServer):
     def explain(self, texts: Sequence[str]) -> dict:
         """The page's data of one pair. Errors: `InputError` for texts that are no pair."""
         with self.computing:                   # one at a time: torch uses all cores for each
-            return page_data(explain(self.judge, to_pair(texts), self.max_length, self.name))
+            return page_data(explain(self.judge, *to_pairs([texts]), self.max_length, self.name))
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM; a computation that has begun is finished."""
