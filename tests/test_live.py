@@ -231,8 +231,9 @@ def test_the_static_page_is_the_same_page_and_asks_for_nothing(browser, judge, t
     assert browser.run("document.images.length") == 0 and browser.errors == []
     assert browser.requests == [(tmp_path / "page.html").as_uri()]
     browser.open((tmp_path / "page.html").as_uri() + "#layer=1&head=2&query=5")
+    browser.run("window.before = true")
     browser.run("location.reload()")
-    browser.wait("document.readyState === 'complete' && data !== null")
+    browser.wait("!window.before && document.readyState === 'complete'")
     assert browser.run("[chosen.layer, chosen.head, chosen.query]") == [0, 1, 4]
 
 
