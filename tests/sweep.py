@@ -52,13 +52,11 @@ EQUIVALENT = {
         "at the last exact distance the logarithm is 0 and the formula gives that distance too",
     ("minipref/auxiliary.py", "-1"): "logits have two dimensions: the last is dimension 1",
     ("minipref/optim.py", "norm > max_norm -> norm >= max_norm"): "if they are equal, gradients are multiplied by 1",
-    ("minipref/fast/attention.py", "q.dtype if is_one_block(L, q.dtype) else wide"):
+    ("minipref/fast/attention.py", "q.dtype if is_one_block(L) else wide"):
         "only the rounding of bfloat16 sums",
-    ("minipref/fast/attention.py", "L * L * dtype.itemsize <= BLOCK_BYTES"): "only the rounding of bfloat16 sums",
-    ("minipref/fast/attention.py", "L * L * dtype.itemsize"): "only the rounding of bfloat16 sums",
+    ("minipref/fast/attention.py", "L * L <= BLOCK_SCORES"): "only the rounding of bfloat16 sums",
     ("minipref/fast/attention.py", "L * L"): "only the rounding of bfloat16 sums",
-    ("minipref/fast/attention.py", "BLOCK_BYTES // q.itemsize"): CUT,
-    ("minipref/fast/attention.py", "most // (len(keys) * n)"): CUT,
+    ("minipref/fast/attention.py", "BLOCK_SCORES // (len(keys) * n)"): CUT,
     ("minipref/fast/attention.py", "max(n, ends[stop]) ** 2 * (stop + 1 - start) <= most_scores"): CUT,
     ("minipref/fast/attention.py", "max(n, ends[stop]) ** 2 * (stop + 1 - start)"): CUT,
     ("minipref/fast/attention.py", "stop + 1 - start"): CUT,

@@ -192,7 +192,7 @@ def test_keys_past_the_last_bucket_are_scored_by_one_product(lengths, monkeypatc
     """Blocks of 32 queries: some have far keys on the left, some on the right, some on both sides."""
     from minipref.fast import attention
     monkeypatch.setattr(attention, "LEAST_FAR", 1)
-    monkeypatch.setattr(attention, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(attention, "BLOCK_SCORES", 1)
     regions = []
     near_keys = attention.Block.near_keys
     monkeypatch.setattr(attention.Block, "near_keys",

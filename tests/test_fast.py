@@ -62,16 +62,16 @@ def values_and_gradients(out, tensors, seed=7):
 # Blocks, tiles and groups.
 
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5),
-       block_bytes=st.sampled_from([8, 500, 3000, 20_000]), lanes=st.sampled_from([1, 4, 32]), seed=st.integers(0, 99))
+       block_scores=st.sampled_from([1, 60, 400, 2500]), lanes=st.sampled_from([1, 4, 32]), seed=st.integers(0, 99))
 @settings(max_examples=40)
-def test_cutting_into_blocks_changes_nothing(lengths, block_bytes, lanes, seed):
+def test_cutting_into_blocks_changes_nothing(lengths, block_scores, lanes, seed):
     L = 20
     tensors, rows = inputs(B=len(lengths), L=L, seed=seed)
     attention_mask = tokens(lengths, L)
     real = attention_mask[:, None, :, None]
     whole = values_and_gradients(blockwise_attention(*tensors, attention_mask, rows) * real, tensors)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast, "BLOCK_BYTES", block_bytes)
+        patch.setattr(fast, "BLOCK_SCORES", block_scores)
         patch.setattr(fast, "LANES", lanes)
         fast.tiles.cache_clear()
         cut = values_and_gradients(blockwise_attention(*tensors, attention_mask, rows) * real, tensors)
@@ -114,7 +114,7 @@ def test_the_relative_shift_refuse_what_their_strides_would_read_wrongly():
 
 
 def test_padding_costs_no_computation(monkeypatch):
-    monkeypatch.setattr(fast, "BLOCK_BYTES", 8 * 30 * 30)         # no room for two rows of the batch
+    monkeypatch.setattr(fast, "BLOCK_SCORES", 30 * 30)         # no room for two rows of the batch
     computed, compute_probs = [], fast.Block.compute_probs
 
     def recorded(block, padding, space, reach):
@@ -190,9 +190,9 @@ def mask_of(q, k, pos_q, pos_k, attention_mask, rows, dropout, seed):
     return torch.where(probs > 0, weighted / probs, 0)
 
 
-@pytest.mark.parametrize("block_bytes", [2000, 2**20])
-def test_dropout_multiplies_probabilities_by_zero_or_one_over_the_kept_share(block_bytes, monkeypatch):
-    monkeypatch.setattr(fast, "BLOCK_BYTES", block_bytes)
+@pytest.mark.parametrize("block_scores", [250, 2**17])
+def test_dropout_multiplies_probabilities_by_zero_or_one_over_the_kept_share(block_scores, monkeypatch):
+    monkeypatch.setattr(fast, "BLOCK_SCORES", block_scores)
     L, dropout = 20, 0.3
     tensors, rows = inputs(B=3, L=L, d=L)
     q, k, _, pos_q, pos_k = tensors
