@@ -118,7 +118,9 @@ def table(figures: dict) -> str:
         f"{results[form]['same_winner']:.1%}" for form in results) + " |")
     found = figures["machine"]
     return "\n".join([*lines, "", f"{found['cores']} cores of {found['cpu']} ({found['instructions']}), torch "
-                      f"{found['torch']}; scores on {results[FLOAT]['rows']:,} rows. `python benchmarks/int8.py`."])
+                      f"{found['torch']}; scores of `make train`'s model on {results[FLOAT]['rows']:,} synthetic "
+                      "rows. `python benchmarks/int8.py --model runs/NAME/model --rows "
+                      "data/synthetic/test_labelled.csv`."])
 
 
 def main() -> None:

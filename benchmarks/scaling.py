@@ -204,6 +204,7 @@ def processes_seconds(count: int, rows: int = 16) -> float:
 
 def growth() -> str:
     """Measure along each axis, with the others at `BASE`, and save the data of the figure."""
+    torch.set_num_threads(1)
     measured = {}
     for axis, values in AXES.items():
         measured[axis] = [(value, step_seconds(**BASE | {axis: value})) for value in values]

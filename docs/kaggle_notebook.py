@@ -7,9 +7,9 @@
 # - a dataset with the project's files (`train.py`, `predict.py`, `minipref/`, and `weights/` for a rehearsal);
 # - a dataset with an encoder in the Hugging Face layout (`config.json`, `model.safetensors`, `spm.model`).
 #
-# `REHEARSAL = True` trains the small encoder in the project's `weights/minipref-tiny` instead: everything else is the
-# same, and takes minutes. If a trained model (the `model/` folder of a run, or those of its folds) is attached as well,
-# training is skipped.
+# `REHEARSAL = True` trains the small encoder in the project's `weights/minipref-tiny` instead, with its own recipe, in
+# minutes; the third input is not needed then. If a trained model (the `model/` folder of a run, or those of its folds)
+# is attached as well, training is skipped.
 #
 # This file is made from `docs/kaggle_notebook.py` by `make docs`, and a test of the project runs every cell.
 
@@ -87,8 +87,9 @@ print(f"answer A of the first row: {frame['response_a'].iloc[0][:200]}")
 # ## Training
 #
 # The same as `python train.py --train ... --encoder ... --run run`. It logs its inputs, then each hyperparameter with
-# its source; after twenty steps, how long the others take. The best model so far is always in `run/model`, or in
-# `run/fold-1/model` and so on with `--folds`; the scores are also in `run/report.html`.
+# its source; after twenty steps, how long the others take (with `--folds`, those of the fold). The best
+# model so far is always in `run/model`, or in `run/fold-1/model` and so on with `--folds`; the scores are also in
+# `run/report.html`.
 
 # %%
 if not trained:

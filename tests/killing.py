@@ -64,7 +64,7 @@ LONG = [*BASE, "--epochs", "150", "--evals-per-epoch", "1", "--patience", "0", "
 
 
 # Functions of train.py and the names of their phases.
-PARTS = {"load_state": "resuming", "fit": "the loop",
+PARTS = {"load_state": "resuming", "fit": "between steps",
          "predict_logits": "an evaluation", "record_evaluation": "an evaluation", "save_state": "saving a state",
          "save_best": "writing model/, best so far", "final_report": "writing model/ and the report, at the end"}
 WRITING = HALF_WRITTEN, BEFORE_FLUSH, BEFORE_MOVE, AFTER_MOVE = ("tensors half written", "before a flush",
@@ -326,7 +326,8 @@ def kill_at_any_moment(place: Path, wanted: Path, seconds: float, forked: int, p
             process.kill()
             process.wait()
         begun = "steps  " in (folder / "said.txt").read_text()[before:]
-        tally.note("at a random time", Sitting(process.returncode, ["the loop: separate process"] if begun else []))
+        places = ["between steps: not known (a process of its own)"] if begun else []
+        tally.note("at a random time", Sitting(process.returncode, places))
     tally.end("killed at any moment", sit(folder, LONG), folder / "run", wanted)
 
 
@@ -369,7 +370,7 @@ def report(tally: Tally) -> str:
     split = {place: place.split(": ", 1) for place in sorted(tally.places)}
     for part in dict.fromkeys(part for part, moment in split.values() if moment in WRITING):
         lines.append(f"| {part} | {' | '.join(str(tally.places[f'{part}: {moment}']) for moment in WRITING)} |")
-    lines += ["", "| killed in | just then | kills |", "|---|---|---:|"]
+    lines += ["", "| killed in | last event before the kill | kills |", "|---|---|---:|"]
     lines += [f"| {part} | {moment} | {tally.places[place]} |" for place, (part, moment) in split.items()
               if moment not in WRITING]
     return "\n".join(lines)
