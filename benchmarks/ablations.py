@@ -36,8 +36,8 @@ VARIANTS = {  # name: (difference, options of train.py)
     "frozen-words": ("the word embeddings stay as pretrained", ["--freeze-embeddings"]),
     "fp32": ("no mixed precision", ["--precision", "fp32"]),
     "bf16": ("mixed precision", ["--precision", "bf16"]),
-    "few-rows": ("2,000 rows, six times", ["--limit", "2000", "--epochs", "6"]),
-    "few-rows-no-stopping": ("2,000 rows, six times, all of it",
+    "few-rows": ("2,000 rows, six epochs", ["--limit", "2000", "--epochs", "6"]),
+    "few-rows-no-stopping": ("2,000 rows, six epochs, no early stopping",
                              ["--limit", "2000", "--epochs", "6", "--patience", "0"]),
 }
 aten = torch.ops.aten

@@ -119,7 +119,7 @@ def table(figures: dict) -> str:
     found = figures["machine"]
     return "\n".join([*lines, "", f"{found['cores']} cores of {found['cpu']} ({found['instructions']}), torch "
                       f"{found['torch']}; scores of `make train`'s model on {results[FLOAT]['rows']:,} synthetic "
-                      "rows. `python benchmarks/int8.py --model runs/NAME/model --rows "
+                      "rows. `python benchmarks/int8.py --runs 3 --model runs/NAME/model --rows "
                       "data/synthetic/test_labelled.csv`."])
 
 

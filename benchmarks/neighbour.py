@@ -69,12 +69,13 @@ def measure(neighbours: int, rounds: int, steps: int) -> dict[str, list[float]]:
 def table(figures: dict) -> str:
     lines = [f"| seconds per step | {' | '.join(SETTINGS)} |", "|---|" + "---:|" * len(SETTINGS)]
     for neighbours, seconds in figures["seconds"].items():
-        lines.append(f"| {neighbours} busy neighbours | "
+        lines.append(f"| {neighbours} busy neighbour{'' if neighbours == '1' else 's'} | "
                      + " | ".join(f"{statistics.median(seconds[name]):.2f} ({min(seconds[name]):.2f} to "
                                   f"{max(seconds[name]):.2f})" for name in SETTINGS) + " |")
     runs = len(next(iter(figures["seconds"].values()))[SPINNING])
     return "\n".join([*lines, "", f"Median (lowest to highest) of {runs} runs; the bundled encoder on 32 rows of 80 "
-                      f"tokens; {figures['cores']} cores, {figures['cpu']}. `python benchmarks/neighbour.py`."])
+                      f"tokens; {figures['cores']} cores, {figures['cpu']}. `python benchmarks/neighbour.py "
+                      f"--rounds {runs}`."])
 
 
 def main() -> None:

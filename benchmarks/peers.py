@@ -158,7 +158,7 @@ def table(figures: dict) -> str:
     return "\n".join([*lines, "", f"v3-small with random weights, {figures['threads']} threads of {found['cpu']} "
                       f"({found['instructions']}), torch {found['torch']}, transformers {found['transformers']}. "
                       f"Up to 512 tokens the logits of the DeBERTas differ by at most {worst:.0e}. `python "
-                      "benchmarks/peers.py --figures mine.json`."])
+                      "benchmarks/peers.py --runs 3 --figures mine.json`."])
 
 
 def main() -> None:

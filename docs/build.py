@@ -338,10 +338,10 @@ def one_head() -> tuple[str, str]:
     largest = np.bincount(terms[:, queries, queries - 1].argmax(0), minlength=3)
     caption = f"""Layer {layer + 1}, head {head + 1} of the bundled encoder is a previous-token head: {hits} of \
 {len(queries)} queries attend most to the token before them.
-Measured from its mean over all keys, the largest term of the previous token's score is c2p for {largest[1]} \
-queries, p2c for {largest[2]},
+The colours show each term minus its mean over the query's keys. At the previous token the largest is c2p for \
+{largest[1]} queries, p2c for {largest[2]},
 c2c for {largest[0]}.
-Orange: score above the row mean; blue: below. All scores share one scale."""
+Orange: above that mean; blue: below. All scores share one scale."""
     return figure(explanation, layer, head), caption
 
 

@@ -7,8 +7,8 @@
 # - a dataset with the project's files (`train.py`, `predict.py`, `minipref/`, and `weights/` for a rehearsal);
 # - a dataset with an encoder in the Hugging Face layout (`config.json`, `model.safetensors`, `spm.model`).
 #
-# `REHEARSAL = True` trains the small encoder in the project's `weights/minipref-tiny` instead, with its own recipe, in
-# minutes; the third input is not needed then. If a trained model (the `model/` folder of a run, or those of its folds)
+# `REHEARSAL = True` trains the small encoder in the project's `weights/minipref-tiny` instead, with its own recipe; the
+# third input is not needed then. If a trained model (the `model/` folder of a run, or those of its folds)
 # is attached as well, training is skipped.
 #
 # This file is made from `docs/kaggle_notebook.py` by `make docs`, and a test of the project runs every cell.
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 REHEARSAL = os.environ.get("NOTEBOOK_REHEARSAL") == "1"
-DEFAULT_OPTIONS = "" if REHEARSAL else "--recipe competition --max-length 512"         # "--folds 3" for folds
+DEFAULT_OPTIONS = "" if REHEARSAL else "--recipe competition --max-length 512"         # + " --folds 3" for folds
 TRAIN_OPTIONS = os.environ.get("NOTEBOOK_TRAIN_OPTIONS", DEFAULT_OPTIONS).split()
 INPUT = Path(os.environ.get("NOTEBOOK_INPUT", "/kaggle/input"))
 WORK = Path(os.environ.get("NOTEBOOK_WORK", "/kaggle/working"))
@@ -87,7 +87,7 @@ print(f"answer A of the first row: {frame['response_a'].iloc[0][:200]}")
 # ## Training
 #
 # The same as `python train.py --train ... --encoder ... --run run`. It logs its inputs, then each hyperparameter with
-# its source; after twenty steps, how long the others take (with `--folds`, those of the fold). The best
+# its source; after twenty steps, an estimate of the remaining time (with `--folds`, of the fold). The best
 # model so far is always in `run/model`, or in `run/fold-1/model` and so on with `--folds`; the scores are also in
 # `run/report.html`.
 

@@ -64,7 +64,7 @@ LONG = [*BASE, "--epochs", "150", "--evals-per-epoch", "1", "--patience", "0", "
 
 
 # Functions of train.py and the names of their phases.
-PARTS = {"load_state": "resuming", "fit": "between steps",
+PARTS = {"load_state": "resuming", "fit": "the training loop",
          "predict_logits": "an evaluation", "record_evaluation": "an evaluation", "save_state": "saving a state",
          "save_best": "writing model/, best so far", "final_report": "writing model/ and the report, at the end"}
 WRITING = HALF_WRITTEN, BEFORE_FLUSH, BEFORE_MOVE, AFTER_MOVE = ("tensors half written", "before a flush",
@@ -326,7 +326,7 @@ def kill_at_any_moment(place: Path, wanted: Path, seconds: float, forked: int, p
             process.kill()
             process.wait()
         begun = "steps  " in (folder / "said.txt").read_text()[before:]
-        places = ["between steps: not known (a process of its own)"] if begun else []
+        places = ["the training loop: not known: a separate process"] if begun else []
         tally.note("at a random time", Sitting(process.returncode, places))
     tally.end("killed at any moment", sit(folder, LONG), folder / "run", wanted)
 
@@ -364,7 +364,8 @@ def kill_all(place: Path, small: bool) -> Tally:
 def report(tally: Tally) -> str:
     """The figures as the page has them: the kills inside a write by part and moment, the others one by one."""
     ways = ", ".join(f"{count} {way}" for way, count in tally.ways.items())
-    said = "every one ended with the same bytes" if not tally.failures else f"{len(tally.failures)} ended differently"
+    said = ("every one ended with the same bytes as an uninterrupted run" if not tally.failures else
+            f"{len(tally.failures)} ended differently")
     lines = [f"{tally.kills} kills ({ways}) in {tally.runs} runs; {said}.", "",
              f"| killed while | {' | '.join(WRITING)} |", f"|---|{'---:|' * len(WRITING)}"]
     split = {place: place.split(": ", 1) for place in sorted(tally.places)}

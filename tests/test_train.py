@@ -298,6 +298,7 @@ def test_folds_give_every_row_a_prediction_from_a_model_that_never_saw_it(encode
     rows = write_rows(tmp_path / "t.csv", 120)
     code, out, _ = call(capsys, ["--train", str(rows), "--encoder", str(encoder), "--run", "r", *FAST, "--folds", "3"])
     assert code == 0 and "out of fold, 3 models, 120 rows" in out
+    assert [len(list(Path(f"r/fold-{k}/state").glob("*.safetensors"))) for k in (1, 2, 3)] == [1, 1, 1]
     held = pd.concat([pd.read_csv(f"r/fold-{k}/valid_predictions.csv", dtype={"id": str}) for k in (1, 2, 3)])
     assert sorted(held["id"]) == sorted(p.id for p in read_pairs(rows))
     oof = pd.read_csv("r/oof.csv", dtype={"id": str})

@@ -189,7 +189,7 @@ def record_evaluation(state: PretrainState, lr: float, scores: dict[str, float])
 
 def fresh_config(options: argparse.Namespace, tokenizer: Tokenizer) -> EncoderConfig:
     """A v3 encoder of the sizes in the options. Its dropout is 0: with v3's 0.1, fine-tuning a small encoder does not
-    improve on the class-prior baseline (docs/experiments.md)."""
+    improve on the class-prior baseline (an earlier trial, not kept)."""
     if options.width % options.heads:
         raise InputError(found=f"--width {options.width} with --heads {options.heads}",
                          expected="a multiple of the heads")

@@ -27,7 +27,7 @@ from minipref.model import PreferenceModel
 from minipref.predictor import Judge, predict_logits
 from minipref.run import distributed, folder
 from minipref.run.setup import Setup
-from minipref.run.state import weights_sha256
+from minipref.run.state import drop_previous, weights_sha256
 from minipref.runtime import InputError, RunError, html_text, read_json, write_json, write_text
 from minipref.surface import fit_surface
 
@@ -89,6 +89,7 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
     folder.write_latest(run)
     write_json(run / "report.json", summary)
     write_page(run, summary, state.history, [pairs[row] for row in valid_rows], probabilities)
+    drop_previous(run / "state")
     return logits
 
 

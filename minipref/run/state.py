@@ -100,6 +100,14 @@ def write_state(folder: str | Path, tensors: dict[str, Tensor], facts: dict) -> 
         (folder / leftover).unlink(missing_ok=True)             # no pointer refers to it now
 
 
+def drop_previous(folder: str | Path) -> None:
+    """Delete the state before the last one, which a finished run does not need: it is as large as three models."""
+    (Path(folder) / PREVIOUS).unlink(missing_ok=True)
+    pointer = _read_pointer(Path(folder) / CURRENT)
+    for leftover in set(GENERATIONS) - {pointer["tensors"]} if pointer else ():
+        (Path(folder) / leftover).unlink(missing_ok=True)
+
+
 def read_state(folder: str | Path, which: str = CURRENT) -> tuple[dict[str, Tensor], dict]:
     """The tensors and facts of the last complete state.
 
