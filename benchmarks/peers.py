@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -114,33 +115,30 @@ def measure(options) -> dict:
     optimizers = {name: optimizer_of(model) for name, model in models.items()}
     precisions = ["fp32", "bf16"] if machine(options)["bf16_products"] else ["fp32"]
     threads = torch.get_num_threads()
-    for batch, length in options.shapes:
+    for what, (batch, length), precision in product(options.only, options.shapes, precisions):   # training comes last:
+        if (what, batch, length, precision) in measured:                                        # it changes weights
+            continue
         ids, attention_mask = random_batch(batch, length, options)
-        for precision in precisions:
-            for what in options.only:
-                if (what, batch, length, precision) in measured:
-                    continue
-                contenders = {name: partial(forward, model, ids, attention_mask, precision) if what == "forward" else
-                              partial(training_step, model, optimizers[name], ids, attention_mask, precision)
-                              for name, model in models.items()}
-                differences = {}
-                with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-                    if what == "forward" and precision == "fp32":
-                        others = exported(models[THEM].eval(), ids, attention_mask, threads, folder)
-                        logits = {THEM: models[THEM](ids, attention_mask=attention_mask.long()).logits,
-                                  US: models[US].eval()(ids, attention_mask)}
-                        logits |= {name: other() for name, other in others.items()}
-                        differences = {name: float((value - logits[THEM]).abs().max())
-                                       for name, value in logits.items()}
-                        contenders |= others
-                    with torch.set_grad_enabled(what != "forward"):
-                        seconds = take_turns(contenders, options.runs)
-                figures["rows"].append({"what": what, "batch": batch, "length": length, "precision": precision,
-                                        "seconds": seconds, "differences": differences})
-                write_json(options.figures, figures)
-                ours = statistics.median(seconds[US])
-                ratios = (f"{name} {statistics.median(s) / ours:.2f}" for name, s in seconds.items() if name != US)
-                print(f"{what} {batch} x {length} {precision}: {ours:.3f} s; {', '.join(ratios)}", flush=True)
+        contenders = {name: partial(forward, model, ids, attention_mask, precision) if what == "forward" else
+                      partial(training_step, model, optimizers[name], ids, attention_mask, precision)
+                      for name, model in models.items()}
+        differences = {}
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            if what == "forward" and precision == "fp32":
+                others = exported(models[THEM].eval(), ids, attention_mask, threads, folder)
+                logits = {THEM: models[THEM](ids, attention_mask=attention_mask.long()).logits,
+                          US: models[US].eval()(ids, attention_mask)}
+                logits |= {name: other() for name, other in others.items()}
+                differences = {name: float((value - logits[THEM]).abs().max()) for name, value in logits.items()}
+                contenders |= others
+            with torch.set_grad_enabled(what != "forward"):
+                seconds = take_turns(contenders, options.runs)
+        figures["rows"].append({"what": what, "batch": batch, "length": length, "precision": precision,
+                                "seconds": seconds, "differences": differences})
+        write_json(options.figures, figures)
+        ours = statistics.median(seconds[US])
+        ratios = (f"{name} {statistics.median(s) / ours:.2f}" for name, s in seconds.items() if name != US)
+        print(f"{what} {batch} x {length} {precision}: {ours:.3f} s; {', '.join(ratios)}", flush=True)
     return figures
 
 
