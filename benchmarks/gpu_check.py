@@ -5,7 +5,7 @@
 
 Each check is a line of the report, `ok` or `FAILED` with its numbers; the exit code is 1 if any failed. The checks:
 values and gradients against transformers, training in each precision (autocast, GradScaler), predictions against the
-CPU's, memory of a step against benchmarks/scaling.py, time of a step against transformers, several processes (NCCL).
+CPU's, memory of a step against benchmarks/memory.py, time of a step against transformers, several processes (NCCL).
 """
 
 import argparse
@@ -36,7 +36,7 @@ from helpers import (  # noqa: E402
     resized,
     worst_gradient,
 )
-from scaling import GB, SIZES, markdown, step_bytes  # noqa: E402
+from memory import GB, SIZES, markdown, step_bytes  # noqa: E402
 from small import BUNDLED, write_encoder, write_rows  # noqa: E402
 
 from minipref.config import EncoderConfig  # noqa: E402

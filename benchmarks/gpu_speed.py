@@ -25,7 +25,7 @@ import torch  # noqa: E402 - these need the path
 from bench import THEM, US, logits_of, machine, plain_copy, random_batch  # noqa: E402
 from gpu_check import PRECISIONS, seconds_and_peak, step_of  # noqa: E402
 from helpers import reference_model, resized  # noqa: E402
-from scaling import GB, SIZES, markdown  # noqa: E402
+from memory import GB, SIZES, markdown  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from minipref.config import EncoderConfig  # noqa: E402

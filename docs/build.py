@@ -13,7 +13,6 @@ another processor. `drift` allows for that.
 import argparse
 import importlib
 import json
-import math
 import re
 import sys
 import tempfile
@@ -46,7 +45,6 @@ SHOWN = Pair("", ("Who wrote Hamlet?",), ("Shakespeare did.",), ("I think Dicken
 PRINTED = re.compile(r"<!-- printed by: make train -->\n```\n(.*?)^```", re.S | re.M)
 EPOCH = re.compile(r"^epoch +(?P<epoch>[\d.]+) +train loss (?P<train>[\d.]+) +log loss (?P<valid>[\d.]+)", re.M)
 LEFT, TOP, WIDTH, HEIGHT = 60, 16, 620, 300            # of a chart's axes, in pixels
-SMALL = 196                                            # the width of each of scaling's panels
 Lines = dict[str, tuple[Sequence[float], Sequence[float]]]
 
 
@@ -71,33 +69,28 @@ def svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:
             + "\n</svg>\n")
 
 
-def panel(lines: Lines, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_label: str = "",
+def chart(title: str, lines: Lines, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_label: str,
           dotted: Sequence[str] = (), legend: tuple[float, float] | None = None, notes: Sequence[tuple] = (),
-          guides: Sequence[tuple] = (), marks: Sequence[tuple] = (), dots: bool = False, log: bool = False,
-          area: tuple[int, int, int, int] = (LEFT, TOP, WIDTH, HEIGHT)) -> list[str]:
-    """Lines {name: (x, y)} over axes that end at the outermost ticks, inside `area` (left, top, width, height).
+          guides: Sequence[tuple] = (), marks: Sequence[tuple] = (), dots: bool = False) -> str:
+    """Lines {name: (x, y)} over axes that end at the outermost ticks. `title` is the text alternative.
 
     The names stand in a legend whose first line begins at `legend`, in the axes' units. Guides are dotted lines (x, y)
     without a name, marks single dots (x, y). A note is (x, y, text, anchor, right, down): a text, moved so many pixels.
     """
-    left, top, width, height = area
-    scale = math.log2 if log else float
-
     def at(x: float, y: float) -> tuple[float, float]:
-        shares = [(scale(value) - scale(ticks[0])) / (scale(ticks[-1]) - scale(ticks[0]))
-                  for value, ticks in ((x, x_ticks), (y, y_ticks))]
-        return left + width * shares[0], top + height * (1 - shares[1])
+        x_share, y_share = ((value - ticks[0]) / (ticks[-1] - ticks[0])
+                            for value, ticks in ((x, x_ticks), (y, y_ticks)))
+        return LEFT + WIDTH * x_share, TOP + HEIGHT * (1 - y_share)
 
-    bottom, parts = top + height, []
+    bottom, parts = TOP + HEIGHT, []
     for tick in x_ticks:
         x, _ = at(tick, y_ticks[0])
         parts.append(f'<path class="axis" d="M{x:.1f} {bottom}v5"/>'
                      f'<text x="{x:.1f}" y="{bottom + 20}" class="middle">{tick:,g}</text>')
     for tick in y_ticks:
         _, y = at(x_ticks[0], tick)
-        parts.append(f'<path class="axis" d="M{left} {y:.1f}h-5"/>')
-        if y_label:
-            parts.append(f'<text x="{left - 9}" y="{y + 5:.1f}" class="end">{tick:,g}</text>')
+        parts.append(f'<path class="axis" d="M{LEFT} {y:.1f}h-5"/>'
+                     f'<text x="{LEFT - 9}" y="{y + 5:.1f}" class="end">{tick:,g}</text>')
     for xs, ys in guides:
         points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in zip(xs, ys))
         parts.append(f'<polyline class="dotted" points="{points}"/>')
@@ -119,17 +112,11 @@ def panel(lines: Lines, x_ticks: Sequence[float], y_ticks: Sequence[float], x_la
     for note_x, note_y, text, anchor, right, down in notes:
         x, y = at(note_x, note_y)
         parts.append(f'<text x="{x + right:.1f}" y="{y + down:.1f}" class="{anchor}">{text}</text>')
-    parts += [f'<path class="axis" d="M{left} {top}V{bottom}H{left + width}"/>',
-              f'<text x="{left + width / 2:g}" y="{bottom + 42}" class="middle">{x_label}</text>']
-    if y_label:
-        parts.append(f'<text transform="translate({left - 44} {top + height / 2:g}) rotate(-90)" class="middle">'
-                     f"{y_label}</text>")
-    return parts
-
-
-def chart(title: str, *args, **kwargs) -> str:
-    """One panel with its title as the text alternative."""
-    return svg(title, LEFT + WIDTH + 30, TOP + HEIGHT + 54, panel(*args, **kwargs))
+    parts += [f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{LEFT + WIDTH}"/>',
+              f'<text x="{LEFT + WIDTH / 2:g}" y="{bottom + 42}" class="middle">{x_label}</text>',
+              f'<text transform="translate({LEFT - 44} {TOP + HEIGHT / 2:g}) rotate(-90)" class="middle">'
+              f"{y_label}</text>"]
+    return svg(title, LEFT + WIDTH + 30, TOP + HEIGHT + 54, parts)
 
 
 def buckets() -> str:
@@ -222,36 +209,6 @@ def training() -> str:
                      for name, level in (("class prior", prior), ("Bayes-optimal", best))])
 
 
-def scaling() -> str:
-    """A step's time along each axis, from benchmarks/scaling.json, beside the slopes that the operations suggest."""
-    measured = json.loads((ROOT / "benchmarks" / "scaling.json").read_text(encoding="utf-8"))["milliseconds"]
-    titles = {"rows": "rows a step", "length": "tokens a row", "width": "hidden size", "processes": "processes"}
-    slopes = {"rows": [1], "length": [1, 2], "width": [1, 2], "processes": [-1]}
-    times = [math.log2(milliseconds) for points in measured.values() for _, milliseconds in points]
-    y_ticks, left, parts = [2**n for n in range(math.floor(min(times)), math.ceil(max(times)) + 1)], LEFT, []
-    for axis, points in measured.items():
-        if len(points) < 2:                                              # one core has one process
-            continue
-        xs, ys = zip(*points)
-        anchor_x, anchor_y = points[0] if axis == "processes" else points[-1]
-        guides, notes = [], []
-        for slope in slopes[axis]:
-            ideal = [(x, anchor_y * (x / anchor_x)**slope) for x in xs]
-            if ideal[0][1] < y_ticks[0]:                             # cut off where it leaves the panel
-                ideal = [(anchor_x * (y_ticks[0] / anchor_y)**(1 / slope), y_ticks[0]), *(
-                    point for point in ideal if point[1] > y_ticks[0])]
-            guides.append(tuple(zip(*ideal)))
-            x, y = (math.sqrt(a * b) for a, b in zip(ideal[0], ideal[-1]))                # the middle of the line
-            above = len(slopes[axis]) == 2 and slope == 1
-            notes.append((x, y, f"x {2.0**slope:g}", *(("end", -6, -4) if above else ("", 8, 30 if slope < 0 else 14))))
-        parts += panel({"measured": (xs, ys)}, xs, y_ticks, titles[axis],
-                       "milliseconds a step" if axis == "rows" else "", guides=guides, notes=notes, dots=True, log=True,
-                       area=(left, TOP, SMALL, 240))
-        left += SMALL + 44
-    return svg("The time of a training step by rows, length, hidden size and processes; dotted: the factor that the "
-               "operations suggest for twice as much", left, TOP + 240 + 54, parts)
-
-
 # --- the model --------------------------------------------------------------------------------------------------------
 
 def box(left: float, top: float, width: float, height: float, lines: Sequence[str], kind: str = "box") -> str:
@@ -338,10 +295,8 @@ def one_head() -> tuple[str, str]:
     largest = np.bincount(terms[:, queries, queries - 1].argmax(0), minlength=3)
     caption = f"""Layer {layer + 1}, head {head + 1} of the bundled encoder is a previous-token head: {hits} of \
 {len(queries)} queries attend most to the token before them.
-The colours show each term minus its mean over the query's keys. At the previous token the largest is c2p for \
-{largest[1]} queries, p2c for {largest[2]},
-c2c for {largest[0]}.
-Orange: above that mean; blue: below. All scores share one scale."""
+The colours show each term minus its mean over the query's keys: orange above the mean, blue below, all on one scale.
+At the previous token the largest term is c2p for {largest[1]} queries, p2c for {largest[2]}, c2c for {largest[0]}."""
     return figure(explanation, layer, head), caption
 
 
@@ -471,7 +426,7 @@ def build() -> dict[str, str]:
     head, caption = one_head()
     figures = {"buckets": buckets(), "schedule": schedule(), "reliability": reliability(), "head": head,
                "pretraining": pretraining(), "training": training(), "model": model()}
-    files = {f"docs/figures/{name}.svg": text for name, text in figures.items()} | {"docs/scaling.svg": scaling()}
+    files = {f"docs/figures/{name}.svg": text for name, text in figures.items()}
     readme = marked((ROOT / "README.md").read_text(encoding="utf-8"), "head", caption)
     files["README.md"] = marked(marked(readme, "parity", parity()), "results", results())
     files["docs/training.md"] = marked((ROOT / "docs/training.md").read_text(encoding="utf-8"), "recipes", recipes())

@@ -364,7 +364,7 @@ def kill_all(place: Path, small: bool) -> Tally:
 def report(tally: Tally) -> str:
     """The figures as the page has them: the kills inside a write by part and moment, the others one by one."""
     ways = ", ".join(f"{count} {way}" for way, count in tally.ways.items())
-    said = ("every one ended with the same bytes as an uninterrupted run" if not tally.failures else
+    said = ("every one ended with the same bytes as an uninterrupted run, times aside" if not tally.failures else
             f"{len(tally.failures)} ended differently")
     lines = [f"{tally.kills} kills ({ways}) in {tally.runs} runs; {said}.", "",
              f"| killed while | {' | '.join(WRITING)} |", f"|---|{'---:|' * len(WRITING)}"]

@@ -24,7 +24,7 @@ from minipref.runtime import autocast
 ROOT = Path(train.__file__).parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import scaling  # noqa: E402 - this needs the path
+import memory  # noqa: E402 - this needs the path
 
 SHAPES = {  # the published ones: hidden size, layers, heads, parameters with pooler and classifier
     "v3-xsmall": (384, 12, 6, 70_831_107),
@@ -38,7 +38,7 @@ SHAPES = {  # the published ones: hidden size, layers, heads, parameters with po
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_shapes_are_the_published_ones(name):
-    config, (width, layers, heads, parameters) = scaling.SIZES[name], SHAPES[name]
+    config, (width, layers, heads, parameters) = memory.SIZES[name], SHAPES[name]
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (width, layers, heads)
     assert config.intermediate_size == 4 * width and config.head_size == 64 and config.vocab_size == 128_100
     with torch.device("meta"):
@@ -76,14 +76,14 @@ def check_shape(config: EncoderConfig, folder: Path, lengths: list[int]) -> None
 def test_other_widths_load_match_transformers_and_train(name, tmp_path):
     """Full hidden size, heads and feed-forward, but only two layers and a small vocabulary."""
     pytest.importorskip("transformers", reason="transformers is not installed")
-    check_shape(resized(scaling.SIZES[name], num_hidden_layers=2, vocab_size=300, **NO_DROPOUT), tmp_path, [150, 131])
+    check_shape(resized(memory.SIZES[name], num_hidden_layers=2, vocab_size=300, **NO_DROPOUT), tmp_path, [150, 131])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v3-xsmall", "v3-base", "v3-large"])
 def test_other_sizes_in_full_load_match_transformers_and_train(name, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
-    check_shape(resized(scaling.SIZES[name], **NO_DROPOUT), tmp_path, [40, 23])
+    check_shape(resized(memory.SIZES[name], **NO_DROPOUT), tmp_path, [40, 23])
 
 
 LOADING = """
@@ -208,7 +208,7 @@ def test_a_run_whose_every_step_overflows_gives_up_with_one_line(tmp_path, monke
 # --- memory on paper
 
 def test_bytes_are_counted_from_birth_to_death():
-    with scaling.FakeTensorMode(), scaling.LiveBytes() as live:
+    with memory.FakeTensorMode(), memory.LiveBytes() as live:
         a = torch.zeros(1000)                                             # 4,000
         b = a.view(10, 100) + 1                                           # 8,000: a view is nothing of its own
         assert live.now == live.peak == 8000
@@ -220,10 +220,10 @@ def test_bytes_are_counted_from_birth_to_death():
 
 
 def test_a_steps_memory_is_what_it_must_be():
-    config = resized(scaling.SIZES["v3-small"], vocab_size=4000, num_hidden_layers=3)
+    config = resized(memory.SIZES["v3-small"], vocab_size=4000, num_hidden_layers=3)
     with torch.device("meta"):
         weights = sum(4 * p.numel() for p in PreferenceModel(config).parameters())
-    counted = {(precision, checkpoint): scaling.step_bytes(config, 8, 256, precision, checkpoint)
+    counted = {(precision, checkpoint): memory.step_bytes(config, 8, 256, precision, checkpoint)
                for precision in ("fp32", "bf16") for checkpoint in (False, True)}
     for found in counted.values():
         assert (found["weights"], found["gradients"], found["moments"]) == (weights, weights, 2 * weights)
@@ -237,18 +237,19 @@ def test_a_steps_memory_is_what_it_must_be():
 
 
 def test_rows_that_fit_are_on_the_safe_side():
-    peaks = [scaling.GB * n for n in (2, 3, 11, 100)]                     # at 1, 8, 64 and 512 rows
-    assert [scaling.fitting_rows(peaks, card) for card in (2, 8, 16, 200)] == ["0", "37", "81", "512+"]
+    peaks = [memory.GB * n for n in (2, 3, 11, 100)]                     # at 1, 8, 64 and 512 rows
+    assert [memory.fitting_rows(peaks, card) for card in (2, 8, 16, 200)] == ["0", "37", "81", "512+"]
 
 
-def test_a_part_is_written_between_its_marks_and_the_rest_of_the_page_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(scaling, "PAGE", tmp_path / "page.md")
-    page = "By hand.\n\n<!-- memory -->\n{}\n<!-- end -->\n\n<!-- other -->\nold\n<!-- end -->\n\nBy hand.\n"
-    scaling.PAGE.write_text(page.format("old"))
-    scaling.write_page({"memory": "\nnew\n"})
-    assert scaling.PAGE.read_text() == page.format("new")
-    with pytest.raises(SystemExit, match="no place marked <!-- growth -->"):
-        scaling.write_page({"growth": "new"})
+def test_the_section_is_written_between_its_marks_and_the_rest_of_the_page_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "PAGE", tmp_path / "page.md")
+    page = "By hand.\n\n<!-- memory -->\n{}\n<!-- /memory -->\n\nBy hand.\n"
+    memory.PAGE.write_text(page.format("old"))
+    memory.write_page("\nnew\n")
+    assert memory.PAGE.read_text() == page.format("new")
+    memory.PAGE.write_text("By hand.\n")
+    with pytest.raises(SystemExit, match="no place marked <!-- memory -->"):
+        memory.write_page("new")
 
 
 # --- everything that only a GPU can show

@@ -1,22 +1,15 @@
-"""Cost of a run: memory by model and precision; time by rows, length, width and processes.
+"""The memory of a training step by model, precision and rows, computed; the section of docs/benchmarks.md.
 
-    python benchmarks/scaling.py                      all parts; sections of docs/benchmarks.md; then run `make docs`
-    python benchmarks/scaling.py memory               only this part
+    python benchmarks/memory.py
 
-`memory` is computed: the real model runs a training step on torch's fake tensors, which have no content, with the
-attention of a GPU, and every allocation is counted. `growth` is measured on this machine.
+The real model runs a training step on torch's fake tensors, which have no content, with the attention of a GPU, and
+every allocation is counted.
 """
 
-import argparse
 import contextlib
-import json
-import os
-import platform
-import subprocess
 import sys
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -34,11 +27,9 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from minipref.config import EncoderConfig  # noqa: E402
 from minipref.fast import accelerate, checkpoint_activations  # noqa: E402
 from minipref.model import PreferenceModel, distance_buckets  # noqa: E402
-from minipref.optim import AdamW, decay_groups  # noqa: E402
-from minipref.run import distributed  # noqa: E402
 from minipref.runtime import write_text  # noqa: E402
 
-PAGE, FIGURES = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "scaling.json"
+PAGE = ROOT / "docs" / "benchmarks.md"
 SIZES = {  # the published v3 encoders: one architecture, four sizes
     "v3-xsmall": EncoderConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536),
     "v3-small": EncoderConfig(),
@@ -50,8 +41,6 @@ CARDS = (8, 16, 24, 80)          # GB
 ROWS = (1, 8, 64, 512)           # batch sizes whose memory is counted
 USABLE = 0.9                     # share of a card; CUDA, workspaces of kernels and fragmentation take the rest
 
-
-# --- memory: computed -------------------------------------------------------------------------------------------------
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all live tensors after each operation, and their peak."""
@@ -163,116 +152,20 @@ def memory() -> str:
     return MEMORY.format(table=markdown(table), usable=f"{USABLE:.0%}")
 
 
-# --- growth: measured -------------------------------------------------------------------------------------------------
-
-BASE = {"rows": 4, "length": 128, "width": 192}
-AXES = {"rows": (1, 2, 4, 8, 16, 32), "length": (32, 64, 128, 256, 512, 1024), "width": (64, 128, 256, 512)}
-
-
-def step_seconds(rows: int, length: int, width: int, steps: int = 3) -> float:
-    """Seconds of the fastest of some training steps of a four-layer encoder in float32.
-
-    Under torchrun each process has its shard of the rows, and the step ends when all processes have finished.
-    """
-    torch.manual_seed(0)
-    config = EncoderConfig(vocab_size=8000, hidden_size=width, num_attention_heads=max(1, width // 64),
-                           num_hidden_layers=4, intermediate_size=4 * width)
-    alone = accelerate(PreferenceModel(config)).train()
-    model, optimizer = distributed.wrap_ddp(alone, torch.device("cpu")), AdamW(decay_groups(alone, 0.01), lr=1e-5)
-    ids = torch.randint(4, 8000, (len(distributed.shard(range(rows))), length))
-    attention_mask, labels = torch.ones_like(ids, dtype=torch.bool), torch.zeros(len(ids), dtype=torch.int64)
-    times = []
-    for _ in range(steps + 1):                           # the first one allocates buffers
-        distributed.barrier()
-        started = time.monotonic()
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(ids, attention_mask), labels).backward()
-        optimizer.step()
-        distributed.barrier()
-        times.append(time.monotonic() - started)
-    return min(times[1:])
-
-
-def processes_seconds(count: int, rows: int = 16) -> float:
-    """`step_seconds` of a batch of `rows` in `count` processes of one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--",
-               __file__, "--worker", str(rows)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return float(done.stdout.split()[-1])
-
-
-def growth() -> str:
-    """Measure along each axis, with the others at `BASE`, and save the data of the figure."""
-    torch.set_num_threads(1)
-    measured = {}
-    for axis, values in AXES.items():
-        measured[axis] = [(value, step_seconds(**BASE | {axis: value})) for value in values]
-        print(axis, measured[axis], flush=True)
-    cores = len(os.sched_getaffinity(0))
-    measured["processes"] = [(count, processes_seconds(count)) for count in range(1, cores + 1)]
-    print("processes", measured["processes"], flush=True)
-    save(measured)
-    table = [["axis", "others", *[""] * max(map(len, AXES.values())), "last doubling"], ["---", "---"]]
-    table[1] += ["---:"] * (len(table[0]) - 2)
-    for axis, points in measured.items():
-        others = ", ".join(f"{name} {value}" for name, value in BASE.items() if name != axis)
-        cells = [f"{value:,}: {1000 * seconds:,.0f} ms" for value, seconds in points]
-        last = f"x {points[-1][1] / points[-2][1]:.2f}" if len(points) > 1 else ""
-        table.append([axis, others if axis != "processes" else "rows 16 in all, length 128, width 192", *cells,
-                      *[""] * (len(table[0]) - 3 - len(cells)), last])
-    return GROWTH.format(machine=machine(), table=markdown(table))
-
-
-def save(measured: dict[str, list[tuple[int, float]]]) -> None:
-    """Write the data of the figure, which `make docs` draws."""
-    points = {axis: [[value, round(1000 * seconds, 1)] for value, seconds in pairs] for axis, pairs in measured.items()}
-    write_text(FIGURES, json.dumps({"machine": machine(), "milliseconds": points}, indent=1) + "\n")
-
-
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 def markdown(table: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
-def machine() -> str:
-    return (f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, "
-            f"{len(os.sched_getaffinity(0))} cores, one thread in each process")
+def write_page(section: str) -> None:
+    """Write the section between its marks in the page."""
+    before, found, after = PAGE.read_text(encoding="utf-8").partition("<!-- memory -->\n")
+    _, found_end, after = after.partition("\n<!-- /memory -->")
+    if not (found and found_end):
+        raise SystemExit(f"{PAGE.name} has no place marked <!-- memory --> ... <!-- /memory -->")
+    write_text(PAGE, before + found + section.strip() + found_end + after)
 
-
-def write_page(parts: dict[str, str]) -> None:
-    """Write these parts between their marks in the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, part in parts.items():
-        begin, end = f"<!-- {name} -->\n", "\n<!-- end -->"
-        before, found, after = text.partition(begin)
-        _, found_end, after = after.partition(end)
-        if not (found and found_end):
-            raise SystemExit(f"{PAGE.name} has no place marked <!-- {name} --> ... <!-- end -->")
-        text = before + begin + part.strip() + end + after
-    write_text(PAGE, text)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--worker", type=int, metavar="ROWS", help="used internally by `growth`")
-    options = parser.parse_args()
-    if options.worker:
-        torch.set_num_threads(1)
-        with distributed.process_group():
-            print(step_seconds(options.worker, BASE["length"], BASE["width"]))
-        return 0
-    if unknown := set(options.parts) - PARTS.keys():
-        parser.error(f"{', '.join(sorted(unknown))}: expected {', '.join(PARTS)}")
-    made = {name: PARTS[name]() for name in PARTS if name in options.parts or not options.parts}
-    write_page(made)
-    print(f"wrote {PAGE.relative_to(ROOT)}")
-    return 0
-
-
-PARTS: dict[str, Callable[[], str]] = {"memory": memory, "growth": growth}
 
 MEMORY = """
 GB (2^30 bytes) for rows of 512 tokens, with dropout. 'Fixed' are weights, gradients and AdamW's two moments, float32 in
@@ -284,15 +177,5 @@ same memory in every precision.
 {table}
 """
 
-GROWTH = """
-{machine}.
-Other programs used them too, so a point may be off by a factor of 1.5. Four layers, vocabulary 8,000, float32, forward
-pass to AdamW, the fastest of three steps.
-
-![Milliseconds of a training step by rows, length, width and processes](scaling.svg)
-
-{table}
-"""
-
 if __name__ == "__main__":
-    sys.exit(main())
+    write_page(memory())
