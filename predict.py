@@ -14,6 +14,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import minipref.threads  # isort: skip  # noqa: F401 - before torch
 import numpy as np
@@ -23,11 +24,13 @@ from tqdm import tqdm
 from minipref import metrics, runtime
 from minipref.config import LABELS
 from minipref.data import LABEL_COLUMNS, count_missing, read_pairs
-from minipref.predictor import Judge, add_rows_or_pair, check_rows_or_pair, load_judge
+from minipref.predictor import SETTINGS, Judge, add_rows_or_pair, check_rows_or_pair, load_judge
 from minipref.run import distributed
 from minipref.run.folder import newest_models
 from minipref.run.state import keep_globals
-from minipref.runtime import ArgumentParser, InputError, atomic_write, number, run_program
+from minipref.runtime import ArgumentParser, InputError, atomic_write, number, read_json, run_program
+
+OTHER_FORMATS = {".bz2", ".gz", ".json", ".jsonl", ".parquet", ".tsv", ".xlsx", ".xz", ".zip"}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -70,7 +73,11 @@ def predict(options: argparse.Namespace) -> None:
     if options.csv is not None:
         runtime.check_writable(options.output, [options.csv, *folders])     # before hours of work
         check_submission(options.output)
+        if Path(options.output).suffix.lower() in OTHER_FORMATS:
+            raise InputError(file=options.output, found="the name of another format",
+                             expected="one that ends in .csv: the submission is CSV, without compression")
     judges = [load_judge(folder, device, precision, fast=not options.no_fast) for folder in folders]
+    check_distinct(folders)
     for folder, judge in zip(folders, judges):
         if judge.model.load_report.note:
             print(f"note: {folder}: {judge.model.load_report.note}")
@@ -92,7 +99,7 @@ def predict_file(judges: list[Judge], options: argparse.Namespace) -> None:
     """
     pairs = read_pairs(options.csv, labels="if present", unique_ids=True)
     missing = count_missing(pairs)
-    print(f"rows       {options.csv}: {len(pairs):,}{f'; {missing:,} missing responses read as text' * (missing > 0)}")
+    print(f"rows       {options.csv}: {len(pairs):,}{f'; {missing:,} missing or empty responses' * (missing > 0)}")
     shard = distributed.shard(np.arange(len(pairs)))
     probabilities = np.zeros((len(pairs), len(LABELS)))
     with tqdm(total=len(shard) * len(judges), unit="pairs", dynamic_ncols=True,
@@ -116,6 +123,16 @@ def predict_rows(judges: list[Judge], pairs: list, options: argparse.Namespace,
     """The mean of all models' probabilities. Shapes: N rows -> (N, 3)."""
     return np.mean([judge.compare_many(pairs, options.batch_tokens, not options.no_swap_average, progress)
                     for judge in judges], axis=0)
+
+
+def check_distinct(folders: list) -> None:
+    """Errors: `InputError` for a model that is given twice, under whatever name."""
+    seen = []
+    for folder in folders:
+        settings = read_json(Path(folder, SETTINGS), "")       # with the SHA-256 of the weights
+        if settings in seen and "files" in settings:
+            raise InputError(file=folder, found="the same model as another one of --model", expected="each model once")
+        seen.append(settings)
 
 
 def check_submission(path: str) -> None:

@@ -5,9 +5,9 @@
     python train.py --resume --run runs/first           resume a stopped run
     torchrun --standalone --nproc-per-node 4 -- train.py   four processes, on four GPUs or on one CPU
 
-What is unusual here: the order of the rows and the set of rows with A and B swapped are functions of (seed, epoch). The
-state of a run is therefore `TrainState`, the parameters, the optimizer and the random generators. A run can stop after
-any step and resume bit for bit. Saving, locking, logging and synchronisation are in `minipref/run/`.
+What is unusual here: the order of the rows and the swaps of A and B are functions of (seed, epoch). So a run can stop
+after any step and resume bit for bit, from `TrainState`, the parameters, the optimizer and the random generators.
+Saving, locking, logging and synchronisation are in `minipref/run/`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from minipref.predictor import Judge, check_vocabulary, predict_logits
 from minipref.recipes import RECIPES, TrainConfig, default_recipe, recipe_name
 from minipref.run import distributed, folder, log
 from minipref.run.report import final_report, folds_report
-from minipref.run.setup import PATHS, Setup, hyperparameters, split_rows, warmup, write_or_check_manifest
+from minipref.run.setup import PATHS, PROGRAM, Setup, hyperparameters, split_rows, warmup, write_or_check_manifest
 from minipref.run.signals import StopSignal
 from minipref.run.state import keep_globals, load_state, make_deterministic, save_state, seed_everything, weights_sha256
 from minipref.runtime import ArgumentParser, InputError, RunError, Stopped, autocast, number, run_program
@@ -54,6 +54,7 @@ MAX_SKIPPED = 25                 # consecutive fp16 steps that may overflow befo
 class TrainState:
     """The state of a run apart from the parameters, the optimizer, the scaler and the random generators."""
 
+    split: str = ""              # SHA-256 of the numbers of the training and the validation rows
     step: int = 0                # optimizer steps taken, including those that overflowed
     last_eval: int = 0           # the step of the last evaluation
     best_loss: float = math.inf  # lowest validation log loss so far
@@ -89,7 +90,7 @@ def train(options: argparse.Namespace, stop: StopSignal) -> None:
     precision = runtime.choose_precision(options.precision, device)
     make_deterministic(device)
     tune_malloc()
-    with (folder.lock_run(run, options.resume, options.encoder),
+    with (folder.lock_run(run, PROGRAM, options.resume, options.encoder),
           folder.resume_hint(run, "python train.py --resume --run")):
         tokenizer = load_tokenizer(options.encoder)
         tokenizer = tokenizer.with_token("\n") if options.newline_token else tokenizer
@@ -154,15 +155,15 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
         save_state(run / "state", state, model, [optimizer], scaler)
         folder.write_logs(run, state)
 
-    state, clock, last_save, batches_epoch, step_seconds = TrainState(), log.Clock(), time.monotonic(), None, []
+    state = TrainState(folder.json_sha256([train_rows.tolist(), valid_rows.tolist()]))
+    clock, last_save, batches_epoch, step_seconds = log.Clock(), time.monotonic(), None, []
     if options.resume and folder.can_resume(run):
-        state = load_state(run / "state", TrainState, model, [optimizer], scaler)
+        state = load_state(run / "state", state, model, [optimizer], scaler)
         folder.write_logs(run, state)
         save_best(run, state, classifier, setup)
         print(f"resumed at step {state.step:,} of {total_steps:,}")
     bar = tqdm(total=config.epochs * len(train_rows), initial=state.step * config.batch_size * config.accumulate,
-               unit="pairs", disable=None if distributed.is_main_process() else True, dynamic_ncols=True,
-               smoothing=0.05)
+               unit="pairs", disable=distributed.rank() > 0 or None, dynamic_ncols=True, smoothing=0.05)
     model.train()
     try:
         while True:
@@ -283,10 +284,10 @@ def record_evaluation(state: TrainState, logits: np.ndarray, valid_rows: np.ndar
 def save_best(run: Path, state: TrainState, classifier: nn.Module, setup: Setup) -> None:
     """Write model/ if the state just saved or loaded belongs to the best evaluation.
 
-    The state is saved first: after a kill between the two, the resumed run finds the best parameters in its state and
-    writes model/ again.
+    The state is saved first: a run that is killed between the two writes model/ when it is resumed.
     """
-    if distributed.is_main_process() and state.best_step == state.step == state.last_eval > 0:
+    is_best = state.best_step == state.step == state.last_eval > 0
+    if is_best and distributed.is_main_process() and not folder.is_finished(run):
         Judge(classifier, setup.tokenizer, setup.config.max_length).save(run / "model")
         folder.write_latest(run)
 
@@ -346,15 +347,14 @@ def resolve_options(overrides: dict) -> argparse.Namespace:
     if overrides.get("resume"):
         if "run" not in overrides:
             raise InputError(found="--resume without --run", expected="the folder of the run to resume")
-        return argparse.Namespace(**folder.resumed_options(Path(overrides["run"]), "train.py", overrides,
+        return argparse.Namespace(**folder.resumed_options(Path(overrides["run"]), PROGRAM, overrides,
                                                            {"resume", "run", "save_every"}, PATHS))
     options = argparse.Namespace(**DEFAULTS | overrides)
     for first, second in (("folds", "all_rows"), ("folds", "valid"), ("all_rows", "valid")):
         if getattr(options, first) and getattr(options, second):
             raise InputError(found=f"--{first} and --{second}".replace("_", "-"), expected="one of the two")
     if "run" not in options:
-        now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
-        options.run = distributed.broadcast(str(Path("runs") / now))
+        options.run = distributed.broadcast(f"runs/{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3])
     if "encoder" not in options:
         places = (REAL_WEIGHTS, HERE / REAL_WEIGHTS, BUNDLED_WEIGHTS, HERE / BUNDLED_WEIGHTS)
         options.encoder = str(next((place for place in places if place.is_dir()), places[-1]))

@@ -34,7 +34,9 @@ from minipref.tokenizer import Tokenizer, replace_surrogates
 SHARES = (1, 2, 2)                                                       # prompt : A : B
 SPECIALS = 4                                                             # [CLS] and three [SEP]
 NO_ANSWER = "(no answer)"                                                # the text that replaces a null turn
-LIST_START = re.compile(r"""\s*\[\s*(["'“‘\]]|null|None|nan)""")           # of a list of texts, valid JSON or not
+# The start of a list of texts or of messages, valid JSON or not
+LIST_START = re.compile(r"""\s*\[\s*(["'“‘\]]|null|None|nan|\{\s*["'](role|content)["'])""")
+MISSING = {"null", "NULL", "None", "nan", "NaN", "<NA>"}                  # how programs write a missing value as text
 
 Turns = tuple[str | None, ...]
 
@@ -57,19 +59,18 @@ class Pair:
 
 
 def parse_turns(cell: str) -> Turns:
-    """The turns in a text cell: the items of a JSON list, else the cell itself as one turn.
+    """The turns in a text cell: the items of a JSON list of texts, else the cell itself as one turn.
 
-    Items: `null` is a missing turn (None), a string its text; a number, a boolean or a nested value is kept as its
-    JSON text. No cell is an error: `42`, `{"a": 1}` and an empty cell are one plain turn each.
+    `null` in a list is a missing turn (None). No cell is an error: `42`, `[1, 2]` and an empty cell are one plain turn
+    each.
     """
     if cell.lstrip()[:1] != "[":
         return (cell,)
     try:
-        items = json.loads(cell, parse_int=str, parse_float=str, parse_constant=str)
+        items = json.loads(cell)
     except (ValueError, RecursionError):
         return (cell,)
-    return tuple(item if item is None or isinstance(item, str) else json.dumps(item, ensure_ascii=False)
-                 for item in items)
+    return tuple(items) if all(isinstance(item, str | None) for item in items) else (cell,)
 
 
 def mend(turns: Turns) -> Turns:
@@ -128,7 +129,8 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
     """The rows of a file in any of the layouts of `minipref.layouts`. Other columns are ignored.
 
     Text cells are JSON lists of turns if most prompts begin like a JSON list of texts; otherwise every cell is plain
-    text, including an answer `[2, 4]`. Malformed lists and broken characters are counted in a printed note.
+    text, including an answer `[2, 4]`. Printed notes count malformed lists, broken characters, cells that say NaN or
+    null, and repeated ids.
     `labels`: "required", or "if present" (all three label columns, or none).
     `soft`: the three label columns hold probabilities.
     `unique_ids`: refuse ids that a submission cannot hold: blank, repeated, or with a carriage return.
@@ -138,7 +140,7 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
     if unique_ids:
         _check_ids([record["id"] for record in records], path)
     as_lists = are_json_lists(record["prompt"] for record in records)
-    pairs, mended, plain = [], [], []                                    # cells: (row, column, cell)
+    pairs, ids, mended, plain, missing, repeated = [], set(), [], [], [], []     # cells: (row, column, cell)
     broken = {column: [] for column in TEXT_COLUMNS}
     for row, record in enumerate(records, 1):
         segments = []
@@ -155,6 +157,11 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
                 broken[column].append((row, column, cell))
             elif not as_lists and LIST_START.match(cell):
                 plain.append((row, column, cell))
+            elif cell.strip() in MISSING:
+                missing.append((row, column, cell))
+        if record["id"] in ids:
+            repeated.append((row, "id", record["id"]))
+        ids.add(record["id"])
         cells = [record[name] for name in LABEL_COLUMNS if name in record]
         target = _probabilities(cells, path, row) if cells and soft else None
         label = int(np.argmax(target)) if target else _one_hot(cells, path, row) if cells else None
@@ -162,12 +169,16 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
     for column, cells in broken.items():
         advice = "a spreadsheet cuts a cell at 32,767 characters"
         if cells and cells[0][2].rstrip().endswith("]"):
-            advice = "write them with json.dumps, not with str"
+            advice = ("written with json.dumps, not with str; messages with roles belong in the columns "
+                      "conversation_a and conversation_b")
         if 2 * len(cells) > len(records):
-            raise InputError(file=path, row=cells[0][0], column=column, found=f"{len(cells):,} cells with a list that "
-                             f"is not JSON, the first {short_repr(cells[0][2])}", expected=f"JSON: {advice}")
-        _note(path, cells, f"with a list that is not JSON, read as text ({advice})")
+            raise InputError(file=path, row=cells[0][0], column=column, expected=f"JSON: {advice}",
+                             found=f"{len(cells):,} cells with a list that is not a JSON list of texts, the first "
+                                   f"{short_repr(cells[0][2])}")
+        _note(path, cells, f"with a list that is not a JSON list of texts, read as text ({advice})")
     _note(path, plain, "that may be a list, read as text because most prompts are plain text")
+    _note(path, missing, "with only a word for a missing value, like NaN, read as text")
+    _note(path, repeated, "with the id of an earlier row")
     _note(path, mended, "with invalid characters replaced (U+FFFD for half of a UTF-16 pair)")
     return pairs
 
@@ -218,8 +229,8 @@ def _one_hot(cells: list[str], path: str | Path, row: int) -> int:
 
 
 def count_missing(pairs: Sequence[Pair]) -> int:
-    """Responses that are missing turns, in all rows together."""
-    return sum(turn is None for p in pairs for turns in (p.response_a, p.response_b) for turn in turns)
+    """Turns of responses that are missing (None) or blank, in all rows together."""
+    return sum(not (turn or "").strip() for p in pairs for turns in (p.response_a, p.response_b) for turn in turns)
 
 
 def character_counts(pairs: Sequence[Pair]) -> np.ndarray:

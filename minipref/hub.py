@@ -66,7 +66,7 @@ def fetch_weights(repo: str = WEIGHTS_REPO, folder: str | Path = WEIGHTS_FOLDER,
     if not os.path.lexists(folder / "model.safetensors"):
         _install(folder / "pytorch_model.bin", folder, log)
     elif not missing:
-        log(f"{folder}: complete, nothing to fetch")
+        log(f"{folder}: complete, nothing to fetch; its files were not compared with {repo}")
     return folder
 
 
@@ -74,7 +74,7 @@ def fetch_data(repo: str = DATA_REPO, folder: str | Path = DATA_FOLDER, log: Cal
     """Fetch the labelled rows into `folder`/train.csv; returns that path. Otherwise as `fetch_weights`."""
     rows = Path(folder) / "train.csv"
     if os.path.lexists(rows):
-        log(f"{rows}: exists, nothing to fetch")
+        log(f"{rows}: exists, nothing to fetch; it was not compared with {repo}")
     else:
         _fetch(repo, "dataset", [(rows.name,)], rows.parent, log)
     return rows

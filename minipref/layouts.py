@@ -97,6 +97,9 @@ class _Layout:
             if column not in values:
                 raise InputError(file=self.path, row=row, column=column, found="no such column in this row",
                                  expected=", ".join(self.needed))
+        if isinstance(values[self.id], bool | float | None | dict | list):      # 1e5 would become '100000.0'
+            raise InputError(file=self.path, row=row, column=self.id, found=short_repr(values[self.id]),
+                             expected="a text or a whole number")
         record = {"id": replace_surrogates(str(values[self.id]))}
         if self.texts == TEXT_COLUMNS:
             for column in TEXT_COLUMNS:

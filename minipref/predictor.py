@@ -19,7 +19,17 @@ from minipref.fast import accelerate
 from minipref.metrics import swap_averaged
 from minipref.model import PreferenceModel
 from minipref.run import distributed
-from minipref.runtime import ArgumentParser, InputError, autocast, check_folder, read_json, short_repr, write_json
+from minipref.run.folder import is_interim
+from minipref.runtime import (
+    ArgumentParser,
+    InputError,
+    autocast,
+    check_folder,
+    folder_sha256,
+    read_json,
+    short_repr,
+    write_json,
+)
 from minipref.surface import FEATURES, LogisticRegression, surface_features
 from minipref.tokenizer import Tokenizer, load_tokenizer
 
@@ -78,21 +88,26 @@ class Judge:
         return None if self.surface is None else self.surface.logits(surface_features(pairs))
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that `load_judge` and Hugging Face's `from_pretrained` load."""
+        """Write a folder that `load_judge` and Hugging Face's `from_pretrained` load.
+
+        The settings come last. They hold the SHA-256 of the other files, so that files of two models are noticed.
+        """
         folder = Path(folder)
         self.tokenizer.save(folder)
+        save_classifier(self.model, folder)
+        files = {name: digest for name, digest in folder_sha256(folder).items() if name != SETTINGS}
         surface = {name: value.tolist() for name, value in vars(self.surface).items()} if self.surface else None
         write_json(folder / SETTINGS, {
             "format": 2, "max_length": self.max_length, "shares": list(SHARES), "temperature": self.temperature,
-            "surface": surface and {"features": list(FEATURES)} | surface})
-        save_classifier(self.model, folder)
+            "surface": surface and {"features": list(FEATURES)} | surface, "files": files})
 
 
 def load_judge(folder: str | Path, device: torch.device | str = "cpu", precision: str = "fp32", fast: bool = True
                ) -> Judge:
     """Load a trained model's folder, written by train.py: weights, tokenizer, budget, temperature.
 
-    The model is accelerated unless `fast` is False. Errors: `InputError` for missing, damaged or inconsistent files.
+    The model is accelerated unless `fast` is False. `model.load_report.note` says what is not as train.py finishes it.
+    Errors: `InputError` for missing, damaged or inconsistent files.
     """
     folder = Path(folder)
     check_folder(folder, "a trained model's folder, like runs/NAME/model")
@@ -104,6 +119,9 @@ def load_judge(folder: str | Path, device: torch.device | str = "cpu", precision
         raise InputError(file=folder / "model.safetensors", found=f"no {' and no '.join(model.load_report.new)}",
                          expected="a trained classifier; this is an encoder, which train.py --encoder fine-tunes")
     check_vocabulary(tokenizer, model.config.vocab_size, folder)
+    interim = "the best model so far of an unfinished run, without temperature and blend" * is_interim(folder)
+    notes = model.load_report.note, _changed_files(folder), interim
+    model.load_report.note = "; ".join(filter(None, notes))
     return Judge(accelerate(model) if fast else model, tokenizer, max_length, temperature, precision, surface)
 
 
@@ -119,6 +137,15 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: str | Path) 
     if tokenizer.vocab_size > vocab_size:
         raise InputError(file=folder, found=f"a tokenizer of {tokenizer.vocab_size:,} ids and {vocab_size:,} word "
                          "embeddings", expected="a tokenizer and a model that belong together")
+
+
+def _changed_files(folder: Path) -> str:
+    """A sentence on the files that are not those that `Judge.save` wrote; empty if all are."""
+    written, found = read_json(folder / SETTINGS, "").get("files", {}), folder_sha256(folder)
+    if not isinstance(written, dict):
+        raise InputError(file=folder / SETTINGS, found=f"files is {short_repr(written)}", expected="{name: SHA-256}")
+    changed = [name for name, digest in written.items() if found.get(name) != digest]
+    return f"{', '.join(changed)}: not as train.py wrote {'it' if len(changed) == 1 else 'them'}" if changed else ""
 
 
 def _read_settings(path: Path) -> tuple[int, float, LogisticRegression | None]:

@@ -398,6 +398,12 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
+def folder_sha256(folder: str | Path) -> dict[str, str]:
+    """The SHA-256 of each file of a model's folder that minipref reads."""
+    return {file.name: sha256_of(file) for file in sorted(Path(folder).iterdir())
+            if file.suffix in (".safetensors", ".json", ".model") and file.is_file()}
+
+
 def sha256_of(path: str | Path) -> str:
     """The file's SHA-256, in hexadecimal."""
     with open(path, "rb") as file:

@@ -18,10 +18,12 @@ from small import BUNDLED
 
 from minipref.data import (
     LABEL_COLUMNS,
+    MISSING,
     Pair,
     batches_by_tokens,
     character_counts,
     collate,
+    count_missing,
     encode_pairs,
     epoch_batches,
     parse_turns,
@@ -70,9 +72,10 @@ def write(path, text, encoding="utf-8"):
     ('["a", null, "b"]', ("a", None, "b")),
     ("[null]", (None,)),
     ("[]", ()),
-    ('[1, 2.50, true, 123456789012345678901234567890]', ("1", "2.50", "true", "123456789012345678901234567890")),
+    ('[1, 2.50, true]', ("[1, 2.50, true]",)),
+    ('["a", 5]', ('["a", 5]',)),
     ('["caf\\u00e9 \\/ \\ud83d\\ude00"]', ("café / 😀",)),
-    ('[{"x": null}]', ('{"x": null}',)),
+    ('[{"x": null}]', ('[{"x": null}]',)),
     ("42", ("42",)),
     ('{"a": 1}', ('{"a": 1}',)),
     ("", ("",)),
@@ -104,41 +107,69 @@ def read_cells(tmp_path, *rows):
 
 def test_cells_are_json_lists_where_most_prompts_are_and_a_plain_answer_that_is_a_list_stays_text(tmp_path, capsys):
     lists, plain = ('["p"]', '["a", null]', "[2, 4]"), ("p", '["a", null]', "[2, 4]")
-    turns, texts = (("p",), ("a", None), ("2", "4")), (("p",), ('["a", null]',), ("[2, 4]",))
-    assert read_cells(tmp_path, lists) == [turns] and read_cells(tmp_path, plain) == [texts]
-    assert read_cells(tmp_path, plain, lists, lists) == [turns] * 3
+    turns, texts = (("p",), ("a", None), ("[2, 4]",)), (("p",), ('["a", null]',), ("[2, 4]",))
+    others = [('["p"]', '["a"]', '["b"]')] * 3
+    assert read_cells(tmp_path, *others, lists)[3] == turns and read_cells(tmp_path, plain) == [texts]
+    assert read_cells(tmp_path, *others, plain, lists, lists)[3:] == [turns] * 3
     assert read_cells(tmp_path, *[("[1, 2]", "[INST] a", "b")] * 3) == [(("[1, 2]",), ("[INST] a",), ("b",))] * 3
-    assert read_cells(tmp_path, lists, ("", '["a", null]', "[2, 4]")) == [turns, (("",), *turns[1:])]
+    assert read_cells(tmp_path, *others, lists, ("", '["a", null]', "[2, 4]"))[3:] == [turns, (("",), *turns[1:])]
     capsys.readouterr()
     assert read_cells(tmp_path, plain, lists, plain) == [texts, (('["p"]',), *texts[1:]), texts]
     assert "t.csv: 4 cells that may be a list, read as text because most prompts are plain text; the first: row 1" \
         in capsys.readouterr().out
 
 
+CHAT = '[{"role": "user", "content": "hi"}]'
 REPR, CUT = "['What\\'s up?', None]", json.dumps(["word " * 8000, "second"])[:32_767]
 BROKEN = [(REPR, "json.dumps"), (CUT, "spreadsheet cuts a cell at 32,767 characters"), ("['a' 'b']", "json.dumps"),
-          ('[""a""]', "json.dumps"), ("[“a”]", "json.dumps"), ("[nan]", "json.dumps"), ('["a" ', "a spreadsheet cuts")]
+          ('[""a""]', "json.dumps"), ("[“a”]", "json.dumps"), ("[nan]", "json.dumps"), ('["a" ', "a spreadsheet cuts"),
+          (CHAT, "conversation_a"), ('["a", 5]', "json.dumps")]
 
 
 @pytest.mark.parametrize("column", range(3))
 @pytest.mark.parametrize(("cell", "advice"), BROKEN, ids=range(len(BROKEN)))
-def test_lists_that_are_not_json_are_counted_and_refused_with_advice_where_most_of_a_column_are_so(
+def test_lists_that_are_not_of_texts_are_counted_and_refused_with_advice_where_most_of_a_column_are_so(
         tmp_path, capsys, cell, advice, column):
     good, bad = ['["p"]', '["a"]', "[null]"], ['["p"]', '["a"]', "[null]"]
     bad[column] = cell
     name = ("prompt", "response_a", "response_b")[column]
     assert read_cells(tmp_path, good, good, bad, good)[2][column] == (cell,)
     said = capsys.readouterr().out
-    assert "t.csv: 1 cell with a list that is not JSON, read as text" in said and advice in said
+    assert "t.csv: 1 cell with a list that is not a JSON list of texts, read as text" in said and advice in said
     assert f"row 3, column {name}" in said and said.count("\n") == 1
-    with pytest.raises(InputError, match=rf"t\.csv, row 2, column {name}: 3 cells .* not JSON, .*{advice}"):
+    with pytest.raises(InputError, match=rf"t\.csv, row 2, column {name}: 3 cells .* not a JSON list .*{advice}"):
         read_cells(tmp_path, good, bad, bad, bad, good)
 
 
+def test_messages_where_texts_belong_are_refused_and_one_among_texts_is_counted(tmp_path, capsys):
+    with pytest.raises(InputError, match=r"row 1, column prompt: 3 cells .* conversation_a and conversation_b"):
+        read_cells(tmp_path, *[(CHAT, CHAT, CHAT)] * 3)
+    assert read_cells(tmp_path, ("p", "a", "b"), ("p", CHAT, "b"))[1] == (("p",), (CHAT,), ("b",))
+    assert "1 cell that may be a list, read as text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", sorted(MISSING))
+def test_words_for_a_missing_value_and_repeated_ids_are_counted(tmp_path, capsys, word):
+    frame = pd.DataFrame({"id": [7, 8, 7], "prompt": "p", "response_a": ["a", f" {word}", word], "response_b": "b"})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    pairs = read_pairs(tmp_path / "t.csv", "if present")
+    assert pairs[2].response_a == (word,) and count_missing(pairs) == 0
+    said = capsys.readouterr().out
+    assert "2 cells with only a word for a missing value" in said and "row 2, column response_a" in said
+    assert "1 cell with the id of an earlier row; the first: row 3, column id" in said
+
+
+def test_missing_and_blank_responses_are_counted(tmp_path):
+    frame = pd.DataFrame({"id": range(4), "prompt": '["p"]', "response_a": ["[null]", "", '[" ", "a"]', '["a"]'],
+                          "response_b": "[]"})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    assert count_missing(read_pairs(tmp_path / "t.csv", "if present")) == 3
+
+
 def test_lone_surrogates_are_mended_where_rows_are_read_and_the_cells_counted(tmp_path, capsys):
-    cells = '["\\ud800 \\ud83d\\ude00"]', '["fine \\ufffd", {"x": "\\udfff"}]', '[null, "a\\udc00\\ud800"]'
+    cells = '["\\ud800 \\ud83d\\ude00"]', '["fine \\ufffd", "\\udfff"]', '[null, "a\\udc00\\ud800"]'
     rows = read_cells(tmp_path, ('["p"]', '["a"]', '["b"]'), cells)
-    assert rows[1] == (("\ufffd \U0001f600",), ("fine \ufffd", '{"x": "\ufffd"}'), (None, "a\ufffd\ufffd"))
+    assert rows[1] == (("\ufffd \U0001f600",), ("fine \ufffd", "\ufffd"), (None, "a\ufffd\ufffd"))
     assert ("3 cells with invalid characters replaced (U+FFFD for half of a UTF-16 pair); the first: row 2, column "
             "prompt") in capsys.readouterr().out
     read_cells(tmp_path, ('["\\ud83d\\ude00 \\ufffd"]', "[null]", '["b"]'))
@@ -146,7 +177,7 @@ def test_lone_surrogates_are_mended_where_rows_are_read_and_the_cells_counted(tm
 
 
 def test_rows_of_python_are_read_as_the_rows_of_a_csv(tmp_path):
-    rows = [('["p", "q"]', '["a", null]', ""), ("p", "[2, 4]", '["a"]'), ('["p"]', "[2]", "plain"),
+    rows = [('["p", "q"]', '["a", null]', ""), ("p", "[2, 4]", '["a"]'), ('["p"]', '["2"]', "plain"),
             ('["p"]', "['a']", '["\\ud800"]')]
     for row in rows:                                           # by themselves: a file decides by all of its prompts
         [segments] = read_cells(tmp_path, row) if "['" not in row[1] else read_cells(tmp_path, rows[0], row)[1:]
@@ -157,7 +188,7 @@ def test_rows_of_python_are_read_as_the_rows_of_a_csv(tmp_path):
 
 
 def test_many_rows_of_python_decide_by_all_of_their_prompts_as_a_file_does(tmp_path):
-    lists = ('["q"]', '["yes"]', "[2, 4]")
+    lists = ('["q"]', '["yes"]', '["2", "4"]')
     for rows in ([lists, ("", '["yes"]', '["no"]'), lists], [lists, ("plain", '["yes"]', '["no"]'), lists],
                  [("p", "a", "b"), lists, ("p", "[2]", "b")], [("", '["yes"]', "b")], [("p", '["yes"]', "b")]):
         segments = read_cells(tmp_path, *rows)

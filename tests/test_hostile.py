@@ -107,7 +107,7 @@ CSV = {
     "a surrogate in UTF-8": (rows().encode() + b"x,\xed\xa0\x80,a,b,1,0,0\n", "not UTF-8"),
     "a cut gzip": (gzip.compress(rows().encode())[:-9], "cannot be unpacked"),
     "a zip that is none": (b"PK\x03\x04" + bytes(range(256)), "cannot be unpacked"),
-    "lists of Python": (rows(prompt="['p{}']"), "write them with json.dumps"),
+    "lists of Python": (rows(prompt="['p{}']"), "with json.dumps"),
     "a pickle": (pickle.dumps({"id": 1}), "bad.csv"),
     "NULs only": (bytes(5000), "a binary file"),
     "random bytes": (bytes((i * 197 + i // 7) % 256 for i in range(5000)), "bad.csv"),

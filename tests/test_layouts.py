@@ -147,3 +147,11 @@ def test_a_winner_that_contradicts_the_other_columns_is_named(tmp_path):
     records[1]["winner"] = "model_a"
     with pytest.raises(InputError, match="row 2, column winner: 'model_a'; expected the same as winner_model_a"):
         read_pairs(written(tmp_path / "rows.jsonl", records))
+
+
+@pytest.mark.parametrize("id", [None, True, 1e5, ["7"], {"x": 7}])
+def test_an_id_that_is_neither_text_nor_a_whole_number_is_refused(tmp_path, id):
+    records = rows("columns", "columns")
+    with pytest.raises(InputError, match=r"row 2, column id: .* expected a text or a whole number"):
+        read_pairs(written(tmp_path / "rows.jsonl", [records[0], records[1] | {"id": id}]))
+    assert read_pairs(written(tmp_path / "rows.jsonl", [records[0] | {"id": 10**20}]))[0].id == str(10**20)

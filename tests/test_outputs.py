@@ -17,7 +17,8 @@ import train
 from minipref import synthetic
 from minipref.explain import __main__ as explain_program
 from minipref.pretrain import __main__ as pretrain_program
-from minipref.run.folder import lock_run, write_manifest
+from minipref.pretrain import loop
+from minipref.run.folder import RESULTS, lock_run, write_manifest
 from minipref.run.state import write_state
 from minipref.runtime import InputError, atomic_write, check_writable, remove_stale_temporaries, write_text
 from minipref.synthetic import __main__ as synthetic_program
@@ -57,8 +58,12 @@ def refused(capsys, main, arguments: list[str], *said: str) -> None:
 
 # --- a run's folder
 
-def a_run(place: Path) -> None:
-    write_manifest(place, {"options": {}, "hyperparameters": {}, "fingerprint": {}})
+def manifest(program: str) -> dict:
+    return {"program": program, "options": {}, "hyperparameters": {}, "fingerprint": {}}
+
+
+def a_run(place: Path, program: str = "it") -> None:
+    write_manifest(place, manifest(program))
 
 
 FOREIGN = {
@@ -85,7 +90,7 @@ def test_a_folder_that_is_no_runs_is_refused_by_name_and_left_as_it_was(encoder,
 def test_a_new_or_empty_folder_and_that_of_a_run_are_taken():
     for prepare in (lambda place: None, Path.mkdir, a_run):
         prepare(Path("run"))
-        with lock_run("run"):
+        with lock_run("run", "it"):
             pass
         shutil.rmtree("run", ignore_errors=True)
 
@@ -97,7 +102,7 @@ def test_a_run_killed_at_its_first_write_is_begun_again():
         temporary.with_name(".tmpAbC123").write_text("safetensors' own")
         shutil.copytree("run", "killed")
     assert len(list(Path("killed").iterdir())) == 1
-    with lock_run("killed"):
+    with lock_run("killed", "it"):
         assert not list(Path("killed").iterdir())
 
 
@@ -126,7 +131,7 @@ def test_temporary_files_that_only_look_like_ours_stay():
     for name in (".notes.tmp", ".tmpmine", ".config.json.77.tmp", ".minipref-tmp-mine"):
         Path("run", name).write_text("mine")
     before = content(Path("run"))
-    with lock_run("run"):
+    with lock_run("run", "it"):
         pass
     remove_stale_temporaries("run")
     assert content(Path("run")) == before
@@ -346,26 +351,85 @@ def test_an_output_for_one_pair_is_refused(model, capsys):
     refused(capsys, predict.main, [*PAIR, "--model", str(model), "--output", "one.csv"], "--output without a CSV")
 
 
-def test_a_trained_model_whose_state_is_gone_is_not_replaced(model, encoder, capsys):
-    shutil.copytree(model.parent, "run")
-    shutil.rmtree("run/state")
+@pytest.mark.parametrize("kept", RESULTS)
+def test_results_whose_state_is_gone_are_not_replaced(encoder, capsys, kept):
     write_rows(Path("t.csv"), 20)
-    refused(capsys, train.main, ["--train", "t.csv", "--encoder", str(encoder), "--run", "run"],
-            "run: a trained model without its state")
-    Path("folds/fold-1").mkdir(parents=True)
-    a_run(Path("folds"))
-    shutil.copytree("run/model", "folds/fold-1/model")
-    refused(capsys, train.main, ["--train", "t.csv", "--encoder", str(encoder), "--run", "folds"],
-            "folds: a trained model")
+    for place in (Path("run"), Path("folds/fold-1")):
+        a_run(Path(place.parts[0]), "train.py")
+        write_text(place / kept / "README.md" if kept == "model" else place / kept, "mine")
+        refused(capsys, train.main, ["--train", "t.csv", "--encoder", str(encoder), "--run", place.parts[0]],
+                f"{place.parts[0]}: a run's {Path(*place.parts[1:], kept)} without its state")
+    a_run(Path("pretrained"), loop.PROGRAM)
+    write_text(Path("pretrained", kept), "mine")
+    refused(capsys, pretrain_program.main, ["--corpus", "none", "--output", "pretrained"],
+            f"pretrained: a run's {kept}")
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_run_of_another_program_is_refused_by_its_name(model, encoder, capsys, resume):
+    shutil.copytree(model.parent, "run")
+    write_rows(Path("t.csv"), 20)
+    refused(capsys, pretrain_program.main, [*(resume or ["--corpus", "none"]), "--output", "run"],
+            "run: a run of train.py; expected", loop.PROGRAM)
+    a_run(Path("pretrained"), loop.PROGRAM)
+    arguments = resume or ["--train", "t.csv", "--encoder", str(encoder)]
+    refused(capsys, train.main, [*arguments, "--run", "pretrained"], f"pretrained: a run of {loop.PROGRAM}; expected")
+
+
+def test_files_of_two_models_in_one_folder_are_noticed(model, capsys):
+    shutil.copytree(model, "mixed")
+    assert predict.main([*PAIR, "--model", "mixed"]) == 0
+    assert "not as train.py wrote" not in capsys.readouterr().out
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        shutil.copy(Path("mixed", name), "kept")
+        content = bytearray(Path("mixed", name).read_bytes())
+        if name == "model.safetensors":
+            content[-1] ^= 1
+        Path("mixed", name).write_bytes(bytes(content) + (b"" if name == "model.safetensors" else b" "))
+        assert predict.main([*PAIR, "--model", "mixed"]) == 0
+        assert f"note: mixed: {name}: not as train.py wrote it" in capsys.readouterr().out
+        assert explain_program.main([*PAIR, "--model", "mixed", "--output", "mine.html"]) == 0
+        assert f"{name}: not as train.py wrote it" in capsys.readouterr().out
+        shutil.move("kept", Path("mixed", name))
+
+
+def test_the_same_model_twice_is_refused(model, capsys):
+    shutil.copytree(model, "copy")
+    write_rows(Path("test.csv"), 3, labels=False)
+    for twice in (["copy", "./copy"], [str(model), "copy"]):
+        refused(capsys, predict.main, ["test.csv", "--model", *twice], "copy: the same model as another one")
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.JSONL", "x.csv.gz"])
+def test_an_output_of_another_format_than_csv_is_refused(model, capsys, name):
+    write_rows(Path("test.csv"), 3, labels=False)
+    refused(capsys, predict.main, ["test.csv", "--model", str(model), "--output", name], name, "CSV")
+
+
+def test_the_model_of_an_unfinished_run_is_named_so(model, capsys):
+    shutil.copytree(model.parent, "run")
+    for report, said in (("run/report.json", "run/model"), ("folds/fold-1/report.json", "folds/fold-1/model")):
+        Path(said).parent.mkdir(parents=True, exist_ok=True)
+        if not Path(said).is_dir():
+            shutil.copytree("run/model", said)
+            shutil.copy("run/config.json", "folds/config.json")
+            Path(report).touch()
+        assert predict.main([*PAIR, "--model", said]) == 0
+        assert "unfinished" not in capsys.readouterr().out
+        Path(report).unlink()
+        assert predict.main([*PAIR, "--model", said]) == 0
+        assert f"note: {said}: the best model so far of an unfinished run" in capsys.readouterr().out
 
 
 def test_folds_are_averaged_only_where_all_are_there(model, capsys):
-    write_manifest(Path("run"), {"options": {"folds": 2}, "hyperparameters": {}, "fingerprint": {}})
+    write_manifest(Path("run"), manifest("train.py") | {"options": {"folds": 2}})
     shutil.copytree(model, "run/fold-1/model")
     write_text(Path("runs/latest"), str(Path("run").resolve()))
     write_rows(Path("test.csv"), 3, labels=False)
     refused(capsys, predict.main, ["test.csv"], "the models of 1 of 2 folds")
     shutil.copytree(model, "run/fold-2/model")
+    settings = Path("run/fold-2/model/minipref.json")
+    settings.write_text(settings.read_text().replace('"temperature": ', '"temperature": 1'))
     assert predict.main(["test.csv"]) == 0
 
 

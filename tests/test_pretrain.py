@@ -438,6 +438,7 @@ def test_a_run_killed_before_its_first_state_begins_anew_and_one_whose_state_is_
     (tmp_path / "run/state").rename(tmp_path / "state")
     assert run(text, tmp_path / "run", "--resume") == 2
     assert "no state" in capsys.readouterr().err
+    (tmp_path / "run/report.json").unlink()
     (tmp_path / "run/metrics.csv").rename(tmp_path / "metrics.csv")
     assert run(text, tmp_path / "run", "--resume") == 0
     assert (tmp_path / "run/metrics.csv").read_bytes() == (tmp_path / "metrics.csv").read_bytes()
@@ -460,8 +461,18 @@ def test_a_run_is_neither_overwritten_nor_continued_with_other_settings_or_anoth
         assert "config.json" in capsys.readouterr().err
 
 
+def test_a_finished_run_is_left_as_it_is_when_it_is_resumed(text, tmp_path):
+    assert run(text, tmp_path / "run") == 0
+    edited = [tmp_path / "run" / name for name in ("metrics.csv", "timing.csv", "report.json", "model/README.md")]
+    for path in edited:
+        path.write_text("mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert run(text, tmp_path / "run", "--resume") == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
 def test_two_processes_do_not_write_into_one_folder(text, tmp_path, capsys):
-    with folder.lock_run(tmp_path / "run"):
+    with folder.lock_run(tmp_path / "run", loop.PROGRAM):
         assert run(text, tmp_path / "run") == 2
     assert "another process" in capsys.readouterr().err
 
@@ -508,7 +519,7 @@ def test_what_ends_a_run_from_outside_is_one_line(text, tmp_path, monkeypatch, c
 def test_where_half_precision_would_be_fp16_it_is_fp32_since_no_loss_is_scaled(text, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "choose_precision", lambda name, device: "fp16" if name == "auto" else name)
     assert run(text, tmp_path, "--precision", "auto") == 0
-    assert folder.read_manifest(tmp_path, "")["fingerprint"]["precision"] == "fp32"
+    assert folder.read_manifest(tmp_path, loop.PROGRAM)["fingerprint"]["precision"] == "fp32"
 
 
 # --- A run that starts from an encoder ---

@@ -148,6 +148,29 @@ def test_a_run_that_is_over_may_be_resumed_and_is_as_it_was(whole, capsys):
     same_ending(Path("run"), whole)
 
 
+def test_a_finished_run_is_left_as_it_is_when_it_is_resumed(whole, capsys):
+    shutil.copytree(whole, "run")
+    shutil.copy(whole.parent / "t.csv", "t.csv")
+    for name in ("model/README.md", "report.html", "report.json", "valid_predictions.csv", "metrics.csv", "timing.csv"):
+        Path("run", name).write_text("mine")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert train.main(RESUME) == 0
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+    assert "this run was finished before" in capsys.readouterr().out
+
+
+def test_folds_that_changed_places_are_refused(encoder, capsys):
+    assert train.main(begin(encoder, "--folds", "2", "--epochs", "1")) == 0
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert train.main(RESUME) == 0
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+    Path("run/fold-1").rename("first")
+    Path("run/fold-2").rename("run/fold-1")
+    Path("first").rename("run/fold-2")
+    assert "run/fold-1/state: the state of a run or fold with other training and validation rows" in refused(
+        capsys, RESUME)
+
+
 def test_two_runs_alike_are_alike_to_the_last_bit_and_deterministic_mode_is_on(encoder, whole, monkeypatch):
     modes, check_step = set(), train.check_step
     monkeypatch.setattr(train, "check_step", lambda *args: (modes.add(torch.get_deterministic_debug_mode()),
@@ -253,7 +276,7 @@ def test_paths_of_a_moved_project_are_found_where_the_run_is_resumed(tmp_path, m
         Path(place).mkdir()
         Path(place, "text.txt").touch()
     monkeypatch.chdir("began")
-    run_folder.write_manifest(Path(), {"options": stored, "hyperparameters": {}, "fingerprint": {}})
+    run_folder.write_manifest(Path(), {"program": "it", "options": stored, "hyperparameters": {}, "fingerprint": {}})
     options = {"program": "it", "overrides": {}, "free": set(), "paths": {"corpus", "encoder"}}
     assert run_folder.resumed_options(Path(), **options) == stored
     monkeypatch.chdir("../elsewhere")
@@ -353,7 +376,7 @@ def test_a_state_of_another_format_is_refused_by_its_number(half):
     shutil.copytree(half / "state", "state")
     for pointer in (Path("state/current.json"), Path("state/previous.json")):
         pointer.write_text(json.dumps(json.loads(pointer.read_text()) | {"format": 7}))
-    with pytest.raises(InputError, match="a state of format 7; expected format 2"):
+    with pytest.raises(InputError, match="a state of format 7; expected format 3"):
         state.read_state("state")
 
 
@@ -365,7 +388,7 @@ def test_a_state_of_the_first_edition_is_refused(half, capsys):
         facts = json.dumps({"progress": {"step": 4}, "random": {}, "scaler": {}, "step": 4, "lr": 1e-3})
         pointer |= {"format": 1, "facts": facts, "facts_sha256": hashlib.sha256(facts.encode()).hexdigest()}
         Path("run/state", name).write_text(json.dumps(pointer))
-    assert "a state of format 1; expected format 2" in refused(capsys, RESUME)
+    assert "a state of format 1; expected format 3" in refused(capsys, RESUME)
     stored = run_folder.read_manifest(Path("run"), "train.py")
     run_folder.write_manifest(Path("run"), {"options": {"train": ["t.csv"], "seed": 42}, "figures": {},
                                             "identity": stored["fingerprint"]})
@@ -848,16 +871,16 @@ def test_two_runs_at_once_do_not_disturb_each_other(encoder, whole, tmp_path):
 
 def test_a_second_process_in_the_same_runs_folder_is_refused(half, whole, capsys):
     resumable(half)
-    with run_folder.lock_run("run", resume=True):
+    with run_folder.lock_run("run", "train.py", resume=True):
         assert "run: in use by another process" in refused(capsys, RESUME)
     assert train.main(RESUME) == 0
     same_ending(Path("run"), whole)
 
 
 def test_a_process_that_is_refused_leaves_the_folder_to_the_one_that_has_it():
-    with run_folder.lock_run("run"):
+    with run_folder.lock_run("run", "it"):
         for _ in range(2):                       # the second one, too: the folder that is locked is still the folder
-            with pytest.raises(InputError, match="in use by another process"), run_folder.lock_run("run"):
+            with pytest.raises(InputError, match="in use by another process"), run_folder.lock_run("run", "it"):
                 raise AssertionError("two at once")
             assert Path("run").is_dir()
     assert not Path("run").exists()

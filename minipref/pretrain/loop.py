@@ -55,7 +55,7 @@ class PretrainState:
 def pretrain(options: argparse.Namespace) -> None:
     """A pretraining run in a locked folder."""
     run = Path(options.output)
-    with (folder.lock_run(run, options.resume, options.encoder),
+    with (folder.lock_run(run, PROGRAM, options.resume, options.encoder),
           folder.resume_hint(run, f"{PROGRAM} --resume --output")):
         fit(run, options, resuming=options.resume and folder.can_resume(run))
 
@@ -100,13 +100,13 @@ def fit(run: Path, options: argparse.Namespace, resuming: bool) -> None:
                              expected="the same encoder, or a new run")
         folder.check_manifest(run, PROGRAM, {}, fingerprint, {name: getattr(options, name) for name in PATHS})
     if resuming:
-        state = load_state(run / "state", PretrainState, model, optimizers)
+        state = load_state(run / "state", state, model, optimizers)
         folder.write_logs(run, state)
         print(f"resumed at step {state.step:,} of {options.steps:,}", flush=True)
     else:
         stored = {name: value for name, value in vars(options).items() if name not in ("output", "resume")}
-        folder.write_manifest(run, {"options": stored, "hyperparameters": {}, "fingerprint": fingerprint,
-                                    "encoder": asdict(export_config),
+        folder.write_manifest(run, {"program": PROGRAM, "options": stored, "hyperparameters": {},
+                                    "fingerprint": fingerprint, "encoder": asdict(export_config),
                                     "trained_encoder": trained_encoder})
         corpus.tokenizer.save(run / "model")
     eval_steps = {round(options.steps * (k + 1) / options.evaluations) for k in range(options.evaluations)}
@@ -159,7 +159,8 @@ def fit(run: Path, options: argparse.Namespace, resuming: bool) -> None:
             except Stopped:
                 save_state(run / "state", state, model, optimizers)
                 raise
-    runtime.write_json(run / "report.json", {"parameters": count(model.kept_encoder()[0]), **state.history[-1]})
+    if not folder.is_finished(run):
+        runtime.write_json(run / "report.json", {"parameters": count(model.kept_encoder()[0]), **state.history[-1]})
 
 
 def clip_and_step(optimizer: AdamW, part: nn.Module, lr: float, loss: Tensor) -> None:

@@ -4,7 +4,7 @@
         config.json     the manifest: options, hyperparameters and fingerprint of the input, with a checksum
         metrics.csv     one row per evaluation; no times and no paths, so equal runs have equal files
         timing.csv      the time and memory of each evaluation
-        report.json     the final scores; report.html is the same as a page
+        report.json     the final scores, the last file that a run writes; report.html is the same as a page
         model/          the best model so far, in the Hugging Face layout
         state/          everything needed to resume (state.py)
 """
@@ -31,7 +31,6 @@ from minipref.runtime import (
     check_writable,
     read_json,
     remove_stale_temporaries,
-    sha256_of,
     short_repr,
     write_json,
     write_text,
@@ -44,6 +43,7 @@ except ModuleNotFoundError:        # Windows
 
 LATEST = Path("runs/latest")       # a text file with the path of the newest run
 MANIFEST = {"options", "hyperparameters", "fingerprint"}        # keys of a run's config.json
+RESULTS = ("model", "metrics.csv", "timing.csv", "valid_predictions.csv", "oof.csv", "report.html", "report.json")
 # Parts of a fingerprint that may change on --resume. The result is then equal only up to rounding.
 MAY_CHANGE = ("device", "threads", "processes", "torch", "python", "system")
 
@@ -77,6 +77,18 @@ def write_latest(folder: Path) -> None:
         print(f"note: {LATEST} cannot be written ({why}): pass --model {run / 'model'} to predict.py")
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run, or a fold of one, has written all its files. `--resume` then changes none of them."""
+    return (folder / "report.json").exists()
+
+
+def is_interim(model: Path) -> bool:
+    """Whether a model's folder is that of an unfinished run: the best so far, without temperature and blend."""
+    place = model.resolve().parent
+    manifest = (place.parent if place.name.startswith("fold-") else place) / "config.json"
+    return not is_finished(place) and manifest.is_file() and read_json(manifest, "").keys() >= MANIFEST
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run or one of its folds has a state to resume from."""
     return any(has_state(place / "state") for place in (folder, *folder.glob("fold-*")))
@@ -87,8 +99,9 @@ def can_resume(folder: Path) -> bool:
 
     Errors: `InputError` for a run whose state was removed.
     """
-    if not has_state(folder / "state") and (folder / "metrics.csv").exists():     # written after each state
-        raise InputError(file=folder / "state", found="no state, although metrics.csv shows that one was saved",
+    results = [name for name in ("metrics.csv", "report.json") if (folder / name).exists()]   # written after a state
+    if results and not has_state(folder / "state"):
+        raise InputError(file=folder / "state", found=f"no state, although {results[0]} shows that one was saved",
                          expected="the complete folder, or a new run without --resume")
     return has_state(folder / "state")
 
@@ -106,13 +119,13 @@ def resume_hint(folder: Path, command: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock_run(folder: str | Path, resume: bool = False, encoder: str | None = None) -> Iterator[None]:
-    """Lock a run's folder for this process, and remove the temporary files of killed processes.
+def lock_run(folder: str | Path, program: str, resume: bool = False, encoder: str | None = None) -> Iterator[None]:
+    """Lock the folder of a run of `program` for this process, and remove the temporary files of killed processes.
 
     Rank 0 takes an flock on the folder itself: it leaves no file, and the system releases it when the process ends. If
     the file system has no locks, a note is printed.
     Errors: `InputError` if another process has the lock, if the folder is not a run's, if it contains the encoder,
-    which the run would overwrite, and without `resume` if it has a state or a trained model.
+    which the run would overwrite, and without `resume` if it has a state or a result.
     """
     if encoder and Path(encoder).resolve().is_relative_to(Path(folder).resolve()):
         raise InputError(file=encoder, found="an encoder inside the run's folder, which the run would overwrite",
@@ -135,11 +148,13 @@ def lock_run(folder: str | Path, resume: bool = False, encoder: str | None = Non
     except OSError as problem:
         print(f"note: {folder} cannot be locked ({problem.strerror}): make sure that no other run uses it")
     try:
-        check_own(folder)
+        check_own(folder, program)
         if not resume and has_checkpoint(folder):
             raise InputError(file=folder, found="a run that can be resumed", expected="--resume, or another folder")
-        if not resume and any((place / "model").is_dir() for place in (folder, *folder.glob("fold-*"))):
-            raise InputError(file=folder, found="a trained model without its state", expected="another folder")
+        results = [place / name for place in (folder, *folder.glob("fold-*")) for name in RESULTS]
+        if not resume and (kept := [str(path.relative_to(folder)) for path in results if path.exists()]):
+            raise InputError(file=folder, found=f"a run's {', '.join(kept)} without its state",
+                             expected="another folder")
         for part in (folder, *folder.glob("fold-*")):
             for place in (part, part / "model", part / "state"):
                 remove_stale_temporaries(place)
@@ -151,16 +166,26 @@ def lock_run(folder: str | Path, resume: bool = False, encoder: str | None = Non
             os.close(descriptor)
 
 
-def check_own(folder: Path) -> None:
-    """Errors: `InputError` for a non-empty folder without a run's config.json."""
+def check_own(folder: Path, program: str) -> None:
+    """Errors: `InputError` for a non-empty folder without a run's config.json, and for a run of another program."""
     others = sorted(path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY))
+    if not others:
+        return
     try:
-        if not others or read_json(folder / "config.json", "").keys() >= MANIFEST:
-            return
+        manifest = read_json(folder / "config.json", "")
     except InputError:
-        pass
+        manifest = {}
+    if manifest.keys() >= MANIFEST:
+        _check_program(manifest, folder, program)
+        return
     raise InputError(file=folder, found=f"a folder that contains {short_repr(others[0])} and is not a run's",
                      expected="a new or an empty folder, or that of a run")
+
+
+def _check_program(manifest: dict, folder: Path, program: str) -> None:
+    if (other := manifest.get("program")) != program:
+        raise InputError(file=folder, found=f"a run of {other or 'another version of minipref'}",
+                         expected=f"a new folder, or that of a run of {program}")
 
 
 # --- what a run was started with --------------------------------------------------------------------------------------
@@ -171,12 +196,6 @@ def machine_fingerprint(device: torch.device) -> dict:
             "torch": torch.__version__, "python": platform.python_version(), "system": platform.machine()}
 
 
-def encoder_fingerprint(folder: str | Path) -> dict[str, str]:
-    """The SHA-256 of each file of an encoder's folder that a run reads."""
-    return {file.name: sha256_of(file) for file in sorted(Path(folder).iterdir())
-            if file.suffix in (".safetensors", ".json", ".model") and file.is_file()}
-
-
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Write a run's config.json with the directory of its relative paths, and a checksum to detect edits."""
     manifest = {"directory": os.getcwd()} | manifest
@@ -185,12 +204,13 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 
 def read_manifest(folder: Path, program: str) -> dict:
-    """Read a run's config.json. Errors: `InputError` if it was changed."""
+    """Read the config.json of a run of `program`. Errors: `InputError` for another program's, and if it was changed."""
     path = folder / "config.json"
     manifest = read_json(path, f"the folder of a run that {program} began")
     if manifest.pop("sha256", None) != json_sha256(manifest):
         raise InputError(file=path, found="its content does not match its checksum",
                          expected="the unchanged file: the settings of a run cannot be edited")
+    _check_program(manifest, folder, program)
     return manifest
 
 
@@ -198,9 +218,6 @@ def resumed_options(folder: Path, program: str, overrides: Mapping, free: set[st
     """The options of the run to resume. Those in `free` and `paths` may be given again. A stored relative path keeps
     the meaning that it had when the run began. Errors: `InputError` for other changes."""
     manifest = read_manifest(folder, program)
-    if not manifest.keys() >= MANIFEST:
-        raise InputError(file=folder / "config.json", found="a run of another version of minipref",
-                         expected="the version that began it, or a new run")
     stored = manifest["options"]
     stored |= {name: _seen_from_here(stored[name], manifest.get("directory", "")) for name in paths & stored.keys()}
     free = free | {name for name in paths if stored.get(name)}
@@ -250,8 +267,8 @@ def json_sha256(value: object) -> str:
 # --- logs -------------------------------------------------------------------------------------------------------------
 
 def write_logs(folder: Path, state) -> None:
-    """Write metrics.csv and timing.csv from the `history` and `timing` of a run's state."""
-    if distributed.is_main_process():
+    """Write metrics.csv and timing.csv from the `history` and `timing` of an unfinished run's state."""
+    if distributed.is_main_process() and not is_finished(folder):
         write_csv(folder / "metrics.csv", state.history)
         write_csv(folder / "timing.csv", state.timing)
 

@@ -31,7 +31,7 @@ def log_header(setup: Setup, splits: list[tuple[np.ndarray, np.ndarray]], encode
     labels = np.bincount([p.label for p in pairs], minlength=3)
     missing = count_missing(pairs)
     print(f"           {len(pairs):,} rows: {labels[0]:,} A, {labels[1]:,} B, {labels[2]:,} ties; {missing:,} missing "
-          f"responses read as text{'; soft labels, scored by the most probable class' * options.soft_labels}")
+          f"or empty responses{'; soft labels, scored by the most probable class' * options.soft_labels}")
     print(f"           {setup.tokenized.truncation()}")
     log_split(pairs, splits)
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""

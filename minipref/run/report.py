@@ -80,16 +80,21 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
         summary |= scored | {"temperature": temperature, "surface_weight": weight}
         print(f"\n{len(valid_rows):,} validation rows (lower log loss is better; calibrated and blend: cross-fitted)")
         print(metrics.results_text(scored))
+    folder.write_latest(run)
+    if folder.is_finished(run):
+        print(f"this run was finished before: its files stay as they are (without {run / 'report.json'} they would be "
+              "written again)")
+        return logits
+    if len(valid_rows):
         folder.write_csv(run / "valid_predictions.csv",
                          [prediction(pairs[row], p) for row, p in zip(valid_rows, probabilities)])
     Judge(classifier, setup.tokenizer, config.max_length, temperature, surface=surface).save(run / "model")
     write_text(run / "model" / "README.md", model_card(
         summary, Path(options.encoder).name, [Path(file).name for file in options.train], options.recipe,
         dataclasses.asdict(config), options.seed))
-    folder.write_latest(run)
-    write_json(run / "report.json", summary)
     write_page(run, summary, state.history, [pairs[row] for row in valid_rows], probabilities)
     drop_previous(run / "state")
+    write_json(run / "report.json", summary)               # the last file, the mark of a finished run
     return logits
 
 
@@ -105,14 +110,16 @@ def folds_report(run: Path, logits: list[np.ndarray], splits: list[tuple[np.ndar
     for fold, (_, valid_rows) in enumerate(splits, 1):
         fold_of[valid_rows] = fold
     print(f"\nout of fold, {len(splits)} models, {len(pairs):,} rows\n{metrics.results_text(scored)}")
+    if folder.is_finished(run):
+        return
     folder.write_csv(run / "oof.csv", [prediction(pair, p) | {"fold": fold}
                                        for pair, p, fold in zip(pairs, probabilities, fold_of.tolist())])
     reports = [read_json(run / f"fold-{fold}" / "report.json", "a fold's report") for fold in range(1, len(splits) + 1)]
     summary = facts_of(run, options) | scored | {
         "folds": len(splits), "ended": f"{len(splits)} folds", "train_rows": len(pairs), "valid_rows": len(pairs),
         **{name: sum(report[name] for report in reports) for name in ("steps", "minutes")}}
-    write_json(run / "report.json", summary)
     write_page(run, summary, [], pairs, probabilities)
+    write_json(run / "report.json", summary)
 
 
 def facts_of(run: Path, options) -> dict:

@@ -12,9 +12,10 @@ from minipref.data import Pair, TokenizedPairs, split_by_prompt
 from minipref.recipes import RECIPES, TrainConfig
 from minipref.run import folder
 from minipref.run.signals import StopSignal
-from minipref.runtime import InputError, sha256_of
+from minipref.runtime import InputError, folder_sha256, sha256_of
 from minipref.tokenizer import Tokenizer
 
+PROGRAM = "train.py"
 PATHS = {"train", "valid", "encoder"}          # options of train.py whose files may have moved on --resume
 
 
@@ -72,15 +73,16 @@ def write_or_check_manifest(run: Path, options: argparse.Namespace, config: Trai
     """Write the run's manifest, or on --resume compare with it. Files are compared by their SHA-256."""
     fingerprint = {"train": [sha256_of(path) for path in options.train],
                    "valid": sha256_of(options.valid) if options.valid else None,
-                   "encoder": folder.encoder_fingerprint(options.encoder), "precision": precision,
+                   "encoder": folder_sha256(options.encoder), "precision": precision,
                    "minipref": __version__} | folder.machine_fingerprint(device)
     twice = next((path for n, path in enumerate(options.train)
                   if fingerprint["train"][n] in fingerprint["train"][:n]), None)
     if twice:
         raise InputError(file=twice, found="the same content as another file of --train", expected="each file once")
     if options.resume:
-        folder.check_manifest(run, "train.py", asdict(config), fingerprint,
+        folder.check_manifest(run, PROGRAM, asdict(config), fingerprint,
                               {name: vars(options)[name] for name in PATHS})
     else:
         stored = {name: value for name, value in vars(options).items() if name not in ("run", "resume")}
-        folder.write_manifest(run, {"options": stored, "hyperparameters": asdict(config), "fingerprint": fingerprint})
+        folder.write_manifest(run, {"program": PROGRAM, "options": stored, "hyperparameters": asdict(config),
+                                    "fingerprint": fingerprint})

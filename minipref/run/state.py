@@ -33,7 +33,7 @@ from minipref.runtime import (
 GENERATIONS = tuple(f"tensors-{n}.safetensors" for n in range(3))     # two are pointed to, the third is being written
 CURRENT = "current.json"
 PREVIOUS = "previous.json"
-FORMAT = 2                         # states of other formats are refused
+FORMAT = 3                         # states of other formats are refused
 
 
 # --- a training run's state -------------------------------------------------------------------------------------------
@@ -57,10 +57,16 @@ def save_state(folder: Path, state, model: nn.Module, optimizers: Sequence[torch
                                   "scaler": scaler.state_dict() if scaler else {}})
 
 
-def load_state(folder: Path, state_class: type, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
+def load_state(folder: Path, fresh, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
                scaler: torch.amp.GradScaler | None = None):
-    """Restore what `save_state` wrote; return the `state_class`. Errors: `InputError` naming what is damaged."""
+    """Restore what `save_state` wrote. `fresh` is the state of a new run; returns one of the same class.
+
+    Errors: `InputError` naming what is damaged, or for a state with another `split` than that of `fresh`.
+    """
     tensors, facts = read_state(folder)
+    if facts["state"].get("split") != getattr(fresh, "split", None):
+        raise InputError(file=folder, found="the state of a run or fold with other training and validation rows",
+                         expected="the folder as it was written")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
@@ -72,7 +78,7 @@ def load_state(folder: Path, state_class: type, model: nn.Module, optimizers: Se
     if f"{prefix}rng.torch" in tensors:                   # a rank that the saved run did not have keeps its own
         restore_rng({name.removeprefix(prefix): value for name, value in tensors.items()
                      if name.startswith(f"{prefix}rng.")}, facts["rng"])
-    return state_class(**facts["state"])
+    return type(fresh)(**facts["state"])
 
 
 # --- tensors and facts on disk ----------------------------------------------------------------------------------------
