@@ -3,11 +3,11 @@
     python benchmarks/peers.py             an hour on two cores; writes benchmarks/peers.json and prints its table
     python benchmarks/peers.py --small     a toy model: whether this script works, and no figure worth having
 
-ONNX Runtime and OpenVINO take transformers' DeBERTa, exported (`pip install onnx onnxscript onnxruntime openvino`; a
-peer that is not installed is left out). BERT is no DeBERTa: it has the same sizes and vocabulary and torch's fused
-attention, and shows what disentangled attention costs. All take turns in one process, with a pause in between because
-idle threads spin; of the times the median counts. Each row is written once it is measured, and a row in the file is not
-measured again: remove the file to begin anew.
+ONNX Runtime (in float32) and OpenVINO take transformers' DeBERTa, exported (`pip install onnx onnxscript onnxruntime
+openvino`; a peer that is not installed is left out). BERT is no DeBERTa: it has the same sizes and vocabulary and
+torch's fused attention, and shows what disentangled attention costs. All take turns in one process, with a pause in
+between because idle threads spin; of the times the median counts. Each row is written once it is measured, and a row in
+the file is not measured again: remove the file to begin anew.
 """
 
 import argparse
@@ -29,7 +29,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 import torch  # noqa: E402 - these need the path
-from bench import BUNDLED, THEM, US, both_models, forward, machine, optimizer_of, random_batch, training_step  # noqa: E402
+from bench import (  # noqa: E402
+    BUNDLED,
+    THEM,
+    US,
+    autocast,
+    both_models,
+    forward,
+    logits_of,
+    machine,
+    optimizer_of,
+    random_batch,
+    training_step,
+)
 from torch import Tensor, nn  # noqa: E402
 
 from minipref.runtime import read_json, write_json  # noqa: E402
@@ -66,11 +78,11 @@ class Logits(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
-def exported(model: nn.Module, ids: Tensor, attention_mask: Tensor, threads: int, folder: str
+def exported(model: nn.Module, ids: Tensor, attention_mask: Tensor, precision: str, threads: int, folder: str
              ) -> dict[str, Callable[[], Tensor]]:
-    """transformers' model for one shape in ONNX Runtime and in OpenVINO, where these are installed."""
+    """transformers' model for one shape in ONNX Runtime (float32 only) and in OpenVINO, where these are installed."""
     found, inputs = {}, (ids, attention_mask.long())
-    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
+    if precision == "fp32" and importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
         import onnxruntime
         path = f"{folder}/{len(ids)}x{ids.shape[1]}.onnx"
         torch.onnx.export(Logits(model).eval(), inputs, path, input_names=["input_ids", "attention_mask"],
@@ -84,7 +96,8 @@ def exported(model: nn.Module, ids: Tensor, attention_mask: Tensor, threads: int
         import openvino
         converted = openvino.convert_model(Logits(model).eval(), example_input=inputs)
         compiled = openvino.Core().compile_model(converted, "CPU", {
-            "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"})
+            "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else "bf16"})
         found[OPENVINO] = lambda: torch.from_numpy(compiled([inputs[0].numpy(), inputs[1].numpy()])[0])
     return found
 
@@ -124,12 +137,13 @@ def measure(options) -> dict:
                       for name, model in models.items()}
         differences = {}
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            if what == "forward" and precision == "fp32":
-                others = exported(models[THEM].eval(), ids, attention_mask, threads, folder)
-                logits = {THEM: models[THEM](ids, attention_mask=attention_mask.long()).logits,
-                          US: models[US].eval()(ids, attention_mask)}
+            if what == "forward":
+                others = exported(models[THEM].eval(), ids, attention_mask, precision, threads, folder)
+                expected = models[THEM](ids, attention_mask=attention_mask.long()).logits             # in float32
+                with autocast("cpu", precision):
+                    logits = {name: logits_of(models[name].eval(), ids, attention_mask) for name in (THEM, US)}
                 logits |= {name: other() for name, other in others.items()}
-                differences = {name: float((value - logits[THEM]).abs().max()) for name, value in logits.items()}
+                differences = {name: float((value - expected).abs().max()) for name, value in logits.items()}
                 contenders |= others
             with torch.set_grad_enabled(what != "forward"):
                 seconds = take_turns(contenders, options.runs)
@@ -150,13 +164,19 @@ def table(figures: dict) -> str:
         middle = {name: statistics.median(times) for name, times in row["seconds"].items()}
         cells = [f"{middle[peer] / middle[US]:.2f}" if peer in middle else "" for peer in peers]
         lines.append(f"| {row['what']}, {row['batch']} x {row['length']}, {row['precision']} | {' | '.join(cells)} |")
-    worst = max(max(row["differences"].values()) for row in figures["rows"]       # beyond, transformers clamps nothing
-                if row["differences"] and row["length"] <= 512)
+    short = [row for row in figures["rows"]
+             if row["differences"] and row["length"] <= 512]             # beyond, transformers clamps no distance
+    worst = max(max(row["differences"].values()) for row in short if row["precision"] == "fp32")
+    half = {name: max(row["differences"][name] for row in short if row["precision"] == "bf16")
+            for row in short if row["precision"] == "bf16" for name in row["differences"]}
+    accuracy = f"the float32 logits of the DeBERTas differ by at most {worst:.0e}"
+    if half:
+        accuracy += "; in bfloat16 they differ from transformers' float32 by at most " + ", ".join(
+            f"{value:.0e} ({name})" for name, value in half.items())
     found = figures["machine"]
     return "\n".join([*lines, "", f"v3-small with random weights, {figures['threads']} threads of {found['cpu']} "
                       f"({found['instructions']}), torch {found['torch']}, transformers {found['transformers']}. "
-                      f"Up to 512 tokens the logits of the DeBERTas differ by at most {worst:.0e}. `python "
-                      "benchmarks/peers.py --runs 3 --figures mine.json`."])
+                      f"Up to 512 tokens {accuracy}. `python benchmarks/peers.py --runs 3 --figures mine.json`."])
 
 
 def main() -> None:

@@ -86,7 +86,7 @@ def test_the_peers_table_has_the_ratio_of_medians_and_a_row_is_measured_once(tmp
         return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=240).stdout
 
     assert "forward 2 x 64 fp32: " in printed()
-    [row] = json.loads(figures.read_text())["rows"]
+    row, *_ = json.loads(figures.read_text())["rows"]              # and one in bfloat16, where there are units for it
     assert max(row["differences"].values()) < 1e-5
     assert {bench.US, bench.THEM} < row["seconds"].keys()
     again = json.loads(figures.read_text())
