@@ -357,7 +357,7 @@ def child(*arguments: str) -> str:
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "baddbmm_")
 KINDS = {"softmax": "softmax", "gelu": "GELU", "layer_norm": "LayerNorm", "bernoulli": "random numbers",
-         "gather": "gathering", "scatter": "gathering"}
+         "gather": "gathering", "scatter": "gathering", "scaled_dot_product": "fused attention"}
 
 
 class OperationTimes(TorchDispatchMode):

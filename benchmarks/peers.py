@@ -1,6 +1,6 @@
 """minipref beside what a user could take instead: transformers, BERT with SDPA, ONNX Runtime and OpenVINO.
 
-    python benchmarks/peers.py             an hour on two cores; writes benchmarks/peers.json and prints its table
+    python benchmarks/peers.py             an hour on two cores; writes benchmarks/peers.json and peers.md
     python benchmarks/peers.py --small     a toy model: whether this script works, and no figure worth having
 
 ONNX Runtime (in float32) and OpenVINO take transformers' DeBERTa, exported (`pip install onnx onnxscript onnxruntime
@@ -33,6 +33,7 @@ from bench import (  # noqa: E402
     BUNDLED,
     THEM,
     US,
+    OperationTimes,
     autocast,
     both_models,
     forward,
@@ -44,11 +45,14 @@ from bench import (  # noqa: E402
 )
 from torch import Tensor, nn  # noqa: E402
 
-from minipref.runtime import read_json, write_json  # noqa: E402
+from minipref.runtime import read_json, write_json, write_text  # noqa: E402
 
 FIGURES = ROOT / "benchmarks" / "peers.json"
+PAGE = ROOT / "benchmarks" / "peers.md"
 BERT, ONNX, OPENVINO = "BERT, SDPA", "ONNX Runtime", "OpenVINO"
 SHAPES = ((32, 128), (8, 512), (4, 1024), (2, 2048))
+PROFILED = (("forward", 8, 512, "fp32"), ("forward", 2, 2048, "fp32"), ("forward", 2, 2048, "bf16"),
+            ("training step", 8, 512, "bf16"))
 PAUSE = 0.1              # seconds between two contenders
 
 
@@ -153,7 +157,28 @@ def measure(options) -> dict:
         ours = statistics.median(seconds[US])
         ratios = (f"{name} {statistics.median(s) / ours:.2f}" for name, s in seconds.items() if name != US)
         print(f"{what} {batch} x {length} {precision}: {ours:.3f} s; {', '.join(ratios)}", flush=True)
+    if "profile" not in figures:
+        figures["profile"] = profile(models, optimizers, precisions, options)
+        write_json(options.figures, figures)
     return figures
+
+
+def profile(models: dict[str, nn.Module], optimizers: dict, precisions: list[str], options) -> list[dict]:
+    """Milliseconds of each kind of operation in minipref and in BERT, for some tasks."""
+    rows = []
+    for what, batch, length, precision in PROFILED:
+        if precision not in precisions or what not in options.only:
+            continue
+        inputs = random_batch(*(options.shapes[0] if options.small else (batch, length)), options)
+        for name in (US, BERT):
+            run = (partial(forward, models[name], *inputs, precision) if what == "forward" else
+                   partial(training_step, models[name], optimizers[name], *inputs, precision))
+            run()
+            with OperationTimes(optimizers[name]) as instrument:
+                run()
+            rows.append({"what": what, "batch": batch, "length": length, "precision": precision, "name": name,
+                         "milliseconds": {kind: round(1000 * s) for kind, s in instrument.seconds.items()}})
+    return rows
 
 
 def table(figures: dict) -> str:
@@ -179,6 +204,24 @@ def table(figures: dict) -> str:
                       f"Up to 512 tokens {accuracy}. `python benchmarks/peers.py --runs 3 --figures mine.json`."])
 
 
+def profile_page(figures: dict) -> str:
+    """Where minipref and BERT spend their time, as a page."""
+    kinds = ("matrix products", "fused attention", "softmax", "moving and adding", "AdamW")
+    lines = [f"| milliseconds | | {' | '.join(kinds)} | other |", "|---|---|" + "---:|" * (len(kinds) + 1)]
+    for row in figures["profile"]:
+        times = [row["milliseconds"].get(kind, 0) for kind in kinds]
+        cells = [f"{time:,}" if time else "" for time in (*times, sum(row["milliseconds"].values()) - sum(times))]
+        lines.append(f"| {row['what']}, {row['batch']} x {row['length']}, {row['precision']} | {row['name']} | "
+                        f"{' | '.join(cells)} |")
+    found = figures["machine"]
+    return "\n".join([
+        "# Where minipref and BERT spend their time", "",
+        "Milliseconds of one run, by kind of operation, written by `python benchmarks/peers.py` beside the times in "
+        "[docs/benchmarks.md](../docs/benchmarks.md#beside-other-ways-to-run-it). The profile itself takes time.", "",
+        *lines, "",
+        f"{found['cpu']} ({found['instructions']}), {figures['threads']} threads, torch {found['torch']}.", ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=5, help="timed runs of everything")
@@ -193,7 +236,11 @@ def main() -> None:
         options.sizes = {"vocab_size": 1000, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2,
                          "intermediate_size": 64}
     warnings.filterwarnings("ignore", module="torch.onnx|onnxscript|openvino|transformers")
-    print(table(measure(options)))
+    figures = measure(options)
+    print(table(figures))
+    print(profile_page(figures))
+    if options.figures == FIGURES:
+        write_text(PAGE, profile_page(figures))
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def is_finished(folder: Path) -> bool:
 def is_interim(model: Path) -> bool:
     """Whether a model's folder is that of an unfinished run: the best so far, without temperature and blend."""
     place = model.resolve().parent
-    manifest = (place.parent if place.name.startswith("fold-") else place) / "config.json"
-    return not is_finished(place) and manifest.is_file() and read_json(manifest, "").keys() >= MANIFEST
+    run = place.parent if place.name.startswith("fold-") else place
+    return bool(_manifest_of(run)) and not is_finished(place)
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -169,17 +169,20 @@ def lock_run(folder: str | Path, program: str, resume: bool = False, encoder: st
 def check_own(folder: Path, program: str) -> None:
     """Errors: `InputError` for a non-empty folder without a run's config.json, and for a run of another program."""
     others = sorted(path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY))
-    if not others:
-        return
+    if manifest := _manifest_of(folder):
+        _check_program(manifest, folder, program)
+    elif others:
+        raise InputError(file=folder, found=f"a folder that contains {short_repr(others[0])} and is not a run's",
+                         expected="a new or an empty folder, or that of a run")
+
+
+def _manifest_of(folder: Path) -> dict:
+    """The config.json of a run's folder, checked for its keys only; empty for any other folder."""
     try:
         manifest = read_json(folder / "config.json", "")
     except InputError:
-        manifest = {}
-    if manifest.keys() >= MANIFEST:
-        _check_program(manifest, folder, program)
-        return
-    raise InputError(file=folder, found=f"a folder that contains {short_repr(others[0])} and is not a run's",
-                     expected="a new or an empty folder, or that of a run")
+        return {}
+    return manifest if manifest.keys() >= MANIFEST else {}
 
 
 def _check_program(manifest: dict, folder: Path, program: str) -> None:
@@ -255,7 +258,8 @@ def check_manifest(folder: Path, program: str, hyperparameters: dict, fingerprin
                              found=f"{name} has changed since the run began{'' if is_hash else f': {change}'}",
                              expected="the same, or a new run")
         print(f"note: {name} has changed ({change}): the run resumes, but not bit for bit")
-    if paths != {name: _seen_from_here(manifest["options"][name], manifest.get("directory", "")) for name in paths}:
+    stored = {name: _seen_from_here(manifest["options"][name], manifest.get("directory", "")) for name in paths}
+    if paths != stored and not is_finished(folder):
         write_manifest(folder, manifest | {"options": manifest["options"] | paths, "directory": os.getcwd()})
 
 
