@@ -53,7 +53,7 @@ kill: .venv/dev             ## kill a training run hundreds of times and resume 
 setup: .venv/dev            ## create the environment, with the test packages
 
 clean:       ## remove runs, caches and the synthetic dataset; weights and your data stay
-	rm -rf runs submission.csv data/synthetic .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf runs data/synthetic .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # If this Python already has every pinned package, .venv uses those and needs no network.

@@ -35,7 +35,7 @@ from minipref.optim import AdamW, clip_gradients, decay_groups, learning_rates
 from minipref.predictor import Judge, check_vocabulary, predict_logits
 from minipref.recipes import RECIPES, TrainConfig, default_recipe, recipe_name
 from minipref.run import distributed, folder, log
-from minipref.run.report import final_report, folds_report
+from minipref.run.report import check_resumed, final_report, folds_report
 from minipref.run.setup import PATHS, PROGRAM, Setup, hyperparameters, split_rows, warmup, write_or_check_manifest
 from minipref.run.signals import StopSignal
 from minipref.run.state import keep_globals, load_state, make_deterministic, save_state, seed_everything, weights_sha256
@@ -159,6 +159,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
     clock, last_save, batches_epoch, step_seconds = log.Clock(), time.monotonic(), None, []
     if options.resume and folder.can_resume(run):
         state = load_state(run / "state", state, model, [optimizer], scaler)
+        check_resumed(run, state, bool(end_reason(state, total_steps, config)), device)
         folder.write_logs(run, state)
         save_best(run, state, classifier, setup)
         print(f"resumed at step {state.step:,} of {total_steps:,}")
@@ -288,7 +289,7 @@ def save_best(run: Path, state: TrainState, classifier: nn.Module, setup: Setup)
     """
     is_best = state.best_step == state.step == state.last_eval > 0
     if is_best and distributed.is_main_process() and not folder.is_finished(run):
-        Judge(classifier, setup.tokenizer, setup.config.max_length).save(run / "model")
+        Judge(classifier, setup.tokenizer, setup.config.max_length).save(run / "model", replace=True)
         folder.write_latest(run)
 
 
@@ -350,9 +351,6 @@ def resolve_options(overrides: dict) -> argparse.Namespace:
         return argparse.Namespace(**folder.resumed_options(Path(overrides["run"]), PROGRAM, overrides,
                                                            {"resume", "run", "save_every"}, PATHS))
     options = argparse.Namespace(**DEFAULTS | overrides)
-    for first, second in (("folds", "all_rows"), ("folds", "valid"), ("all_rows", "valid")):
-        if getattr(options, first) and getattr(options, second):
-            raise InputError(found=f"--{first} and --{second}".replace("_", "-"), expected="one of the two")
     if "run" not in options:
         options.run = distributed.broadcast(f"runs/{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3])
     if "encoder" not in options:

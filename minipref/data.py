@@ -229,8 +229,9 @@ def _one_hot(cells: list[str], path: str | Path, row: int) -> int:
 
 
 def count_missing(pairs: Sequence[Pair]) -> int:
-    """Turns of responses that are missing (None) or blank, in all rows together."""
-    return sum(not (turn or "").strip() for p in pairs for turns in (p.response_a, p.response_b) for turn in turns)
+    """Turns of responses that are missing (None, or no turn at all) or blank, in all rows together."""
+    return sum(not (turn or "").strip() for p in pairs for turns in (p.response_a, p.response_b)
+               for turn in turns or (None,))
 
 
 def character_counts(pairs: Sequence[Pair]) -> np.ndarray:

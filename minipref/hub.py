@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,14 +60,14 @@ def fetch_weights(repo: str = WEIGHTS_REPO, folder: str | Path = WEIGHTS_FOLDER,
     """
     folder = Path(folder)
     missing = _missing(WEIGHTS_FILES, folder)
+    if kept := [name for names in WEIGHTS_FILES + OPTIONAL for name in names if os.path.lexists(folder / name)]:
+        log(f"{folder}: {', '.join(kept)} kept, not fetched from {repo}")
     if (folder / "spm.model").is_file():
         _verify(repo, folder / "spm.model")
     if missing:
         _fetch(repo, "model", missing + _missing(OPTIONAL, folder), folder, log)
     if not os.path.lexists(folder / "model.safetensors"):
         _install(folder / "pytorch_model.bin", folder, log)
-    elif not missing:
-        log(f"{folder}: complete, nothing to fetch; its files were not compared with {repo}")
     return folder
 
 
@@ -74,7 +75,7 @@ def fetch_data(repo: str = DATA_REPO, folder: str | Path = DATA_FOLDER, log: Cal
     """Fetch the labelled rows into `folder`/train.csv; returns that path. Otherwise as `fetch_weights`."""
     rows = Path(folder) / "train.csv"
     if os.path.lexists(rows):
-        log(f"{rows}: exists, nothing to fetch; it was not compared with {repo}")
+        log(f"{rows}: kept, not fetched from {repo}")
     else:
         _fetch(repo, "dataset", [(rows.name,)], rows.parent, log)
     return rows
@@ -210,8 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument("--folder", help=f"where to put the files (default: {WEIGHTS_FOLDER} or {DATA_FOLDER})")
         options = parser.parse_args(arguments)
         given = {name: value for name in ("repo", "folder") if (value := getattr(options, name)) is not None}
-        fetch = fetch_weights if options.what == "weights" else fetch_data
-        fetch(**given, log=lambda line: print(line, flush=True))
+        (fetch_weights if options.what == "weights" else fetch_data)(**given, log=partial(print, flush=True))
 
     return run_program("hub", body)
 

@@ -28,6 +28,7 @@ LABEL_COLUMNS = ("winner_model_a", "winner_model_b", "winner_tie")       # the c
 CONVERSATIONS = ("conversation_a", "conversation_b")
 COLUMNS = {"id", "question_id", *TEXT_COLUMNS, *CONVERSATIONS, *LABEL_COLUMNS, "winner"}
 WINNERS = {"model_a": 0, "model_b": 1, "tie": 2, "tie (bothbad)": 2, "both_bad": 2}
+OTHER_PARTS = {"audio", "function_call", "refusal", "tool_calls"}        # of a turn, beside its content
 PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 SAVE_AS = "Excel saves it as 'CSV UTF-8 (comma delimited)'"
 LONGEST_CELL = 1 << 22       # characters; such a cell takes 12 s to tokenize, the competition's longest has some 50,000
@@ -66,6 +67,9 @@ def read_records(path: str | Path, labels: str = "required") -> list[dict]:
         raise InputError(file=path, found="a header and no rows", expected="at least one row")
     if layout.note:
         print(f"note: {path}: {layout.note}")
+    if rows := layout.rows_with_other_parts:
+        print(f"note: {path}: {len(rows):,} rows have turns with parts that are not text (images, tool calls, ...), "
+              f"which are left out; the first: row {rows[0]}")
     return records
 
 
@@ -73,7 +77,7 @@ class _Layout:
     """The columns of a file, and the conversion of its rows to records."""
 
     def __init__(self, header: Sequence[str], path: Path, labels: str, kind: str):
-        self.path = path
+        self.path, self.rows_with_other_parts = path, []
         self.id = "id" if "id" in header or "question_id" not in header else "question_id"
         self.texts = CONVERSATIONS if "prompt" not in header and set(CONVERSATIONS) <= set(header) else TEXT_COLUMNS
         self.labels = ("winner",) if "winner" in header and not set(LABEL_COLUMNS) & set(header) else LABEL_COLUMNS
@@ -139,6 +143,8 @@ class _Layout:
         if not texts or not all(role in ("system", "user", "assistant") for role, _ in texts):
             raise InputError(file=self.path, row=row, column=column, found=short_repr(value), expected="a JSON list of "
                              'turns, each {"role": "user" or "assistant", "content": text}')
+        if any(map(_has_other_parts, turns)) and row not in self.rows_with_other_parts:
+            self.rows_with_other_parts.append(row)
         answers = [text for role, text in texts if role == "assistant"]
         return [text for role, text in texts if role != "assistant"], answers or [None]       # a missing turn
 
@@ -148,6 +154,12 @@ def _content(content: str | list) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(part["text"] for part in content if part["type"] == "text")
+
+
+def _has_other_parts(turn: dict) -> bool:
+    """Whether a turn has more than text."""
+    parts = [] if isinstance(turn["content"], str) else turn["content"]
+    return any(turn.get(name) for name in OTHER_PARTS) or any(part["type"] != "text" for part in parts)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -184,6 +196,8 @@ def _csv(path: Path) -> Iterator:
             if not cells:                       # an empty line, usually the last
                 continue
             row += 1
+            if cells == header:
+                raise InputError(file=path, row=row, found="the header again", expected="it once, as the first line")
             if len(cells) != len(header):
                 raise InputError(file=path, row=row, found=f"{len(cells)} cells",
                                  expected=f"{len(header)}, as in the header; is a quote missing?")
@@ -207,7 +221,7 @@ def _json_lines(path: Path) -> Iterator[dict]:
         lines = iter(lambda: file.readline(16 * LONGEST_CELL), "")
         for row, line in enumerate(filter(str.strip, lines), 1):
             try:
-                values = json.loads(line, object_pairs_hook=_without_repetition)
+                values = json.loads(line, object_pairs_hook=unique_keys)
             except (ValueError, RecursionError) as problem:
                 raise InputError(file=path, row=row, found=f"not JSON ({problem})",
                                  expected="a JSON object in each line") from None
@@ -216,7 +230,7 @@ def _json_lines(path: Path) -> Iterator[dict]:
             yield {column: value for column, value in values.items() if column in COLUMNS} or values
 
 
-def _without_repetition(pairs: list[tuple]) -> dict:
+def unique_keys(pairs: list[tuple]) -> dict:
     """A JSON object. Errors: ValueError for a key that stands there twice, of which json would keep the last."""
     values = dict(pairs)
     if len(values) < len(pairs):

@@ -87,12 +87,16 @@ class Judge:
         """The logits that the blend adds to each row. Shapes: N pairs -> (N, 3)."""
         return None if self.surface is None else self.surface.logits(surface_features(pairs))
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, replace: bool = False) -> None:
         """Write a folder that `load_judge` and Hugging Face's `from_pretrained` load.
 
         The settings come last. They hold the SHA-256 of the other files, so that files of two models are noticed.
+        Errors: `InputError` for a folder that is not empty, unless `replace`.
         """
         folder = Path(folder)
+        if not replace and folder.is_dir() and any(folder.iterdir()):
+            raise InputError(file=folder, found="a folder that is not empty",
+                             expected="a new or an empty one, or replace=True")
         self.tokenizer.save(folder)
         save_classifier(self.model, folder)
         files = {name: digest for name, digest in folder_sha256(folder).items() if name != SETTINGS}
@@ -144,7 +148,8 @@ def _changed_files(folder: Path) -> str:
     written, found = read_json(folder / SETTINGS, "").get("files", {}), folder_sha256(folder)
     if not isinstance(written, dict):
         raise InputError(file=folder / SETTINGS, found=f"files is {short_repr(written)}", expected="{name: SHA-256}")
-    changed = [name for name, digest in written.items() if found.get(name) != digest]
+    changed = [name for name in (written | found if written else ()) if name != SETTINGS
+               and found.get(name) != written.get(name)]
     return f"{', '.join(changed)}: not as train.py wrote {'it' if len(changed) == 1 else 'them'}" if changed else ""
 
 

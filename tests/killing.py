@@ -52,15 +52,16 @@ BEGIN, END = "<!-- written by make kill -->", "<!-- to here -->"
 SAME = ("metrics.csv", "valid_predictions.csv", "submission.csv", "model/model.safetensors", "model/minipref.json")
 
 BASE = ["--train", "train.csv", "--encoder", "encoder", "--recipe", "tiny", "--precision", "fp32", "--lr", "3e-3",
-        "--batch-size", "4", "--accumulate", "2", "--valid-fraction", "0.2", "--max-length", "32"]
+        "--batch-size", "4", "--accumulate", "2", "--max-length", "32"]
+FIFTH = ["--valid-fraction", "0.2"]
 SETTINGS = {
-    "a state after each step": [*BASE, "--epochs", "2", "--evals-per-epoch", "2", "--patience", "0",
+    "a state after each step": [*BASE, *FIFTH, "--epochs", "2", "--evals-per-epoch", "2", "--patience", "0",
                                 "--save-every", "0"],
-    "a state after each evaluation, early stop": [*BASE, "--epochs", "6", "--evals-per-epoch", "1", "--patience", "1",
-                                                  "--lr", "3e-2"],
+    "a state after each evaluation, early stop": [*BASE, *FIFTH, "--epochs", "6", "--evals-per-epoch", "1",
+                                                  "--patience", "1", "--lr", "3e-2"],
     "two folds": [*BASE, "--epochs", "1", "--folds", "2", "--evals-per-epoch", "2", "--save-every", "0"],
 }
-LONG = [*BASE, "--epochs", "150", "--evals-per-epoch", "1", "--patience", "0", "--save-every", "0.002"]
+LONG = [*BASE, *FIFTH, "--epochs", "150", "--evals-per-epoch", "1", "--patience", "0", "--save-every", "0.002"]
 
 
 # Functions of train.py and the names of their phases.

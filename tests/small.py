@@ -20,7 +20,7 @@ def write_judge(folder: Path, surface=None) -> Path:
     model = load_classifier(folder)
     torch.manual_seed(3)
     init_weights(model, 0.3)
-    Judge(model, load_tokenizer(folder), 96, temperature=1.5, surface=surface).save(folder)
+    Judge(model, load_tokenizer(folder), 96, temperature=1.5, surface=surface).save(folder, replace=True)
     return folder
 
 

@@ -161,9 +161,9 @@ def test_words_for_a_missing_value_and_repeated_ids_are_counted(tmp_path, capsys
 
 def test_missing_and_blank_responses_are_counted(tmp_path):
     frame = pd.DataFrame({"id": range(4), "prompt": '["p"]', "response_a": ["[null]", "", '[" ", "a"]', '["a"]'],
-                          "response_b": "[]"})
+                          "response_b": ['["b"]', "[]", '["b"]', '["b"]']})
     frame.to_csv(tmp_path / "t.csv", index=False)
-    assert count_missing(read_pairs(tmp_path / "t.csv", "if present")) == 3
+    assert count_missing(read_pairs(tmp_path / "t.csv", "if present")) == 4
 
 
 def test_lone_surrogates_are_mended_where_rows_are_read_and_the_cells_counted(tmp_path, capsys):

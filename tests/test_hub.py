@@ -218,7 +218,8 @@ def test_a_repository_with_safetensors_arrives_whole_and_is_not_fetched_twice(se
     server.log.clear()
     hub.fetch_weights(REPO, folder)
     assert not server.log and capsys.readouterr().out == (
-        f"{folder}: complete, nothing to fetch; its files were not compared with {REPO}\n")
+        f"{folder}: config.json, spm.model, model.safetensors, tokenizer_config.json, added_tokens.json, "
+        f"special_tokens_map.json kept, not fetched from {REPO}\n")
 
 
 def test_all_files_come_from_one_commit(server, tmp_path):
@@ -267,7 +268,7 @@ def test_the_data_set_arrives_under_its_own_name(server, tmp_path, capsys):
     hub.fetch_data(DATA, tmp_path / "data")
     assert not server.log
     assert capsys.readouterr().out == (
-        f"{tmp_path / 'data' / 'train.csv'}: exists, nothing to fetch; it was not compared with {DATA}\n")
+        f"{tmp_path / 'data' / 'train.csv'}: kept, not fetched from {DATA}\n")
 
 
 def test_a_bin_put_there_by_hand_is_converted_without_a_network(server, tmp_path):

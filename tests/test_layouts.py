@@ -155,3 +155,26 @@ def test_an_id_that_is_neither_text_nor_a_whole_number_is_refused(tmp_path, id):
     with pytest.raises(InputError, match=r"row 2, column id: .* expected a text or a whole number"):
         read_pairs(written(tmp_path / "rows.jsonl", [records[0], records[1] | {"id": id}]))
     assert read_pairs(written(tmp_path / "rows.jsonl", [records[0] | {"id": 10**20}]))[0].id == str(10**20)
+
+
+def test_parts_of_a_conversation_that_are_not_text_are_counted(tmp_path, capsys):
+    records = rows("conversations", "winner")
+    picture = {"type": "image_url", "image_url": {"url": "https://example.com/x.png"}}
+    for record in records[1:]:
+        for column in ("conversation_a", "conversation_b"):
+            turns = record[column]
+            record[column] = [turns[0] | {"content": [{"type": "text", "text": "t"}, picture]}, *turns[1:]]
+    records[0]["conversation_a"][-1] |= {"refusal": None, "tool_calls": None}
+    read_pairs(written(tmp_path / "rows.jsonl", records))
+    said = capsys.readouterr().out
+    assert f"{len(records) - 1} rows have turns with parts that are not text" in said and "the first: row 2" in said
+    records = rows("conversations", "winner")
+    records[0]["conversation_a"][-1] |= {"tool_calls": [{"id": "x"}]}
+    read_pairs(written(tmp_path / "rows.jsonl", records))
+    assert "1 rows have turns" in capsys.readouterr().out
+
+
+def test_a_header_among_the_rows_is_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("id,prompt,response_a,response_b\n1,p,a,b\nid,prompt,response_a,response_b\n")
+    with pytest.raises(InputError, match="row 2: the header again"):
+        read_pairs(tmp_path / "rows.csv", "if present")

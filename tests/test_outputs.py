@@ -12,13 +12,14 @@ import pytest
 import torch
 from small import BUNDLED, write_rows
 
+import minipref
 import predict
 import train
 from minipref import synthetic
 from minipref.explain import __main__ as explain_program
 from minipref.pretrain import __main__ as pretrain_program
 from minipref.pretrain import loop
-from minipref.run.folder import RESULTS, lock_run, write_manifest
+from minipref.run.folder import RESULTS, lock_run, write_latest, write_manifest
 from minipref.run.state import write_state
 from minipref.runtime import InputError, atomic_write, check_writable, remove_stale_temporaries, write_text
 from minipref.synthetic import __main__ as synthetic_program
@@ -391,6 +392,33 @@ def test_files_of_two_models_in_one_folder_are_noticed(model, capsys):
         assert explain_program.main([*PAIR, "--model", "mixed", "--output", "mine.html"]) == 0
         assert f"{name}: not as train.py wrote it" in capsys.readouterr().out
         shutil.move("kept", Path("mixed", name))
+
+
+def test_a_tokenizer_that_was_added_to_a_model_is_noticed(model, capsys):
+    shutil.copytree(model, "added")
+    Path("added/special_tokens_map.json").write_text("{}")
+    assert predict.main([*PAIR, "--model", "added"]) == 0
+    assert "note: added: special_tokens_map.json: not as train.py wrote it" in capsys.readouterr().out
+
+
+def test_a_saved_judge_replaces_nothing_unless_asked(model, encoder):
+    judge = minipref.load_judge(model)
+    shutil.copytree(encoder, "encoder")
+    before = content(Path("encoder"))
+    with pytest.raises(InputError, match="encoder: a folder that is not empty"):
+        judge.save("encoder")
+    assert content(Path("encoder")) == before
+    judge.save("new/model")
+    judge.save("new/model", replace=True)
+    assert minipref.load_judge("new/model").compare("p", "a", "b") == judge.compare("p", "a", "b")
+
+
+@pytest.mark.parametrize("mine", ["my notes\n", "two\nlines\n", str(Path("/no/newline"))])
+def test_a_file_of_somebody_else_called_runs_latest_stays(encoder, capsys, mine):
+    write_text(Path("runs/latest"), mine)
+    write_latest(Path("run"))
+    assert Path("runs/latest").read_text() == mine
+    assert "note: runs/latest cannot be written (it is not a file with a run's path)" in capsys.readouterr().out
 
 
 def test_the_same_model_twice_is_refused(model, capsys):

@@ -471,6 +471,16 @@ def test_a_finished_run_is_left_as_it_is_when_it_is_resumed(text, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+def test_a_report_of_another_state_is_refused(text, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        interrupt(patched, 21, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(text, tmp_path / "run") == 143
+    (tmp_path / "run/report.json").write_text("{}")
+    capsys.readouterr()
+    assert run(text, tmp_path / "run", "--resume") == 2
+    assert "report.json: a report, although the run has not ended" in capsys.readouterr().err
+
+
 def test_two_processes_do_not_write_into_one_folder(text, tmp_path, capsys):
     with folder.lock_run(tmp_path / "run", loop.PROGRAM):
         assert run(text, tmp_path / "run") == 2

@@ -69,7 +69,11 @@ def half(encoder, tmp_path_factory):
 
 
 def begin(encoder, *more) -> list[str]:
-    return ["--train", "t.csv", "--encoder", str(encoder), "--run", "run", *FAST, "--save-every", "0", *more]
+    fast = FAST
+    if {"--folds", "--all-rows", "--valid"} & set(more):          # each refuses --valid-fraction
+        place = FAST.index("--valid-fraction")
+        fast = FAST[:place] + FAST[place + 2:]
+    return ["--train", "t.csv", "--encoder", str(encoder), "--run", "run", *fast, "--save-every", "0", *more]
 
 
 RESUME = ["--resume", "--run", "run"]
@@ -159,6 +163,39 @@ def test_a_finished_run_is_left_as_it_is_when_it_is_resumed(whole, capsys):
     assert "this run was finished before" in capsys.readouterr().out
 
 
+def test_a_report_of_another_state_is_refused_before_a_step(half, whole, capsys):
+    resumable(half)
+    shutil.copy(whole / "report.json", "run")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert "run/report.json: a report, although the run has not ended" in refused(capsys, RESUME)
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+    Path("run/report.json").unlink()
+    assert train.main(RESUME) == 0
+    same_ending(Path("run"), whole)
+
+
+def test_a_model_of_another_run_is_noticed_when_the_run_is_resumed(encoder, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_at(patch, train, STEP, 5)                       # a step after the first evaluation
+        assert train.main(begin(encoder)) == 143
+    facts = state.read_state("run/state")[1]["state"]
+    assert 0 < facts["best_step"] < facts["step"]
+    path = Path("run/model/model.safetensors")
+    path.write_bytes(flipped(path.read_bytes(), path.stat().st_size - 1))
+    _, out, _ = call(capsys, RESUME)
+    assert f"note: run/model has other weights than the best evaluation so far, of step {facts['best_step']}" in out
+
+
+def test_a_link_in_place_of_the_model_is_refused_and_its_target_stays(half, whole, encoder, capsys):
+    resumable(half)
+    shutil.rmtree("run/model", ignore_errors=True)
+    shutil.copytree(encoder, "mine")
+    Path("run/model").symlink_to(Path("mine").resolve())
+    before = {path: path.read_bytes() for path in Path("mine").iterdir()}
+    assert "run/model: a link, whose target the run would replace" in refused(capsys, RESUME)
+    assert {path: path.read_bytes() for path in Path("mine").iterdir()} == before
+
+
 def test_folds_that_changed_places_are_refused(encoder, capsys):
     assert train.main(begin(encoder, "--folds", "2", "--epochs", "1")) == 0
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
@@ -228,7 +265,7 @@ def test_a_run_finds_its_files_from_another_directory_and_takes_new_paths_for_th
                                                                                                capsys):
     shutil.copytree(encoder, "encoder")
     write_rows(Path("v.csv"), 12, seed=3)
-    relative = [*begin("encoder"), "--valid", "v.csv"]
+    relative = begin("encoder", "--valid", "v.csv")
     assert train.main(relative) == 0
     Path("run").rename("once")
 
@@ -801,9 +838,9 @@ def test_weights_that_overflow_just_before_an_evaluation_are_named_and_not_a_tra
     assert code == 1 and err.count("\n") == 1 and "logits that are not finite for" in err and "--lr" in err
     # With no rows to validate on, nothing but a look at the weights stands between the last step and model/.
     monkeypatch.setattr(train.AdamW, "_update", lambda self, p, group: p.fill_(np.inf))
-    code, _, err = call(capsys, ["--train", "t.csv", "--encoder", str(encoder), "--run", "all", *FAST, "--epochs", "1",
-                                 "--all-rows", "--batch-size", "60"])
-    assert code == 1 and "weights that are not finite" in err and not Path("all/model").exists()
+    shutil.rmtree("run")
+    code, _, err = call(capsys, begin(encoder, "--epochs", "1", "--all-rows", "--batch-size", "60"))
+    assert code == 1 and "weights that are not finite" in err and not Path("run/model").exists()
 
 
 def test_a_run_that_learnt_only_the_prior_says_so(encoder, capsys):

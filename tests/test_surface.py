@@ -177,7 +177,7 @@ def blended(tmp_path_factory):
     torch.manual_seed(3)
     init_weights(model, 0.3)
     surface = fit_surface(surface_features(labelled(300)[0]), labelled(300)[1])
-    Judge(model, load_tokenizer(folder), 96, 1.5, surface=surface).save(folder)
+    Judge(model, load_tokenizer(folder), 96, 1.5, surface=surface).save(folder, replace=True)
     return folder, Judge(model.eval(), load_tokenizer(folder), 96, 1.5), surface
 
 

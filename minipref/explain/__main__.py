@@ -41,7 +41,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
                             "attributions of a prediction: a page and a figure, or with --serve a live page.")
     add = parser.add_argument
     add_rows_or_pair(parser)
-    add("--row", type=number(int, 1), default=1, metavar="N", help="which row of the CSV, counted from 1")
+    add("--row", type=number(int, 1), metavar="N", help="which row of the CSV, counted from 1 (default: the first)")
     add("--model", metavar="DIR", help="a trained model or an encoder (default: the newest run's, or the bundled)")
     add("--layer", type=int, default=1, metavar="N", help="the layer to open with, counted from 1")
     add("--head", type=int, default=1, metavar="N", help="the head to open with, counted from 1")
@@ -52,6 +52,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="serve the live page to this machine's browser until Ctrl-C: type a pair, or choose a row of the CSV")
     add("--port", type=number(int, 0, 65535), default=0, metavar="N", help="with --serve (default: a free port)")
     options = parser.parse_args(arguments)
+    if options.row is not None and options.csv is None:
+        parser.error("--row without a CSV")
+    options.row = options.row or 1
     if options.serve and options.output is not None:
         parser.error("both --serve and --output")
     if not options.serve or any(text is not None for text in (options.prompt, options.a, options.b)):

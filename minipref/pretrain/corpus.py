@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minipref.layouts import unique_keys
 from minipref.pretrain.vocabulary import train_vocabulary
 from minipref.runtime import InputError, short_repr
 from minipref.tokenizer import Tokenizer, load_tokenizer
@@ -78,13 +79,16 @@ def read_corpus(paths: Sequence[str | Path]) -> list[str]:
     .txt without blank lines, each line is a document.
     Errors: `InputError` naming the file and the line, for anything else.
     """
-    documents = []
+    documents, seen = [], set()
     for path in map(Path, paths):
         files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES)) if path.is_dir() else [path]
         if not files or not all(file.is_file() and file.name.endswith(SUFFIXES) for file in files):
             found = "no text in this folder" if path.is_dir() else "not a text" if path.exists() else "no such file"
             raise InputError(file=path, found=found, expected="a file or folder of " + ", ".join(SUFFIXES))
         for file in files:
+            if (place := file.resolve()) in seen:
+                raise InputError(file=file, found="a file that the corpus has already", expected="each file once")
+            seen.add(place)
             text = _read_text(file)
             documents += _split_text(text) if file.suffix == ".txt" else _parse_jsonl(file, text)
     return [document for document in documents if document.strip()]
@@ -109,7 +113,7 @@ def _parse_jsonl(path: Path, text: str) -> list[str]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                document = json.loads(line)["text"]
+                document = json.loads(line, object_pairs_hook=unique_keys)["text"]
             except (ValueError, TypeError, KeyError, RecursionError):
                 document = None
             if not isinstance(document, str):

@@ -101,6 +101,7 @@ def fit(run: Path, options: argparse.Namespace, resuming: bool) -> None:
         folder.check_manifest(run, PROGRAM, {}, fingerprint, {name: getattr(options, name) for name in PATHS})
     if resuming:
         state = load_state(run / "state", state, model, optimizers)
+        folder.check_report(run, state.step == options.steps)
         folder.write_logs(run, state)
         print(f"resumed at step {state.step:,} of {options.steps:,}", flush=True)
     else:

@@ -68,9 +68,12 @@ def newest_models() -> list[Path]:
 
 
 def write_latest(folder: Path) -> None:
-    """Record the newest run for predict.py; for a fold, its run. Failure prints a note."""
+    """Record the newest run for predict.py; for a fold, its run. Failure, or another file there, prints a note."""
     run = folder.parent if folder.name.startswith("fold-") else folder
     try:
+        before = LATEST.read_text(encoding="utf-8") if LATEST.exists() else f"{run.resolve()}\n"
+        if before.count("\n") != 1 or not Path(before.strip()).is_absolute():
+            raise OSError(0, "it is not a file with a run's path")
         write_text(LATEST, f"{run.resolve()}\n")
     except (OSError, UnicodeError) as problem:             # UnicodeError: a name that is not UTF-8
         why = getattr(problem, "strerror", "its path is not UTF-8")
@@ -87,6 +90,13 @@ def is_interim(model: Path) -> bool:
     place = model.resolve().parent
     run = place.parent if place.name.startswith("fold-") else place
     return bool(_manifest_of(run)) and not is_finished(place)
+
+
+def check_report(folder: Path, ended: bool) -> None:
+    """Errors: `InputError` for the report of a run that has not ended: it belongs to another state."""
+    if is_finished(folder) and not ended:
+        raise InputError(file=folder / "report.json", found="a report, although the run has not ended",
+                         expected="the folder as it was written; without this file the run resumes")
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -156,6 +166,9 @@ def lock_run(folder: str | Path, program: str, resume: bool = False, encoder: st
             raise InputError(file=folder, found=f"a run's {', '.join(kept)} without its state",
                              expected="another folder")
         for part in (folder, *folder.glob("fold-*")):
+            if (part / "model").is_symlink():
+                raise InputError(file=part / "model", found="a link, whose target the run would replace",
+                                 expected="a folder of the run's own")
             for place in (part, part / "model", part / "state"):
                 remove_stale_temporaries(place)
         yield

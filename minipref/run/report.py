@@ -88,7 +88,8 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
     if len(valid_rows):
         folder.write_csv(run / "valid_predictions.csv",
                          [prediction(pairs[row], p) for row, p in zip(valid_rows, probabilities)])
-    Judge(classifier, setup.tokenizer, config.max_length, temperature, surface=surface).save(run / "model")
+    Judge(classifier, setup.tokenizer, config.max_length, temperature, surface=surface).save(
+        run / "model", replace=True)
     write_text(run / "model" / "README.md", model_card(
         summary, Path(options.encoder).name, [Path(file).name for file in options.train], options.recipe,
         dataclasses.asdict(config), options.seed))
@@ -96,6 +97,19 @@ def final_report(run: Path, classifier: PreferenceModel, state, ended: str, trai
     drop_previous(run / "state")
     write_json(run / "report.json", summary)               # the last file, the mark of a finished run
     return logits
+
+
+def check_resumed(run: Path, state, ended: bool, device: torch.device) -> None:
+    """Check report.json and model/ of a run to resume against its state: now, and not after hours of training.
+
+    Other weights in model/ are only noted: after a return to the previous state they are those of a later evaluation,
+    which the run will repeat. The weights of an evaluation at the state's own step are in the state itself.
+    """
+    folder.check_report(run, ended)
+    if 0 < state.best_step < state.step and (
+            weights_sha256(load_classifier(run / "model", device=device)) != state.best_weights):
+        print(f"note: {run / 'model'} has other weights than the best evaluation so far, of step {state.best_step:,}: "
+              "unless a later one is better, the run will end with an error")
 
 
 def folds_report(run: Path, logits: list[np.ndarray], splits: list[tuple[np.ndarray, np.ndarray]], setup: Setup
@@ -162,7 +176,7 @@ def write_page(folder: Path, report: dict, rows: list[dict], pairs: Sequence[Pai
               if rows else []),                                            # the page over all folds has no curve
             ("Confusion matrix", "the confusion matrix", lambda axes: draw_confusion(axes, result)),
             ("Reliability", "accuracy at each confidence", lambda axes: draw_reliability(axes, result)),
-            ("Length bias", "how often A wins, by how much longer A is",
+            ("Length bias", "how often A wins, by the ratio of A's length to B's",
              lambda axes: draw_length_bias(axes, probabilities, labels, lengths)),
             ("Loss by length", "log loss by the length of prompt and responses",
              lambda axes: draw_loss_by_length(axes, probabilities, labels, lengths)),
