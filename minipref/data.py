@@ -36,7 +36,8 @@ SPECIALS = 4                                                             # [CLS]
 NO_ANSWER = "(no answer)"                                                # the text that replaces a null turn
 # The start of a list of texts or of messages, valid JSON or not
 LIST_START = re.compile(r"""\s*\[\s*(["'“‘\]]|null|None|nan|\{\s*["'](role|content)["'])""")
-MISSING = {"null", "NULL", "None", "nan", "NaN", "<NA>"}                  # how programs write a missing value as text
+MISSING = {"null", "NULL", "None", "nan", "NaN", "NA", "N/A", "n/a", "<NA>", "#N/A"}      # a missing value as text
+QUOTED = re.compile(r'\s+".*"\s*', re.DOTALL)       # of a space before a quote CSV makes a part of the text
 
 Turns = tuple[str | None, ...]
 
@@ -140,7 +141,7 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
     if unique_ids:
         _check_ids([record["id"] for record in records], path)
     as_lists = are_json_lists(record["prompt"] for record in records)
-    pairs, ids, mended, plain, missing, repeated = [], set(), [], [], [], []     # cells: (row, column, cell)
+    pairs, ids, mended, plain, missing, quoted, repeated = [], set(), [], [], [], [], []    # (row, column, cell)
     broken = {column: [] for column in TEXT_COLUMNS}
     for row, record in enumerate(records, 1):
         segments = []
@@ -159,6 +160,8 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
                 plain.append((row, column, cell))
             elif cell.strip() in MISSING:
                 missing.append((row, column, cell))
+            elif QUOTED.fullmatch(cell):
+                quoted.append((row, column, cell))
         if record["id"] in ids:
             repeated.append((row, "id", record["id"]))
         ids.add(record["id"])
@@ -178,6 +181,7 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
         _note(path, cells, f"with a list that is not a JSON list of texts, read as text ({advice})")
     _note(path, plain, "that may be a list, read as text because most prompts are plain text")
     _note(path, missing, "with only a word for a missing value, like NaN, read as text")
+    _note(path, quoted, "in quotes after a space, read with these quotes (is there a space after the commas?)")
     _note(path, repeated, "with the id of an earlier row")
     _note(path, mended, "with invalid characters replaced (U+FFFD for half of a UTF-16 pair)")
     return pairs

@@ -159,6 +159,13 @@ def test_words_for_a_missing_value_and_repeated_ids_are_counted(tmp_path, capsys
     assert "1 cell with the id of an earlier row; the first: row 3, column id" in said
 
 
+def test_quotes_after_a_space_are_counted(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text('id,prompt,response_a,response_b\n1, "[""hi""]", "a", b\n2,p,"a",b\n')
+    assert read_pairs(tmp_path / "t.csv", "if present")[0].response_a == (' "a"',)
+    said = capsys.readouterr().out
+    assert "2 cells in quotes after a space, read with these quotes" in said and "row 1, column prompt" in said
+
+
 def test_missing_and_blank_responses_are_counted(tmp_path):
     frame = pd.DataFrame({"id": range(4), "prompt": '["p"]', "response_a": ["[null]", "", '[" ", "a"]', '["a"]'],
                           "response_b": ['["b"]', "[]", '["b"]', '["b"]']})
