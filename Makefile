@@ -35,8 +35,10 @@ data: .venv/runtime         ## fetch the competition's labelled rows into data/
 parity: .venv/dev           ## compare every layer with transformers; writes benchmarks/parity.md
 	$(PY) benchmarks/parity.py $(ARGS)
 
-bench: .venv/dev            ## compare speed and memory with transformers; writes docs/benchmarks.md
+bench: .venv/dev            ## compare speed with transformers, BERT, ONNX Runtime and OpenVINO; writes docs/benchmarks.md
 	$(PY) benchmarks/bench.py $(ARGS)
+	$(PY) benchmarks/peers.py
+	$(PY) docs/build.py
 
 same-numbers: .venv/runtime  ## train at an older commit and here, and compare every number: ARGS=COMMIT
 	$(PY) benchmarks/same_numbers.py $(ARGS)

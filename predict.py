@@ -73,9 +73,6 @@ def predict(options: argparse.Namespace) -> None:
     if options.csv is not None:
         runtime.check_writable(options.output, [options.csv, *folders])     # before hours of work
         check_submission(options.output)
-        if Path(options.output).suffix.lower() in OTHER_FORMATS:
-            raise InputError(file=options.output, found="the name of another format",
-                             expected="one that ends in .csv: the submission is CSV, without compression")
     judges = [load_judge(folder, device, precision, fast=not options.no_fast) for folder in folders]
     check_distinct(folders)
     for folder, judge in zip(folders, judges):
@@ -136,8 +133,12 @@ def check_distinct(folders: list) -> None:
 
 
 def check_submission(path: str) -> None:
-    """Errors: `InputError` for an existing, non-empty file that is no submission. Labels under its header are none."""
+    """Errors: `InputError` for an existing, non-empty file that is no submission (labels under its header are none),
+    and for a new file with the name of another format."""
     if not os.path.isfile(path) or not os.path.getsize(path):
+        if Path(path).suffix.lower() in OTHER_FORMATS:
+            raise InputError(file=path, found="the name of another format",
+                             expected="one that ends in .csv: the submission is CSV, without compression")
         return
     try:
         frame = pd.read_csv(path, dtype=str)

@@ -306,22 +306,22 @@ def parse_arguments(arguments: list[str] | None) -> dict:
     """The options given on the command line, without defaults: --resume must know which ones the user gave."""
     parser = ArgumentParser(prog="train.py", description="Fine-tune DeBERTa-v3 on human preferences.",
                             argument_default=argparse.SUPPRESS)
-    add = parser.add_argument
+    add, add_split = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("--train", nargs="+", metavar="CSV", help="labelled rows (default: data/train.csv, else the synthetic dataset)")
     add("--soft-labels", action="store_true", help="--train's label columns hold probabilities, not 0 and 1")
-    add("--valid", metavar="CSV", help="validation rows (default: a part of the training rows)")
+    add_split("--valid", metavar="CSV", help="validation rows (default: a part of the training rows)")
     add("--encoder", metavar="DIR", help="folder with config.json, model.safetensors and a tokenizer")
     add("--run", metavar="DIR", help="the run's folder (default: runs/ and the time)")
     add("--recipe", type=recipe_name, help=f"{', '.join(sorted(RECIPES))} (default: baseline; small encoders: tiny)")
     add("--resume", action="store_true", help="resume the run in --run")
-    add("--folds", type=number(int, 2, 1000), help="cross-validation with this many folds, one model for each")
-    add("--all-rows", action="store_true", help="train on every row, without validation")
+    add_split("--folds", type=number(int, 2, 1000), help="cross-validation with this many folds, one model for each")
+    add_split("--all-rows", action="store_true", help="train on every row, without validation")
     for option in fields(TrainConfig):
         if option.metadata and option.name not in ("adam_eps", "clip"):
             allowed = dict(option.metadata)
             if "choices" not in allowed:
                 allowed["type"] = number(option.type, allowed.pop("lowest"), allowed.pop("highest"))
-            add(f"--{option.name.replace('_', '-')}", **allowed)
+            (add_split if option.name == "valid_fraction" else add)(f"--{option.name.replace('_', '-')}", **allowed)
     add("--precision", choices=runtime.PRECISIONS, help="precision of the forward pass; parameters stay float32")
     add("--device", choices=runtime.DEVICES, help="default: a GPU if there is one")
     add("--seed", type=number(int, 0, 2**63 - 1), help="of split, row order, swaps, new weights, dropout (default 42)")

@@ -130,8 +130,8 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
     """The rows of a file in any of the layouts of `minipref.layouts`. Other columns are ignored.
 
     Text cells are JSON lists of turns if most prompts begin like a JSON list of texts; otherwise every cell is plain
-    text, including an answer `[2, 4]`. Printed notes count malformed lists, broken characters, cells that say NaN or
-    null, and repeated ids.
+    text, including an answer `[2, 4]`. Printed notes count malformed lists, broken characters, words like NaN, and
+    quotes after a space.
     `labels`: "required", or "if present" (all three label columns, or none).
     `soft`: the three label columns hold probabilities.
     `unique_ids`: refuse ids that a submission cannot hold: blank, repeated, or with a carriage return.
@@ -141,7 +141,7 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
     if unique_ids:
         _check_ids([record["id"] for record in records], path)
     as_lists = are_json_lists(record["prompt"] for record in records)
-    pairs, ids, mended, plain, missing, quoted, repeated = [], set(), [], [], [], [], []    # (row, column, cell)
+    pairs, mended, plain, missing, quoted = [], [], [], [], []           # of cells: (row, column, cell)
     broken = {column: [] for column in TEXT_COLUMNS}
     for row, record in enumerate(records, 1):
         segments = []
@@ -162,9 +162,6 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
                 missing.append((row, column, cell))
             elif QUOTED.fullmatch(cell):
                 quoted.append((row, column, cell))
-        if record["id"] in ids:
-            repeated.append((row, "id", record["id"]))
-        ids.add(record["id"])
         cells = [record[name] for name in LABEL_COLUMNS if name in record]
         target = _probabilities(cells, path, row) if cells and soft else None
         label = int(np.argmax(target)) if target else _one_hot(cells, path, row) if cells else None
@@ -182,7 +179,6 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
     _note(path, plain, "that may be a list, read as text because most prompts are plain text")
     _note(path, missing, "with only a word for a missing value, like NaN, read as text")
     _note(path, quoted, "in quotes after a space, read with these quotes (is there a space after the commas?)")
-    _note(path, repeated, "with the id of an earlier row")
     _note(path, mended, "with invalid characters replaced (U+FFFD for half of a UTF-16 pair)")
     return pairs
 

@@ -68,8 +68,8 @@ def read_records(path: str | Path, labels: str = "required") -> list[dict]:
     if layout.note:
         print(f"note: {path}: {layout.note}")
     if rows := layout.rows_with_other_parts:
-        print(f"note: {path}: {len(rows):,} rows have turns with parts that are not text (images, tool calls, ...), "
-              f"which are left out; the first: row {rows[0]}")
+        print(f"note: {path}: images, tool calls and other parts that are not text were left out of {len(rows):,} "
+              f"row{'s' * (len(rows) > 1)}; the first: row {rows[0]}")
     return records
 
 

@@ -145,11 +145,13 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: str | Path) 
 
 def _changed_files(folder: Path) -> str:
     """A sentence on the files that are not those that `Judge.save` wrote; empty if all are."""
-    written, found = read_json(folder / SETTINGS, "").get("files", {}), folder_sha256(folder)
+    written = read_json(folder / SETTINGS, "").get("files", {})
     if not isinstance(written, dict):
         raise InputError(file=folder / SETTINGS, found=f"files is {short_repr(written)}", expected="{name: SHA-256}")
-    changed = [name for name in (written | found if written else ()) if name != SETTINGS
-               and found.get(name) != written.get(name)]
+    if not written:                                  # a model of 0.1
+        return ""
+    found = folder_sha256(folder)
+    changed = [name for name in written | found if name != SETTINGS and found.get(name) != written.get(name)]
     return f"{', '.join(changed)}: not as train.py wrote {'it' if len(changed) == 1 else 'them'}" if changed else ""
 
 

@@ -596,7 +596,12 @@ def test_every_command_of_the_experiments_runs(checkout):
 def test_make_runs_the_script_that_other_tests_run(target, script):
     """Targets that take minutes or fetch files are tested as scripts; this tests that `make` passes options to them."""
     out = run(["make", "--dry-run", "--no-print-directory", target, "ARGS=--one --two"], ROOT)
-    assert out.splitlines()[-1] == f".venv/bin/python {script} --one --two"
+    assert f".venv/bin/python {script} --one --two" in out.splitlines()
+
+
+def test_make_bench_measures_the_peers_too_and_writes_the_page():
+    lines = run(["make", "--dry-run", "--no-print-directory", "bench"], ROOT).splitlines()
+    assert lines[-2:] == [".venv/bin/python benchmarks/peers.py", ".venv/bin/python docs/build.py"]
 
 
 @pytest.mark.slow

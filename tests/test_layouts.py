@@ -167,11 +167,11 @@ def test_parts_of_a_conversation_that_are_not_text_are_counted(tmp_path, capsys)
     records[0]["conversation_a"][-1] |= {"refusal": None, "tool_calls": None}
     read_pairs(written(tmp_path / "rows.jsonl", records))
     said = capsys.readouterr().out
-    assert f"{len(records) - 1} rows have turns with parts that are not text" in said and "the first: row 2" in said
+    assert f"not text were left out of {len(records) - 1} rows; the first: row 2" in said
     records = rows("conversations", "winner")
     records[0]["conversation_a"][-1] |= {"tool_calls": [{"id": "x"}]}
     read_pairs(written(tmp_path / "rows.jsonl", records))
-    assert "1 rows have turns" in capsys.readouterr().out
+    assert "left out of 1 row; the first: row 1" in capsys.readouterr().out
 
 
 def test_a_header_among_the_rows_is_refused(tmp_path):

@@ -413,8 +413,8 @@ def test_a_saved_judge_replaces_nothing_unless_asked(model, encoder):
     assert minipref.load_judge("new/model").compare("p", "a", "b") == judge.compare("p", "a", "b")
 
 
-@pytest.mark.parametrize("mine", ["my notes\n", "two\nlines\n", str(Path("/no/newline"))])
-def test_a_file_of_somebody_else_called_runs_latest_stays(encoder, capsys, mine):
+@pytest.mark.parametrize("mine", ["my notes\n", "two\nlines\n", "/no/newline"])
+def test_a_file_of_somebody_else_called_runs_latest_stays(capsys, mine):
     write_text(Path("runs/latest"), mine)
     write_latest(Path("run"))
     assert Path("runs/latest").read_text() == mine

@@ -145,11 +145,12 @@ def test_a_run_stopped_right_after_early_stopping_stays_stopped_and_ends_the_sam
     same_ending(Path("run"), Path("once"))
 
 
-def test_a_run_that_is_over_may_be_resumed_and_is_as_it_was(whole, capsys):
-    shutil.copytree(whole, "run")
-    shutil.copy(whole.parent / "t.csv", "t.csv")
-    assert train.main(RESUME) == 0
-    same_ending(Path("run"), whole)
+def test_repeated_ids_of_training_rows_are_counted_over_all_files(encoder, capsys):
+    lines = Path("t.csv").read_text().splitlines(keepends=True)
+    Path("more.csv").write_text("".join(lines[:11]))
+    assert train.main(begin(encoder, "--train", "t.csv", "more.csv", "--epochs", "1")) == 0
+    first = lines[1].split(",")[0]
+    assert f"repeated ids, in all files together: 10; the first: {first}\n" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_left_as_it_is_when_it_is_resumed(whole, capsys):
@@ -186,7 +187,7 @@ def test_a_model_of_another_run_is_noticed_when_the_run_is_resumed(encoder, caps
     assert f"note: run/model has other weights than the best evaluation so far, of step {facts['best_step']}" in out
 
 
-def test_a_link_in_place_of_the_model_is_refused_and_its_target_stays(half, whole, encoder, capsys):
+def test_a_link_in_place_of_the_model_is_refused_and_its_target_stays(half, encoder, capsys):
     resumable(half)
     shutil.rmtree("run/model", ignore_errors=True)
     shutil.copytree(encoder, "mine")

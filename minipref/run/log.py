@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,8 +33,9 @@ def log_header(setup: Setup, splits: list[tuple[np.ndarray, np.ndarray]], encode
     missing = count_missing(pairs)
     print(f"           {len(pairs):,} rows: {labels[0]:,} A, {labels[1]:,} B, {labels[2]:,} ties; {missing:,} missing "
           f"or empty responses{'; soft labels, scored by the most probable class' * options.soft_labels}")
-    if repeated := len(pairs) - len({pair.id for pair in pairs}):
-        print(f"           {repeated:,} rows have the id of an earlier row")
+    ids = Counter(pair.id for pair in pairs)
+    if repeated := [id for id, count in ids.items() if count > 1]:
+        print(f"           repeated ids, in all files together: {len(repeated):,}; the first: {repeated[0]}")
     print(f"           {setup.tokenized.truncation()}")
     log_split(pairs, splits)
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""

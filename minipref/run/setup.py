@@ -1,7 +1,6 @@
 """Preparation of a run: hyperparameters, split, and the manifest that --resume checks."""
 
 import argparse
-import itertools
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -37,13 +36,7 @@ class Setup:
 
 
 def hyperparameters(options: argparse.Namespace) -> TrainConfig:
-    """The preset's hyperparameters, overridden by those given on the command line.
-
-    Errors: `InputError` for two options that both decide which rows are for validation.
-    """
-    for first, second in itertools.combinations(("folds", "all_rows", "valid", "valid_fraction"), 2):
-        if getattr(options, first, None) and getattr(options, second, None):
-            raise InputError(found=f"--{first} and --{second}".replace("_", "-"), expected="one of the two")
+    """The preset's hyperparameters, overridden by those given on the command line."""
     values = {name: value for name, (value, _) in RECIPES[options.recipe].items()}
     given = {f.name: getattr(options, f.name) for f in fields(TrainConfig) if hasattr(options, f.name)}
     return TrainConfig(**values | given, swap=not options.no_swap)
