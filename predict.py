@@ -133,7 +133,7 @@ def check_distinct(folders: list) -> None:
 
 
 def check_submission(path: str) -> None:
-    """Errors: `InputError` for an existing, non-empty file that is no submission (labels under its header are none),
+    """Errors: `InputError` for an existing, non-empty file that is no submission (0/1 labels are not a submission),
     and for a new file with the name of another format."""
     if not os.path.isfile(path) or not os.path.getsize(path):
         if Path(path).suffix.lower() in OTHER_FORMATS:

@@ -6,7 +6,7 @@
     torchrun --standalone --nproc-per-node 4 -- train.py   four processes, on four GPUs or on one CPU
 
 What is unusual here: the order of the rows and the swaps of A and B are functions of (seed, epoch). So a run can stop
-after any step and resume bit for bit, from `TrainState`, the parameters, the optimizer and the random generators.
+after any step; on a CPU it resumes bit for bit from `TrainState`, parameters, optimizer and random generators.
 Saving, locking, logging and synchronisation are in `minipref/run/`.
 """
 
@@ -46,7 +46,7 @@ from minipref.tokenizer import load_tokenizer
 HERE = Path(__file__).resolve().parent
 REAL_WEIGHTS, BUNDLED_WEIGHTS = Path("weights/deberta-v3-small"), Path("weights/minipref-tiny")
 REAL_ROWS, SYNTHETIC_ROWS = Path("data/train.csv"), Path("data/synthetic/train.csv")
-PAD_MULTIPLE = 8                 # tokens: torch's CPU library compiles a product for each shape; this gives fewer
+PAD_MULTIPLE = 8                 # tokens: oneDNN compiles a kernel for each matrix shape; this gives fewer shapes
 MAX_SKIPPED = 25                 # consecutive fp16 steps that may overflow before the run fails
 
 
@@ -54,7 +54,7 @@ MAX_SKIPPED = 25                 # consecutive fp16 steps that may overflow befo
 class TrainState:
     """The state of a run apart from the parameters, the optimizer, the scaler and the random generators."""
 
-    split: str = ""              # SHA-256 of the numbers of the training and the validation rows
+    split: str = ""              # SHA-256 of the indices of the training and the validation rows
     step: int = 0                # optimizer steps taken, including those that overflowed
     last_eval: int = 0           # the step of the last evaluation
     best_loss: float = math.inf  # lowest validation log loss so far
@@ -122,7 +122,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
     tokenizer, tokenized, valid = setup.tokenizer, setup.tokenized, setup.tokenized.take(valid_rows)
 
     seed_everything(options.seed)
-    classifier = load_classifier(options.encoder, device=device)           # pooler and classifier are new
+    classifier = load_classifier(options.encoder, device=device)           # a missing head is initialised
     if options.newline_token:
         grow_embeddings(classifier, tokenizer.vocab_size)
     check_vocabulary(tokenizer, classifier.config.vocab_size, options.encoder)
@@ -131,7 +131,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
     classifier.classifier_dropout.p = config.head_dropout
     classifier.encoder.word_embeddings.weight.requires_grad_(not options.freeze_embeddings)
     model = ModelWithAuxiliaryHead(classifier, tokenizer.sep_id).to(device) if config.aux_loss else classifier
-    model = model if options.no_fast or options.compile else accelerate(model)     # equal up to rounding
+    model = model if options.no_fast or options.compile else accelerate(model)  # equal but for rounding, masks
     if options.checkpoint_activations:
         checkpoint_activations(classifier)
     forward = torch.compile(model, dynamic=True) if options.compile else model
@@ -195,7 +195,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
                 swapped = swap_mask(len(train_rows), options.seed, epoch) & config.swap
             micro_batches = batches[step_in_epoch * config.accumulate:(step_in_epoch + 1) * config.accumulate]
             step_rows, step_loss = sum(map(len, micro_batches)), 0.0
-            # Steps 1 to total of total + 1: neither the first nor the last step has a learning rate of 0.
+            # Numbered from 1 in a schedule of total + 1 steps, so no step has a learning rate of 0.
             lr, *rates = learning_rates(config.schedule, state.step + 1, total_steps + 1, warmup_steps, peaks)
             optimizer.zero_grad(set_to_none=True)
             for micro_batch in micro_batches:
@@ -242,7 +242,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
 
 def check_step(state: TrainState, loss: float, grad_norm: float, scaler: torch.amp.GradScaler, rows: list[np.ndarray],
                pairs: list[Pair]) -> None:
-    """Record the step's loss, or an overflow that the scaler skips. Errors: `RunError` for any other NaN."""
+    """Record the step's loss, or an overflow that the scaler skips. Errors: `RunError` if else not finite."""
     if math.isfinite(grad_norm) and math.isfinite(loss):
         step_rows = sum(map(len, rows))
         state.skipped_in_a_row = 0

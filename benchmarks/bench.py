@@ -1,8 +1,8 @@
 """Compare speed, memory and start-up of minipref and transformers, with the same weights on the same rows.
 
-    make bench                                            all sections: three quarters of an hour on two cores
+    make bench                                            all sections, and peers.py: two hours on two cores
     python benchmarks/bench.py --only forward training    some sections; the others keep their measurements
-    python benchmarks/bench.py --rows train.csv --tokenizer weights/deberta-v3-small      predict these rows end to end
+    python benchmarks/bench.py --rows train.csv --tokenizer weights/deberta-v3-small      also predict these rows
     python benchmarks/bench.py --page                     write the page again without measuring
 
 Both libraries run in one process and alternate, so that other load on the machine affects both. Times are medians. Peak

@@ -1,22 +1,23 @@
-"""The effect of pretraining: baselines and encoders on the same rows, several seeds; tables of docs/experiments-log.md.
+"""Baselines, encoders and ablations on the same rows, with several seeds; the tables of docs/experiments.md.
 
     python benchmarks/experiments.py sample --train data/synthetic/train.csv
     python benchmarks/experiments.py autoj --train autoj.csv --options "--max-length 512" --encoders bundled random
     python benchmarks/experiments.py sample --train a.csv --encoders nes=runs/nes/model mlm=runs/mlm/model --seeds 1 2 3
     python benchmarks/experiments.py real --train a.csv b.csv --encoders --by model_a
-    python benchmarks/experiments.py --page                    write the tables again without measuring
+    python benchmarks/experiments.py parts --train a.csv --encoders bundled --without swap warmup
 
 The first argument names the table. An encoder is `bundled` (weights/minipref-tiny), `random` (the same architecture and
-tokenizer with random weights), or NAME=FOLDER. The seed decides the split by prompt, the order, the new head and, for
-`random`, the encoder, so equal seeds of two encoders have equal rows. Scores are those of report.json or, with --test,
-those of the best model on a held-out test set. Both orders are averaged, and the temperature is cross-fitted.
-Results are stored in benchmarks/experiments.json; an encoder and seed that are already there are not run again without
---again. With --runs the runs are kept, and an interrupted run is resumed.
+tokenizer with random weights), or NAME=FOLDER. --without trains the bundled encoder without one part of the recipe
+(ablation). The seed decides the split by prompt, the order, the new head and, for `random`, the encoder, so equal seeds
+have equal rows. Scores are those of report.json or, with --test, those of the best model on a held-out test set. Both
+orders are averaged; without --test, the temperature is cross-fitted. Results are stored in benchmarks/experiments.json;
+what is already there is not run again without --again. `make docs` writes the page's tables. With --runs the runs are
+kept, and an interrupted run is resumed.
 
 If rows are of several kinds, an encoder can improve its score by recognising the kinds. --by COLUMN adds the baseline
 for this: the class prior of each value of that column, which no model sees.
 
-TF-IDF of A minus B with a logistic regression needs scikit-learn (a development package).
+TF-IDF of A minus B and the areas under the ROC curve need scikit-learn (a development package).
 """
 
 import argparse
@@ -41,36 +42,43 @@ import torch  # noqa: E402
 
 from minipref import metrics  # noqa: E402
 from minipref.checkpoint import encoder_tensors, write_checkpoint  # noqa: E402
-from minipref.config import EncoderConfig  # noqa: E402
+from minipref.config import LABELS, EncoderConfig  # noqa: E402
 from minipref.data import Pair, character_counts, read_pairs, segment_texts, split_by_prompt  # noqa: E402
 from minipref.model import Encoder, init_weights  # noqa: E402
 from minipref.predictor import load_judge  # noqa: E402
 from minipref.recipes import recipe  # noqa: E402
 from minipref.run.folder import has_checkpoint  # noqa: E402
-from minipref.runtime import write_json, write_text  # noqa: E402
+from minipref.runtime import write_json  # noqa: E402
 from minipref.synthetic import read_truth  # noqa: E402
 from minipref.tokenizer import load_tokenizer  # noqa: E402
 
-FIGURES, PAGE = ROOT / "benchmarks" / "experiments.json", ROOT / "docs" / "experiments-log.md"
+FIGURES = ROOT / "benchmarks" / "experiments.json"
 BUNDLED = ROOT / "weights" / "minipref-tiny"
-MARKS = "<!-- tables -->\n", "<!-- /tables -->"
-EARLIER = ("autoj-512", "real", "one-pass")          # not on the page
+WITHOUT = {                                          # a part of the recipe `tiny`: the options that leave it out
+    "auxiliary-head": ["--aux-loss", "0"],
+    "swap": ["--no-swap"],
+    "warmup": ["--warmup", "0"],
+    "decay": ["--weight-decay", "0"],
+    "bfloat16": ["--precision", "fp32"],
+    "stopping": ["--patience", "0"],
+}
+STAGES = {"last": "last evaluation, one order", "one_order": "best model, one order", "both_orders": "both orders"}
+AREAS = {"auc_tie": "AUC, tie", "auc_winner": "AUC, winner"}
 
 
 def main() -> None:
     options = parse_arguments()
     figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
-    if not options.page:
-        table = figures.setdefault(options.table, {"rows": {}, "how": {}})
-        how = {"command": "python benchmarks/" + shlex.join([Path(sys.argv[0]).name, *without_paths(sys.argv[1:])]),
-               "machine": machine()}
-        for seed in options.seeds:
-            for name, scores in wanted(options, seed, table["rows"]):
-                table["rows"].setdefault(name, {})[str(seed)] = scores()
-                table["how"][name] = how
-                write_json(FIGURES, figures)
-                print(f"{options.table}, {name}, seed {seed}: {table['rows'][name][str(seed)]}", flush=True)
-    write_page(figures)
+    found = figures.setdefault(options.table, {"rows": {}, "how": {}})
+    how = {"command": "python benchmarks/" + shlex.join([Path(sys.argv[0]).name, *without_paths(sys.argv[1:])]),
+           "machine": machine()}
+    for seed in options.seeds:
+        for name, scores in wanted(options, seed, found["rows"]):
+            found["rows"].setdefault(name, {})[str(seed)] = scores()
+            found["how"][name] = how
+            write_json(FIGURES, figures)
+            print(f"{options.table}, {name}, seed {seed}: {found['rows'][name][str(seed)]}", flush=True)
+    print(f"\n{table(found)}")
 
 
 def wanted(options: argparse.Namespace, seed: int, done: dict) -> Iterator[tuple[str, Callable[[], dict]]]:
@@ -87,6 +95,9 @@ def wanted(options: argparse.Namespace, seed: int, done: dict) -> Iterator[tuple
         name, _, folder = encoder.partition("=")
         if missing(name):
             yield name, lambda name=name, folder=folder: fine_tuned(name, folder, options, seed)
+    for part in options.without:
+        if missing(f"without {part}"):
+            yield f"without {part}", lambda part=part: fine_tuned(f"without-{part}", "", options, seed, WITHOUT[part])
 
 
 # --- baselines --------------------------------------------------------------------------------------------------------
@@ -178,8 +189,11 @@ def scores(result: dict) -> dict:
 
 # --- encoders ---------------------------------------------------------------------------------------------------------
 
-def fine_tuned(name: str, folder: str, options: argparse.Namespace, seed: int) -> dict:
-    """Scores of train.py for this encoder and seed; with --test, of its model on the test rows."""
+def fine_tuned(name: str, folder: str, options: argparse.Namespace, seed: int, more: Sequence[str] = ()) -> dict:
+    """Scores of train.py for this encoder and seed; with --test, of its model on the test rows.
+
+    The areas under the ROC curve: `auc_tie` of p_tie for ties, `auc_winner` of p_a - p_b for A among the other rows.
+    """
     with contextlib.nullcontext(options.runs) if options.runs else tempfile.TemporaryDirectory() as kept:
         place = Path(kept).resolve() / options.table / f"{name}-{seed}"
         if name == "random":
@@ -188,21 +202,34 @@ def fine_tuned(name: str, folder: str, options: argparse.Namespace, seed: int) -
         encoder = Path(folder).resolve() if folder else BUNDLED.relative_to(ROOT)
         command = [sys.executable, "train.py", "--train", *options.train, *valid, "--recipe", "tiny", "--encoder",
                    str(encoder), "--no-blend", "--seed", str(seed), "--run", str(place / "run"),
-                   *shlex.split(options.options)]
+                   *shlex.split(options.options), *more]
         with keeping(ROOT / "runs" / "latest"):
             subprocess.run(command + ["--resume"] * has_checkpoint(place / "run"), cwd=ROOT, check=True,
                            stdout=subprocess.DEVNULL)
         report = json.loads((place / "run" / "report.json").read_text(encoding="utf-8"))
-        found = scores(report["results"]["model, calibrated"])
+        results = report["results"]
+        found = scores(results["model, calibrated"])
         if options.test:
-            found = judged(place / "run" / "model", options.test) | {"valid_log_loss": found["log_loss"]}
+            pairs = list(read_pairs(options.test))
+            labels = np.array([pair.label for pair in pairs])
+            probabilities = load_judge(place / "run" / "model").compare_many(pairs)
+            found = scores(metrics.evaluate(probabilities, labels)) | {"valid_log_loss": found["log_loss"]}
+        else:
+            rows = pd.read_csv(place / "run" / "valid_predictions.csv")
+            labels = rows["label"].map(LABELS.index).to_numpy()
+            probabilities = rows[["p_a", "p_b", "p_tie"]].to_numpy()
+            last = pd.read_csv(place / "run" / "metrics.csv")["log_loss"].iloc[-1]
+            found |= {"last": round(float(last), 5), "one_order": round(results["model, one order"]["log_loss"], 5),
+                      "both_orders": round(results["model, both orders"]["log_loss"], 5)}
+    p_a, p_b, p_tie = probabilities.T
+    decided = labels < 2
+    found |= {"auc_tie": area(~decided, p_tie), "auc_winner": area(labels[decided] == 0, (p_a - p_b)[decided])}
     return found | {"minutes": report["minutes"], "ended": report["ended"]}
 
 
-def judged(model: Path, csv: str) -> dict:
-    """A trained model's scores on a file of labelled rows."""
-    pairs = list(read_pairs(csv))
-    return scores(metrics.evaluate(load_judge(model).compare_many(pairs), np.array([pair.label for pair in pairs])))
+def area(positive: np.ndarray, score: np.ndarray) -> float:
+    from sklearn.metrics import roc_auc_score
+    return round(float(roc_auc_score(positive, score)), 3)
 
 
 def fresh_encoder(like: Path, folder: Path, seed: int) -> Path:
@@ -231,44 +258,39 @@ def keeping(path: Path) -> Iterator[None]:
                 path.parent.rmdir()                         # only if nothing else is in it
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
-def write_page(figures: dict) -> None:
-    """Write the tables between the marks of docs/experiments-log.md."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-    write_text(PAGE, before + MARKS[0] + "\n".join(as_table(name, table) for name, table in figures.items()
-                                                      if name not in EARLIER) + MARKS[1] + after)
+def table(measured: dict) -> str:
+    """A table of experiments.json as Markdown: means over the seeds, then the commands."""
+    rows = {name: by_seed for name, by_seed in measured["rows"].items() if name != "uniform"}   # 1.0986 everywhere
+    priors = rows["class prior"]
 
+    def mean(by_seed: dict[str, dict], key: str, style: str) -> str:
+        values = [scores[key] for scores in by_seed.values() if key in scores]
+        return format(statistics.mean(values), style) if values else ""
 
-def as_table(name: str, table: dict) -> str:
-    lines = [f"### {name}\n",
-             "| what | log loss, mean | per seed | gap closed, mean | accuracy, mean | minutes, median |",
-             "|---|---:|---|---:|---:|---:|"]
-    for what, by_seed in table["rows"].items():
-        if what == "uniform":                              # 1.0986 in every table
-            continue
-        losses = [scores["log_loss"] for scores in by_seed.values()]
-        accuracy = statistics.mean(scores["accuracy"] for scores in by_seed.values())
-        minutes = [scores["minutes"] for scores in by_seed.values() if "minutes" in scores]
-        closed = gap_closed(by_seed, table["rows"]["class prior"])
-        lines.append(f"| {what} | {statistics.mean(losses):.4f} | {', '.join(f'{x:.4f}' for x in losses)} | "
-                     f"{f'{round(statistics.mean(closed), 2) + 0:.0%}' if closed else ''} | {accuracy:.3f} | "
-                     f"{f'{statistics.median(minutes):.1f}' if minutes else ''} |")
-    rows_of = {}                                                                    # command and machine -> rows
-    for what, how in table["how"].items():
-        if what == "uniform":
-            continue
-        rows_of.setdefault(f"`{how['command']}` ({how['machine']})", []).append(what)
-    lines += ["", *(f"- {', '.join(rows)}: {how}" for how, rows in rows_of.items())]
-    return "\n".join(lines) + "\n"
+    best = mean(priors, "bayes_optimal", ".4f")
+    columns = STAGES if best else AREAS        # without a Bayes-optimal score, the areas show what a model has learnt
+    more = [key for key in columns if any(key in scores for by_seed in rows.values() for scores in by_seed.values())]
+    heads = ["log loss", *["gap closed"] * bool(best), "accuracy", *map(columns.get, more), "log loss per seed"]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1) + "---|"]
+    for name, by_seed in rows.items():
+        gap = [f"{round(statistics.mean(gap_closed(by_seed, priors)), 2) + 0:.0%}"] if best else []
+        cells = [name, mean(by_seed, "log_loss", ".4f"), *gap, mean(by_seed, "accuracy", ".3f"),
+                 *(mean(by_seed, key, ".2f" if key in AREAS else ".4f") for key in more),
+                 ", ".join(f"{scores['log_loss']:.4f}" for scores in by_seed.values())]
+        lines.append(f"| {' | '.join(cells)} |")
+    if best:
+        lines.append(f"| Bayes-optimal | {best} | 100% |" + " |" * (len(more) + 2))
+    names = {}                                                                      # command and machine -> rows
+    for name in rows:
+        if how := measured["how"].get(name):
+            names.setdefault(f"`{how['command']}` ({how['machine']})", []).append(name)
+    return "\n".join([*lines, "", *(f"- {', '.join(of)}: {how}" for how, of in names.items())])
 
 
 def gap_closed(by_seed: dict[str, dict], prior: dict[str, dict]) -> list[float]:
-    """The gap closed between class-prior and Bayes-optimal log loss, for each seed; [] for real rows, whose
-    Bayes-optimal loss is unknown."""
-    if not all("bayes_optimal" in prior[seed] for seed in by_seed):
-        return []
+    """The gap closed between class-prior and Bayes-optimal log loss, for each seed."""
     return [(prior[seed]["log_loss"] - scores["log_loss"]) / (prior[seed]["log_loss"] - prior[seed]["bayes_optimal"])
             for seed, scores in by_seed.items()]
 
@@ -287,22 +309,21 @@ def without_paths(arguments: list[str]) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("table", nargs="?", help="name of the table")
-    add("--train", nargs="+", metavar="CSV")
+    add("table", help="name of the table")
+    add("--train", nargs="+", required=True, metavar="CSV")
     add("--valid", metavar="CSV", help="validation rows (default: a tenth of --train)")
     add("--test", metavar="CSV", help="held-out test set: labelled rows that no run uses")
     add("--valid-fraction", type=float, default=recipe("tiny").valid_fraction, help="share of the rows for validation")
     add("--encoders", nargs="*", default=["bundled", "random"], metavar="NAME[=DIR]")
+    add("--without", nargs="*", default=[], choices=WITHOUT, metavar="PART",
+        help=f"also the bundled encoder without a part of the recipe: {', '.join(WITHOUT)}")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
     add("--by", metavar="COLUMN", help="add the class prior of each value of this column as a baseline")
     add("--options", default="", help="more options of train.py, as one argument")
     add("--runs", metavar="DIR", help="keep the runs in this folder, and resume those in it")
     add("--again", action="store_true", help="repeat measurements that exist")
-    add("--page", action="store_true", help="only write the tables again")
     options = parser.parse_args()
-    if not options.page and not (options.table and options.train):
-        parser.error("a table's name and --train, or --page")
-    options.train = [str(Path(path).resolve()) for path in options.train or ()]    # train.py is run from ROOT
+    options.train = [str(Path(path).resolve()) for path in options.train]          # train.py is run from ROOT
     options.valid = options.valid and str(Path(options.valid).resolve())
     for path in files(options) if options.by else ():
         if options.by not in pd.read_csv(path, nrows=0):

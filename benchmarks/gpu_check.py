@@ -73,11 +73,11 @@ def compare(device: torch.device, config: EncoderConfig, length: int) -> list[Ch
         logits, gradients = outcome(model, lambda: model(ids, attention_mask), labels, precision)
         if precision == "fp32":
             value, (gradient, name) = relative(logits, theirs["fp32"][0]), worst_gradient(gradients, theirs["fp32"][1])
-            checks.append(Check("values and gradients are transformers', fp32", value < 1e-4 and gradient < 2e-3,
+            checks.append(Check("values and gradients match transformers, fp32", value < 1e-4 and gradient < 2e-3,
                                 f"logits {value:.1e}, worst gradient {gradient:.1e} ({name})"))
         else:
             ours, their = (relative(found.float(), theirs["fp32"][0]) for found in (logits, theirs[precision][0]))
-            checks.append(Check(f"{precision} is no farther from fp32 than twice transformers'",
+            checks.append(Check(f"{precision}: at most twice transformers' error against fp32",
                                 ours < 2 * their + 0.01, f"logits {ours:.1e}, transformers {their:.1e}"))
     return checks
 
@@ -146,7 +146,7 @@ def several_processes(device: str, folder: Path) -> list[Check]:
     one = log_loss(run(str(ROOT / "train.py"), *base, "--run", "alone", folder=folder))
     two = log_loss(run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--",
                        str(ROOT / "train.py"), *base, "--run", "together", folder=folder))
-    return [Check(f"two processes train what one does, {'NCCL' if device == 'cuda' else 'gloo (no two GPUs)'}",
+    return [Check(f"two processes match one, {'NCCL' if device == 'cuda' else 'gloo (no two GPUs)'}",
                   abs(one - two) < 2e-3, f"log loss {one:.4f} and {two:.4f}")]
 
 

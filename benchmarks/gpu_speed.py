@@ -1,6 +1,6 @@
 """Speed and memory on a GPU beside transformers: forward, training step, and tokens a second of fine-tuning.
 
-    python benchmarks/gpu_speed.py --output gpu.json --seconds 300       stops after so long, with what it has by then
+    python benchmarks/gpu_speed.py --output gpu.json --seconds 300       stops then, and keeps what it has
     python benchmarks/gpu_speed.py --device cpu --small --output x.json  the same without a GPU, as the tests run it
 
 Contenders are the accelerated model, the plain one, the plain one under torch.compile, transformers' (eager), and the
@@ -140,7 +140,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, required=True, metavar="JSON")
-    parser.add_argument("--seconds", type=float, default=300, help="nothing is begun after so many seconds")
+    parser.add_argument("--seconds", type=float, default=300, help="start nothing after this many seconds")
     parser.add_argument("--small", action="store_true", help="a toy model, for this script's test")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -82,7 +82,7 @@ def seconds(runs: int, rows: int, length: int) -> dict[str, dict[str, list[float
     ids = torch.randint(5, 1000, (rows, length))
     mask = torch.ones_like(ids, dtype=torch.bool)
     layers = {form: quantised(linear, form) for form in (FLOAT, HAND, TORCH)}
-    models = {form: quantised(model, form) for form in (FLOAT, TORCH)}       # by hand: only if one product is fast
+    models = {form: quantised(model, form) for form in (FLOAT, TORCH)}       # not by hand: too slow
     return {f"{rows * length:,} x {config.hidden_size} by {config.hidden_size} x {config.intermediate_size}":
                 take_turns({form: lambda layer=layer: layer(x) for form, layer in layers.items()}, runs),
             f"v3-small, {rows} x {length} tokens":

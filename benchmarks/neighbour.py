@@ -1,4 +1,4 @@
-"""A training step beside busy programs: what the waiting of threads costs, and what `minipref.threads` chooses.
+"""A training step beside busy programs: what OpenMP's wait policy costs, and what `minipref.threads` chooses.
 
     python benchmarks/neighbour.py      ten minutes on two cores; writes benchmarks/neighbour.json; then `make docs`
 
@@ -46,7 +46,7 @@ print((time.perf_counter() - began) / {steps}, loss.item().hex())
 
 
 def measure(neighbours: int, rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds a step of each setting. Errors: SystemExit if the settings with two threads have different losses."""
+    """Seconds a step of each setting. Errors: SystemExit if settings other than one thread differ in loss."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(neighbours)]
     seconds, losses = {name: [] for name in SETTINGS}, {}
     try:
@@ -62,7 +62,7 @@ def measure(neighbours: int, rounds: int, steps: int) -> dict[str, list[float]]:
             process.kill()
             process.wait()
     if len({loss for name, loss in losses.items() if name != ONE}) > 1:
-        raise SystemExit(f"the waiting of threads has changed a result: {losses}")
+        raise SystemExit(f"the wait policy has changed a result: {losses}")
     return seconds
 
 

@@ -4,8 +4,8 @@
     python benchmarks/parity.py --lengths 17 300    only these lengths
 
 The models are a random v3-small, with weights so large that a wrong sign gives a difference of order 1, and the
-published weights if weights/deberta-v3-small holds them. The comparison is that of tests/test_parity.py, at the tokens
-of padded batches without padding. Each number is the largest difference divided by the largest entry of the reference's
+published weights if weights/deberta-v3-small holds them. The comparison is that of tests/test_parity.py, at the real
+tokens of padded batches. Each number is the largest difference divided by the largest entry of the reference's
 tensor; for a gradient, by that or by a thousandth of the model's largest gradient, whichever is larger. The tables are
 printed and written to benchmarks/parity.md; `make docs` puts the worst figures into README.md and docs/benchmarks.md.
 """
@@ -122,7 +122,7 @@ def main() -> int:
     machine = (f"Python {platform.python_version()}, torch {torch.__version__}, transformers "
                f"{transformers.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
     print(machine)
-    sections = [section("A random v3-small", "Weights N(0, 1.6 / sqrt(768)), norms around 1; all 141,897,219 of them.",
+    sections = [section("A random v3-small", "Weights N(0, 1.6 / sqrt(768)), LayerNorms near 1; 141,897,219 in all.",
                         random_v3_small(), options.lengths)]
     if (PUBLISHED / "model.safetensors").is_file():
         torch.manual_seed(0)
@@ -142,9 +142,9 @@ INTRODUCTION = """# Parity with transformers, layer by layer
 Written by `make parity` ({machine}). docs/benchmarks.md has the summary.
 
 Each figure is the largest difference at real tokens, divided by the largest entry of the reference's tensor; a
-gradient's by that entry, or by a thousandth of the model's largest where that is more. Batches are two rows of L and
-L - 20 tokens. The loss is the classifier's; 'all layers' outputs' is a random projection of every layer's output, which
-every parameter of the encoder has a gradient of. Dropout is off.
+gradient's by that entry, or by a thousandth of the model's largest gradient if that is larger. Batches are two rows of
+L and L - 20 tokens. The loss is the classifier's; 'all layers' outputs' is a random projection of every layer's output,
+so that every parameter of the encoder has a gradient. Dropout is off.
 
 """
 

@@ -1,12 +1,12 @@
-"""minipref beside what a user could take instead: transformers, BERT with SDPA, ONNX Runtime and OpenVINO.
+"""minipref compared with alternatives: transformers, BERT with SDPA, ONNX Runtime and OpenVINO.
 
     python benchmarks/peers.py             an hour on two cores; writes benchmarks/peers.json and peers.md
-    python benchmarks/peers.py --small     a toy model: whether this script works, and no figure worth having
+    python benchmarks/peers.py --small     a toy model, to test this script
 
 ONNX Runtime (in float32) and OpenVINO take transformers' DeBERTa, exported (`pip install .[peers]`; a peer that is not
 installed is left out). BERT is no DeBERTa: it has the same sizes and vocabulary and torch's fused attention, and shows
-what disentangled attention costs. All take turns in one process, with a pause in between because idle threads spin; of
-the times the median counts. Each row is written once it is measured, and a row in the file is not measured again:
+what disentangled attention costs. All take turns in one process, with a pause in between because idle threads spin;
+times are medians. Each row is written once it is measured, and a row in the file is not measured again:
 remove the file to begin anew.
 """
 
@@ -195,7 +195,7 @@ def table(figures: dict) -> str:
     lines = [f"| their time over minipref's | {' | '.join(peers)} |", "|---|" + "---:|" * len(peers)]
     lines += [f"| {what} | {' | '.join(', '.join(found[peer]) for peer in peers)} |" for what, found in cells.items()]
     short = [row for row in figures["rows"]
-             if row["differences"] and row["length"] <= 512]             # beyond, transformers clamps no distance
+             if row["differences"] and row["length"] <= 512]             # beyond, transformers does not clamp
     worst = max(max(row["differences"].values()) for row in short if row["precision"] == "fp32")
     half = {name: max(row["differences"][name] for row in short if row["precision"] == "bf16")
             for row in short if row["precision"] == "bf16" for name in row["differences"]}

@@ -97,9 +97,9 @@ def memory_section(figures: dict) -> str:
         ours, theirs = (row["bytes"][name] / 2**30 for name in (US, THEM))
         rows.append([row["task"], f"{row['batch']} x {row['length']}", row["precision"], f"**{ours / theirs:.2f}**",
                      f"{ours:.2f} GB", f"{theirs:.2f} GB"])
-    return ("## Memory\n\nThe most that a process of its own ever held, interpreter and weights included, and the "
-            "part of transformers'. Here\nminipref gives freed memory back at once, as train.py does; the times above "
-            f"are without that.\n\n{table(['task', 'rows x tokens', 'precision', 'part', US, THEM], rows)}")
+    return ("## Memory\n\nPeak memory of a separate process, interpreter and weights included, and its ratio to "
+            "transformers'. Here\nminipref gives freed memory back at once, as train.py does; the times above "
+            f"are without that.\n\n{table(['task', 'rows x tokens', 'precision', 'ratio', US, THEM], rows)}")
 
 
 def start_section(figures: dict) -> str:

@@ -1,6 +1,6 @@
 """Every figure, generated table and notebook of README.md and docs/, made again from the code.
 
-    make docs                              or python docs/build.py: writes what has changed
+    make docs                              writes what has changed; runs with --screenshot
     python docs/build.py --check           writes nothing; exit code 1 if anything would change
     python docs/build.py --screenshot      also the picture of explain's page, by the chromium that is installed
 
@@ -75,7 +75,7 @@ def chart(title: str, lines: Lines, x_ticks: Sequence[float], y_ticks: Sequence[
     """Lines {name: (x, y)} over axes that end at the outermost ticks. `title` is the text alternative.
 
     The names stand in a legend whose first line begins at `legend`, in the axes' units. Guides are dotted lines (x, y)
-    without a name, marks single dots (x, y). A note is (x, y, text, anchor, right, down): a text, moved so many pixels.
+    without a name, marks single dots (x, y). A note is (x, y, text, anchor, right, down): a text, offset in pixels.
     """
     def at(x: float, y: float) -> tuple[float, float]:
         x_share, y_share = ((value - ticks[0]) / (ticks[-1] - ticks[0])
@@ -284,7 +284,7 @@ def model() -> str:
 # --- one head ---------------------------------------------------------------------------------------------------------
 
 def one_head() -> tuple[str, str]:
-    """The README's figure and its caption: of the bundled encoder, the head whose weakest term is the strongest."""
+    """The README's figure and caption: the bundled encoder's head with the largest minimum std of its three terms."""
     torch.manual_seed(0)                                    # for the fresh classifier, which is not used
     explanation = explain(Judge(load_classifier(TINY), load_tokenizer(TINY), 96), SHOWN, 96)
     weakest = explanation.scores.std((-1, -2)).min(-1)                                         # (N, H)
@@ -296,8 +296,8 @@ def one_head() -> tuple[str, str]:
     caption = f"""Layer {layer + 1}, head {head + 1} of the bundled encoder is a previous-token head: {hits} of \
 {len(queries)} queries attend most to the token before them.
 The colours show each term minus its mean over the query's keys: orange above the mean, blue below, all on one scale.
-At the previous token the term highest above its mean is c2p for {largest[1]} queries, p2c for {largest[2]}, \
-c2c for {largest[0]}."""
+At the previous token, c2p is the term highest above its mean for {largest[1]} queries, p2c for {largest[2]}, c2c for \
+{largest[0]}."""
     return figure(explanation, layer, head), caption
 
 
@@ -316,7 +316,7 @@ def recipes() -> str:
 def results() -> str:
     """The README's table: means over seeds from benchmarks/experiments.json."""
     tables = json.loads((ROOT / "benchmarks" / "experiments.json").read_text(encoding="utf-8"))
-    synthetic, real, by_task = (tables[name]["rows"] for name in ("batch-32", "real-32", "real"))
+    synthetic, real = (tables[name]["rows"] for name in ("batch-32", "real"))
 
     def mean(runs: dict[str, dict], value: str = "log_loss") -> float:
         return float(np.mean([run[value] for run in runs.values()]))
@@ -327,7 +327,7 @@ def results() -> str:
                         ("bundled encoder, fine-tuned", "bundled")):
         loss = mean(synthetic[name])
         lines.append(f"| {title} | {loss:.4f} | {(prior - loss) / (prior - best):.0%} | {mean(real[name]):.4f} |")
-    lines.append(f"| class prior of each task, without the text | | | {mean(by_task['class prior by model_a']):.4f} |")
+    lines.append(f"| class prior of each task, without the text | | | {mean(real['class prior by model_a']):.4f} |")
     lines.append(f"| Bayes-optimal, known for the synthetic dataset alone | {best:.4f} | 100% | |")
     return "\n".join(lines)
 
@@ -422,6 +422,14 @@ def measured(name: str) -> str:
     return importlib.import_module(name).table(figures)
 
 
+def experiments(text: str) -> str:
+    """docs/experiments.md with the tables of benchmarks/experiments.json, as experiments.py formats them."""
+    figures = json.loads((ROOT / "benchmarks" / "experiments.json").read_text(encoding="utf-8"))
+    for name, table in figures.items():
+        text = marked(text, name, importlib.import_module("experiments").table(table))
+    return text
+
+
 def build() -> dict[str, str]:
     """Every generated file's content, by its path from the root."""
     head, caption = one_head()
@@ -436,6 +444,7 @@ def build() -> dict[str, str]:
                                 ("glossary", "names", parameter_names())):
         path = f"docs/{page}.md"
         files[path] = marked(files.get(path) or (ROOT / path).read_text(encoding="utf-8"), mark, content)
+    files["docs/experiments.md"] = experiments((ROOT / "docs/experiments.md").read_text(encoding="utf-8"))
     files["docs/kaggle.ipynb"] = notebook((ROOT / "docs/kaggle_notebook.py").read_text(encoding="utf-8"))
     return files
 

@@ -71,7 +71,7 @@ def attention(mine: Callable) -> str:
         for name, (f, w) in zip(names, pairs):
             apart = (f - w).abs().max().item()
             right(apart < 1e-9, f"lengths {lengths}: {name} differs by {apart:.1e} from the definition")
-    return "values and gradients are the definition's" + (parity(mine) or "; transformers is not there to compare with")
+    return "values and gradients match the definition" + (parity(mine) or "; not compared: transformers is missing")
 
 
 def parity(mine: Callable) -> str:
@@ -89,7 +89,7 @@ def parity(mine: Callable) -> str:
         raise NotYet(f"it equals the definition, but not transformers: {str(problem).splitlines()[0]}") from None
     finally:
         DisentangledSelfAttention.attend = plain
-    return ", and a model with it is transformers'"
+    return ", and a model with it matches transformers"
 
 
 def adamw(mine: type) -> str:

@@ -26,7 +26,7 @@ class AuxiliaryHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor, segment_ids: Tensor) -> Tensor:
-        # In float16 a sum over a long segment would exceed the maximum of 65,504. A power of two cancels exactly.
+        # In float16 a sum over a long segment could exceed 65,504. The factor 2^-12 cancels in the division.
         is_in = F.one_hot(segment_ids, 4)[..., :3].to(x.dtype) * 2.0**-12        # (B, L, 3), the fourth is padding
         means = is_in.mT @ x / is_in.sum(dim=1)[..., None]                       # (B, 3, D)
         return self.linear(means.flatten(1))

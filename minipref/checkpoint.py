@@ -48,7 +48,7 @@ PRETRAINING_HEADS = ("lm_predictions.", "mask_predictions.", "cls.")
 LEFTOVERS = {  # unused tensors in some published files: name -> meaning
     "embeddings.position_ids": "a counter 0, 1, 2, ...",
     "embeddings.position_embeddings.weight": "absolute positions, used in pretraining only",
-    "embeddings.word_embeddings._weight": "the discriminator's difference, already added to the word embeddings",
+    "embeddings.word_embeddings._weight": "GDES's E_delta (arXiv 2111.09543), already added to the word embeddings",
 }
 
 
@@ -68,11 +68,11 @@ class LoadReport:
     def __str__(self) -> str:
         parts = [f"loaded {self.loaded} of {self.body} body tensors"]
         if self.heads_skipped:
-            parts.append(f"skipped {len(self.heads_skipped)} of the pre-training heads")
+            parts.append(f"skipped {len(self.heads_skipped)} tensors of the pre-training heads")
         if self.leftovers_skipped:
             parts.append(f"skipped {', '.join(self.leftovers_skipped)}")
         if self.classifier_skipped:
-            parts.append(f"skipped {len(self.classifier_skipped)} of the classification head")
+            parts.append(f"skipped {len(self.classifier_skipped)} tensors of the classification head")
         if self.new:
             why = f" (the file's head is for: {self.other_task})" if self.other_task else ""
             parts.append(f"new: {', '.join(self.new)}{why}")
@@ -214,7 +214,7 @@ def _sort_tensors(checkpoint: "_Checkpoint", config: EncoderConfig) -> tuple[Loa
 
 
 def _check_shapes(checkpoint: "_Checkpoint", names: dict[str, str], module: nn.Module) -> None:
-    """Errors: `InputError` for a tensor of {our name: file's name} that is missing or has not the module's shape."""
+    """Errors: `InputError` for a tensor of {our name: file's name} that is missing or has the wrong shape."""
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     for ours, theirs in names.items():
         if theirs not in checkpoint.shapes:
@@ -248,7 +248,7 @@ def _class_order(fields: dict, head: list[str], checkpoint: "_Checkpoint", repor
         if len(classes) == len(LABELS) and set(classes) == {0, 1, 2}:
             return [classes.index(label) for label in range(len(LABELS))]
         if is_sequence and names == ["LABEL_0", "LABEL_1", "LABEL_2"]:
-            report.note = f"its classes {', '.join(names)} were taken for {', '.join(LABELS)}"
+            report.note = f"its classes {', '.join(names)} were read as {', '.join(LABELS)}"
             return [0, 1, 2]
     names = names[:10] + ["..."] * (len(names) > 10)
     what = [", ".join(names), "" if is_sequence else str(architecture).strip("[]'"),

@@ -61,7 +61,7 @@ class EncoderConfig:
         """Read a Hugging Face `config.json`.
 
         Errors: `InputError` naming the file and the field, for a file that is not a JSON object, a field of the
-        wrong type or range, and any other variant than v3.
+        wrong type or range, and any variant other than v3.
         """
         fields = read_json(path, "a Hugging Face folder with config.json and model.safetensors")
         _check_v3(fields, path)
@@ -120,7 +120,7 @@ class EncoderConfig:
 
 
 def _check_v3(fields: dict, path: str | Path) -> None:
-    """Errors: `InputError` naming the first field that describes another architecture than v3."""
+    """Errors: `InputError` naming the first field whose value is not v3's."""
     for name, wanted in V3_FACTS.items():
         found = fields.get(name, ABSENT_MEANS[name])
         if name == "pos_att_type":     # "p2c|c2p" in Microsoft's files, ["p2c", "c2p"] in newer ones

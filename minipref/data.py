@@ -9,7 +9,7 @@ What is unusual here:
 - **Segments are truncated before they are joined**, so a long prompt cannot push response B out of the sequence. A
   segment that is too long keeps its head and its tail: the tail shows whether a response is complete.
 - **Swapping A and B is free**: the budget treats both responses alike, so one encoding serves both orders.
-- **The split is by prompt.** One row in six shares its prompt with another row. A split by row would put copies of a
+- **The split is by prompt.** In the competition one row in six shares its prompt. A split by row would put copies of a
   prompt on both sides, and the validation score would be too good.
 - **An epoch's order is a function of (seed, epoch)**, so a resumed run needs only the number of the next batch.
 """
@@ -37,7 +37,7 @@ NO_ANSWER = "(no answer)"                                                # the t
 # The start of a list of texts or of messages, valid JSON or not
 LIST_START = re.compile(r"""\s*\[\s*(["'“‘\]]|null|None|nan|\{\s*["'](role|content)["'])""")
 MISSING = {"null", "NULL", "None", "nan", "NaN", "NA", "N/A", "n/a", "<NA>", "#N/A"}      # a missing value as text
-QUOTED = re.compile(r'\s+".*"\s*', re.DOTALL)       # of a space before a quote CSV makes a part of the text
+QUOTED = re.compile(r'\s+".*"\s*', re.DOTALL)       # after a space, CSV keeps the quotes as part of a cell
 
 Turns = tuple[str | None, ...]
 
@@ -62,7 +62,7 @@ class Pair:
 def parse_turns(cell: str) -> Turns:
     """The turns in a text cell: the items of a JSON list of texts, else the cell itself as one turn.
 
-    `null` in a list is a missing turn (None). No cell is an error: `42`, `[1, 2]` and an empty cell are one plain turn
+    `null` in a list is a missing turn (None). Every cell is valid: `42`, `[1, 2]` and an empty cell are one plain turn
     each.
     """
     if cell.lstrip()[:1] != "[":
@@ -102,9 +102,9 @@ def _to_pair(row: object, number: int, as_lists: bool) -> Pair:
         row, tuple | list) else []
     if len(values) != len(TEXT_COLUMNS):
         raise InputError(row=number, found=f"{len(values)} values" if values else f"a {type(row).__name__}",
-                         expected=f"a tuple of {', '.join(TEXT_COLUMNS)}; of a DataFrame, "
+                         expected=f"a tuple of {', '.join(TEXT_COLUMNS)}; for a DataFrame, "
                                   f"frame[{list(TEXT_COLUMNS)}].itertuples(index=False)")
-    segments, are_cells = [], as_lists and not isinstance(values[0], tuple | list)      # beside turns, texts are plain
+    segments, are_cells = [], as_lists and not isinstance(values[0], tuple | list)      # if the prompt is a list, no
     for column, value in zip(TEXT_COLUMNS, values):
         if isinstance(value, str):
             turns = parse_turns(value) if are_cells else (value,)
@@ -178,7 +178,7 @@ def read_pairs(path: str | Path, labels: str = "required", unique_ids: bool = Fa
         _note(path, cells, f"with a list that is not a JSON list of texts, read as text ({advice})")
     _note(path, plain, "that may be a list, read as text because most prompts are plain text")
     _note(path, missing, "with only a word for a missing value, like NaN, read as text")
-    _note(path, quoted, "in quotes after a space, read with these quotes (is there a space after the commas?)")
+    _note(path, quoted, "with a space before the opening quote, so the quotes are read as text")
     _note(path, mended, "with invalid characters replaced (U+FFFD for half of a UTF-16 pair)")
     return pairs
 

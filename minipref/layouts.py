@@ -28,7 +28,7 @@ LABEL_COLUMNS = ("winner_model_a", "winner_model_b", "winner_tie")       # the c
 CONVERSATIONS = ("conversation_a", "conversation_b")
 COLUMNS = {"id", "question_id", *TEXT_COLUMNS, *CONVERSATIONS, *LABEL_COLUMNS, "winner"}
 WINNERS = {"model_a": 0, "model_b": 1, "tie": 2, "tie (bothbad)": 2, "both_bad": 2}
-OTHER_PARTS = {"audio", "function_call", "refusal", "tool_calls"}        # of a turn, beside its content
+OTHER_PARTS = {"audio", "function_call", "refusal", "tool_calls"}        # of a turn, besides its content
 PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 SAVE_AS = "Excel saves it as 'CSV UTF-8 (comma delimited)'"
 LONGEST_CELL = 1 << 22       # characters; such a cell takes 12 s to tokenize, the competition's longest has some 50,000
@@ -37,7 +37,7 @@ LONGEST_CELL = 1 << 22       # characters; such a cell takes 12 s to tokenize, t
 def read_records(path: str | Path, labels: str = "required") -> list[dict]:
     """Rows as dicts: "id" as text, prompt and responses as text or a list of turns, the label columns as text.
 
-    A note names any other layout than the competition's CSV. `labels`: "required", or "if present".
+    A note names any layout other than the competition's CSV. `labels`: "required", or "if present".
     Errors: `InputError` naming file, row (the header is not counted) and column of the first invalid value.
     """
     path, records = Path(path), []
@@ -116,8 +116,8 @@ class _Layout:
         else:
             (prompt, a), (other, b) = (self._conversation(row, column, values[column]) for column in CONVERSATIONS)
             if prompt != other:
-                raise InputError(file=self.path, row=row, column=CONVERSATIONS[1], found="another prompt than in "
-                                 "conversation_a", expected="two conversations with the same user's turns")
+                raise InputError(file=self.path, row=row, column=CONVERSATIONS[1], found="not the prompt of "
+                                 "conversation_a", expected="two conversations with the same user turns")
             record |= dict(zip(TEXT_COLUMNS, (prompt, a, b)))
         winner = WINNERS.get(str(values.get("winner")).strip().lower())
         if self.labels == ("winner",):
@@ -209,7 +209,7 @@ def _check_header(header: list[str] | None, path: Path) -> None:
         raise InputError(file=path, found="an empty file" if header is None else "an empty first line",
                          expected="a header with id, prompt, response_a, response_b")
     if "\0" in "".join(header):
-        raise InputError(file=path, found="a binary file, or UTF-16 without its mark",
+        raise InputError(file=path, found="a binary file, or UTF-16 without a byte order mark",
                          expected=f"a CSV file in UTF-8: {SAVE_AS}")
     for mark, name in (("\t", "tabs"), (";", "semicolons")):
         if len(header) == 1 and mark in header[0]:
@@ -231,10 +231,10 @@ def _json_lines(path: Path) -> Iterator[dict]:
 
 
 def unique_keys(pairs: list[tuple]) -> dict:
-    """A JSON object. Errors: ValueError for a key that stands there twice, of which json would keep the last."""
+    """A JSON object. Errors: ValueError for a repeated key, of which json would keep the last value."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError(f"a key stands there twice, among {short_repr([key for key, _ in pairs], 120)}")
+        raise ValueError(f"a repeated key, among {short_repr([key for key, _ in pairs], 120)}")
     return values
 
 

@@ -1,6 +1,6 @@
 """Scores, baselines, calibration by temperature, and the conclusions drawn from them. All arithmetic is float64.
 
-What is unusual here: every score is printed next to two trivial baselines (uniform, class prior) and a strong one, a
+What is unusual here: train.py compares its scores with trivial baselines (uniform, class prior) and a stronger one, a
 logistic regression on lengths alone (annotators prefer longer responses).
 """
 
@@ -131,8 +131,8 @@ def swap_averaged(logits: np.ndarray, temperature: float, surface: np.ndarray | 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature from 1/20 to 20 that minimises the log loss of `swap_averaged` on these rows.
 
-    The penalty (log T)^2 / 2 on the sum of the losses keeps T finite if all of a few rows are predicted correctly; with
-    some hundred rows it has no effect. Found by golden-section search over log T.
+    The penalty (log T)^2 / 2 on the sum of the losses keeps T away from 0 if few rows are all predicted correctly; with
+    hundreds of rows it has no effect. Found by golden-section search over log T.
     Shapes: (N, orders, 3), (N,) -> float.
     Paper: Guo et al., On Calibration of Modern Neural Networks (arXiv 1706.04599).
     """
@@ -161,7 +161,7 @@ def fit_blend(logits: np.ndarray, surface: np.ndarray | None, labels: np.ndarray
     over the orders, on these rows. Without `surface`, `fit_temperature` and w = 0.
 
     The penalties (log T)^2 / 2 and 2 w^2 on the sum of the losses keep w near 0 if the surface features do not help.
-    With some hundred rows they have little effect.
+    With hundreds of rows they have little effect.
     Shapes: (N, orders, 3), (N, 3), (N,) -> (T, w).
     """
     if surface is None:

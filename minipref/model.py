@@ -16,7 +16,8 @@ What is unusual, compared with BERT or a GPT:
 Letters: B batch, L tokens (i query, j key), D hidden size, H heads, d = D / H, F intermediate size, N layers,
 R = 2 * position_buckets relative embeddings, V vocabulary, C classes.
 
-Read `attention_by_definition` first. `minipref/fast/` replaces parts of it; results are equal up to rounding.
+Read `attention_by_definition` first. `minipref/fast/` replaces parts of it; results are equal up to rounding (dropout
+masks may differ).
 """
 
 import math
@@ -41,7 +42,7 @@ def log_bucket(distance: Tensor, position_buckets: int = 256, max_distance: int 
 
     Shapes: any int64 tensor -> int64 of the same shape, in -(position_buckets - 1)..position_buckets - 1.
     Paper: the formula is only in Microsoft's code, `make_log_bucket_position`.
-    Differs: Microsoft clamps from max_distance on, and so do we; Hugging Face goes on into untrained embeddings.
+    Differs: Hugging Face does not clamp, and reads the untrained row 0 for far negative distances.
     """
     exact = position_buckets // 2
     distance = distance.clamp(1 - max_distance, max_distance - 1)
@@ -108,7 +109,7 @@ def attention_scores(q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor, index: 
     q, pos_q = q * scale, pos_q * scale                              # before products that could overflow in float16
     c2c = q @ k.mT                                                   # (B, H, L_i, L_j)
 
-    # Multiply every query with every relative embedding, then gather for each key the one of its distance.
+    # Multiply every query with every relative embedding, then gather each key's product by its distance.
     every_row = q @ pos_k.mT                                         # (B, H, L_i, R)
     c2p = every_row.gather(-1, index.expand_as(c2c))                 # (B, H, L_i, L_j)
 

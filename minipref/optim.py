@@ -29,7 +29,7 @@ class AdamW(torch.optim.Optimizer):
     m and v start at zero; dividing by 1 - beta^t corrects that bias.
 
     Paper: Loshchilov and Hutter, Decoupled Weight Decay Regularization (arXiv 1711.05101), algorithm 2.
-    Differs: lr includes the paper's schedule multiplier.
+    Differs: lr is the paper's eta_t * alpha and scales the decay too; there eta_t alone does.
     Errors: ValueError for a hyperparameter out of range, RuntimeError for a sparse gradient.
     """
 
@@ -86,8 +86,7 @@ def decay_groups(model: nn.Module, weight_decay: float, peak_lr: float = 0.0, he
                  layer_decay: float = 1.0) -> list[dict]:
     """Groups of trainable parameters with the same weight decay and the same `peak_lr`.
 
-    Weight matrices and embeddings decay. Biases and LayerNorms do not: shrinking them changes the function instead of
-    regularising it.
+    Weight matrices and embeddings decay. Biases and LayerNorms do not, as in Microsoft's fine-tuning code.
 
     The last layer's peak learning rate is `peak_lr`. Each lower layer has `layer_decay` times the rate of the layer
     above it, and the embeddings count as one more layer at the bottom: lower layers hold more general features. The new

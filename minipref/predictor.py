@@ -90,7 +90,7 @@ class Judge:
     def save(self, folder: str | Path, replace: bool = False) -> None:
         """Write a folder that `load_judge` and Hugging Face's `from_pretrained` load.
 
-        The settings come last. They hold the SHA-256 of the other files, so that files of two models are noticed.
+        The settings come last. They hold the SHA-256 of the other files, so that a mix of two models is detected.
         Errors: `InputError` for a folder that is not empty, unless `replace`.
         """
         folder = Path(folder)
@@ -110,7 +110,7 @@ def load_judge(folder: str | Path, device: torch.device | str = "cpu", precision
                ) -> Judge:
     """Load a trained model's folder, written by train.py: weights, tokenizer, budget, temperature.
 
-    The model is accelerated unless `fast` is False. `model.load_report.note` says what is not as train.py finishes it.
+    The model is accelerated unless `fast` is False. `model.load_report.note` lists changed files and other warnings.
     Errors: `InputError` for missing, damaged or inconsistent files.
     """
     folder = Path(folder)
@@ -144,11 +144,11 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: str | Path) 
 
 
 def _changed_files(folder: Path) -> str:
-    """A sentence on the files that are not those that `Judge.save` wrote; empty if all are."""
+    """A sentence that names the files changed since `Judge.save` wrote them; empty if there are none."""
     written = read_json(folder / SETTINGS, "").get("files", {})
     if not isinstance(written, dict):
         raise InputError(file=folder / SETTINGS, found=f"files is {short_repr(written)}", expected="{name: SHA-256}")
-    if not written:                                  # a model of 0.1
+    if not written:                                  # by minipref 0.1
         return ""
     found = folder_sha256(folder)
     changed = [name for name in written | found if name != SETTINGS and found.get(name) != written.get(name)]

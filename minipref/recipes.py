@@ -33,7 +33,7 @@ class TrainConfig:
     head_dropout: float = _between(0, 0.999, "dropout before the classifier")
     patience: int = _between(0, 10**9, "evaluations without a better log loss before stopping; 0 never stops")
     evals_per_epoch: int = _between(1, 10**4, "evaluations per epoch")
-    max_length: int = _between(8, 1 << 16, "tokens of prompt and responses together")
+    max_length: int = _between(8, 1 << 16, "maximum length of a sequence, in tokens")
     accumulate: int = _between(1, 10**9, "micro-batches per optimizer step", default=1)
     valid_fraction: float = _between(0.001, 0.9, "fraction of the rows used for validation (default 0.1)", default=0.1)
     head_lr: float = _between(0, 1e30, "peak learning rate of the new head; 0: as --lr", default=0.0)
@@ -109,20 +109,20 @@ RECIPES: dict[str, dict[str, tuple[int | float | str, str]]] = {   # preset -> h
         "layer_decay": (0.9, f"{ELECTRA}: 0.8 for its small and base sizes, 0.9 for large; not measured here"),
     },
     "tiny": {
-        "epochs": (2, "trials in docs/experiments-log.md"),
-        "batch_size": (32, "faster than 16 for a slightly worse score; trials that were not kept"),
+        "epochs": (2, "better than 1; unrecorded trials"),
+        "batch_size": (32, "faster than 16 for a slightly worse score; unrecorded trials"),
         "eval_batch_size": (128, "has no influence on the result beyond rounding"),
-        "lr": (5e-4, "for batches of 32; trials that were not kept"),
-        "warmup": (0.05, "ablations in docs/experiments-log.md"),
+        "lr": (5e-4, "for batches of 32; unrecorded trials"),
+        "warmup": (0.05, "no effect in docs/experiments.md; a precaution"),
         "weight_decay": (0.01, f"{ARGS}; none on biases and LayerNorms"),
         "adam_beta2": (0.98, "v3's pretraining"),
         "adam_eps": (1e-6, ARGS),
         "clip": (1.0, ARGS),
-        "head_dropout": (0.0, "an earlier trial, not kept"),
+        "head_dropout": (0.0, "an unrecorded trial"),
         "patience": (2, "an epoch's evaluations"),
         "evals_per_epoch": (2, "to see it learn"),
         "max_length": (256, "no pair of the synthetic dataset is longer"),
-        "aux_loss": (1.0, "trials in docs/experiments-log.md"),
+        "aux_loss": (1.0, "ablations in docs/experiments.md"),
     },
 }
 

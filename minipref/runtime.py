@@ -290,7 +290,7 @@ def check_writable(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
 
 
 def check_replaceable(path: str | Path, mark: str, kind: str) -> None:
-    """Errors: `InputError` for an existing, non-empty file in which no later line begins with `mark`."""
+    """Errors: `InputError` for a non-empty file in which no line after the first begins with `mark`."""
     if not os.path.isfile(path):
         return
     with open(path, "rb") as file:
@@ -301,7 +301,7 @@ def check_replaceable(path: str | Path, mark: str, kind: str) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path; on success it is flushed to disk and renamed to `path`, or to the target of that link.
+    """Yield a temporary path; on success it is flushed to disk and renamed to `path`, or to the target of a link.
 
     At any time `path` holds the complete old or the complete new content: a rename within one folder is atomic, and the
     flush comes first so that a power cut cannot reorder the two. On an exception the temporary file is removed; after a

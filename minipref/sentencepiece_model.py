@@ -50,7 +50,7 @@ class Vocabulary:
             if not 0 < len(piece) <= MAX_PIECE_LENGTH:
                 raise ValueError(f"piece {id} has {len(piece):,} characters")
             if not -math.inf < score <= 0.0:
-                raise ValueError(f"the score of piece {id} is {score}, which is no log probability")
+                raise ValueError(f"the score of piece {id} is {score}, not a log probability")
             if type not in (NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE):
                 raise ValueError(f"piece {id}, {short_repr(piece)}, is of type {type}, which no piece of v3 is")
         if self.types.count(UNKNOWN) != 1:
@@ -201,7 +201,7 @@ def _read_rules(data: bytes) -> dict[str, str]:
             unit, steps = units[position], steps + 1
             source, child_base = prefix + bytes([unit & 0xFF]), position ^ _offset(unit)
             if steps > MAX_TRIE_STEPS or len(source) > MAX_RULE_BYTES or child_base >= len(units):
-                raise ValueError("damaged: the trie of the character map is not one")
+                raise ValueError("damaged: the character map is not a valid trie")
             if unit & 0x100:   # the leaf bit
                 start = units[child_base] & 0x7FFF_FFFF
                 end = targets.find(b"\0", start, start + MAX_RULE_BYTES)

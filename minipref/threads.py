@@ -2,9 +2,9 @@
 
     import minipref.threads
 
-Threads that share a product wait at its end. By default they keep their core busy while they wait, which saves the few
-microseconds of waking up. Beside another busy program this is harmful: a waiting thread takes the core that its partner
-needs. With OMP_WAIT_POLICY=PASSIVE they sleep instead. No result depends on it, and a policy set by the user is kept.
+OpenMP threads wait for each other at the end of a matrix product. By default they spin, which saves the microseconds of
+waking up. While other programs are busy, a spinning thread takes the core that another thread needs. With
+OMP_WAIT_POLICY=PASSIVE threads sleep instead. No result depends on it, and a policy set by the user is kept.
 """
 
 import os
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 SECONDS = 0.15       # of observation at the start
-BUSY_CORES = 0.5     # from so many cores' work of other programs on, waiting threads sleep
+BUSY_CORES = 0.5     # waiting threads sleep if other programs use this many cores or more
 
 
 def busy_cores(seconds: float = SECONDS) -> float:
@@ -31,7 +31,7 @@ def busy_cores(seconds: float = SECONDS) -> float:
 
 
 def choose_waiting() -> str:
-    """Set the policy, unless torch is loaded or somebody has set one. Returns a note on it, mostly an empty one."""
+    """Set the policy, unless torch is loaded or somebody has set one. Returns a note, usually an empty one."""
     if "torch" in sys.modules or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return ""
     busy = busy_cores()

@@ -115,7 +115,7 @@ def _read_added_tokens(folder: Path, beside: str) -> list[dict]:
                       if content(fields.get(key := f"{token[1:-1].lower()}_token")) not in (None, token)]
             if wrong:
                 raise InputError(file=folder / name, found=f"{wrong[0]} is {short_repr(fields[wrong[0]])}",
-                                 expected="the special tokens of DeBERTa-v3, and text as it was written")
+                                 expected="v3's special tokens, and neither do_lower_case nor split_by_punct")
             special.update(map(content, fields.get("additional_special_tokens") or ()))
         tokens = [{**token, "id": int(id)} for id, token in (fields.get("added_tokens_decoder") or {}).items()]
         name = "tokenizer.json"

@@ -64,7 +64,7 @@ def test_the_encoder_of_a_classifiers_folder_says_that_it_left_the_head_out(mode
     assert not encoder.training
     assert encoder.load_report.classifier_skipped == ["pooler.dense.weight", "pooler.dense.bias", "classifier.weight",
                                                       "classifier.bias"]
-    assert str(encoder.load_report) == "loaded 38 of 38 body tensors; skipped 4 of the classification head"
+    assert str(encoder.load_report) == "loaded 38 of 38 body tensors; skipped 4 tensors of the classification head"
 
 
 def test_transformers_loads_what_we_save_and_answers_the_same(model, saved):
@@ -233,7 +233,7 @@ def test_three_classes_without_names_are_taken_for_a_b_and_tie_and_the_report_sa
     write_config(saved, **changes)
     loaded = load_classifier(saved)
     assert torch.equal(loaded.classifier.weight, model.classifier.weight)
-    assert str(loaded.load_report).endswith("; its classes LABEL_0, LABEL_1, LABEL_2 were taken for A, B, tie")
+    assert str(loaded.load_report).endswith("; its classes LABEL_0, LABEL_1, LABEL_2 were read as A, B, tie")
 
 
 OTHER_HEADS = {   # name: (changes of config.json, rows of the classifier, whether there is a pooler, what it is for)
@@ -282,7 +282,8 @@ def test_another_tasks_head_is_left_out_and_named_and_training_begins_with_a_fre
     for part in (classifier.pooler, classifier.classifier):
         assert (part.bias == 0).all() and part.weight.std() < 0.03
     report = classifier.load_report
-    assert str(report).endswith(f"of the classification head; new: pooler, classifier (the file's head is for: {what})")
+    assert str(report).endswith(
+        f" tensors of the classification head; new: pooler, classifier (the file's head is for: {what})")
     assert report.classifier_skipped == encoder.load_report.classifier_skipped
     assert len(report.classifier_skipped) in (2, 4)
 
@@ -321,7 +322,7 @@ def test_pretraining_heads_are_left_out_and_counted(saved):
     report = load_encoder(saved).load_report
     assert report.heads_skipped == ["cls.predictions.bias", "lm_predictions.lm_head.bias",
                                     "mask_predictions.dense.weight"]
-    assert "skipped 3 of the pre-training heads" in str(report)
+    assert "skipped 3 tensors of the pre-training heads" in str(report)
 
 
 def test_known_leftovers_are_skipped_and_named(saved):

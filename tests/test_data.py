@@ -162,7 +162,8 @@ def test_quotes_after_a_space_are_counted(tmp_path, capsys):
     (tmp_path / "t.csv").write_text('id,prompt,response_a,response_b\n1, "[""hi""]", "a", b\n2,p,"a",b\n')
     assert read_pairs(tmp_path / "t.csv", "if present")[0].response_a == (' "a"',)
     said = capsys.readouterr().out
-    assert "2 cells in quotes after a space, read with these quotes" in said and "row 1, column prompt" in said
+    assert "2 cells with a space before the opening quote, so the quotes are read as text" in said
+    assert "row 1, column prompt" in said
 
 
 def test_missing_and_blank_responses_are_counted(tmp_path):
@@ -316,7 +317,7 @@ def test_what_is_no_csv_file_at_all_is_one_line_with_advice(tmp_path):
             "café,".encode("latin-1"), bytes.fromhex("d0cf11e0a1b11ae1") + plain, gzip.compress(gz),
             zipped({"t.csv.zip": archive})],
         "not UTF-16-LE text": [text.encode("utf-16")[:-1]],
-        "a binary file, or UTF-16 without its mark": [
+        "a binary file, or UTF-16 without a byte order mark": [
             text.encode("utf-16-be"), text.encode("utf-32"), bytes(99)],
         "separated by tabs; expected by commas: Excel saves": [text.replace(",", "\t").encode("utf-16")],
         "separated by semicolons; expected by commas": [plain.replace(b",", b";")],

@@ -1,7 +1,6 @@
 """The tables of encoders and baselines: scored on the right rows; finished runs are not repeated."""
 
 import json
-import re
 import sys
 
 import numpy as np
@@ -20,10 +19,8 @@ import experiments
 
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
-    """A function that runs the program with temporary files for results and page, and returns the table's rows."""
+    """A function that runs the program with a temporary file for results, and returns the table's rows."""
     monkeypatch.setattr(experiments, "FIGURES", tmp_path / "figures.json")
-    monkeypatch.setattr(experiments, "PAGE", tmp_path / "page.md")
-    (tmp_path / "page.md").write_text("Before.\n" + "".join(experiments.MARKS) + "After.\n")
     monkeypatch.setattr(experiments, "by_words", lambda train, labels, valid, seed: np.full((len(valid), 3), 1 / 3))
 
     def call(*arguments: object) -> dict:
@@ -65,6 +62,32 @@ def test_with_test_rows_the_kept_model_is_judged_on_those(tmp_path, measure):
     assert again == found
 
 
+@pytest.mark.slow
+def test_without_a_part_the_options_reach_the_run_and_its_validation_rows_are_scored(tmp_path, measure):
+    rows = write_rows(tmp_path / "rows.csv", 80)
+    found = measure("--train", rows, "--encoders", "--without", "swap", "--seeds", 2, "--runs", tmp_path / "runs",
+                    "--valid-fraction", 0.3, "--options", "--epochs 1 --lr 1e-3 --max-length 32")["without swap"]["2"]
+    run = tmp_path / "runs" / "small" / "without-swap-2" / "run"
+    report = json.loads((run / "report.json").read_text())
+    assert "--no-swap" in report["command"].split()
+    results = report["results"]
+    assert found["log_loss"] == round(results["model, calibrated"]["log_loss"], 5)
+    assert found["one_order"] == round(results["model, one order"]["log_loss"], 5)
+    assert found["both_orders"] == round(results["model, both orders"]["log_loss"], 5)
+    assert found["last"] == round(pd.read_csv(run / "metrics.csv")["log_loss"].iloc[-1], 5)
+
+    rows = pd.read_csv(run / "valid_predictions.csv")
+    assert found["auc_tie"] == experiments.area(rows["label"] == "tie", rows["p_tie"])
+    decided = rows[rows["label"] != "tie"]
+    assert found["auc_winner"] == experiments.area(decided["label"] == "A", decided["p_a"] - decided["p_b"])
+
+
+def test_the_area_is_the_share_of_pairs_in_the_right_order():
+    pytest.importorskip("sklearn")
+    positive, score = np.array([True, True, False, False, False]), np.array([0.9, 0.4, 0.5, 0.1, 0.4])
+    assert experiments.area(positive, score) == round((3 + 1.5) / 6, 3)          # 0.4 and 0.4: half a pair
+
+
 def test_a_column_that_tells_the_answer_is_worth_nearly_everything_and_is_read_for_the_right_rows(tmp_path, measure,
                                                                                                  capsys):
     rows, test = (write_rows(tmp_path / f"{name}.csv", 90, seed) for name, seed in (("rows", 1), ("test", 2)))
@@ -93,31 +116,39 @@ def test_the_share_of_the_gap_is_each_seeds_own():
     prior = {"1": {"log_loss": 1.1, "bayes_optimal": 0.6}, "2": {"log_loss": 1.0, "bayes_optimal": 0.6}}
     by_seed = {"1": {"log_loss": 0.85}, "2": {"log_loss": 0.7}}
     assert np.allclose(experiments.gap_closed(by_seed, prior), [0.5, 0.75])
-    assert experiments.gap_closed({"1": {"log_loss": 0.5}}, {"1": {"log_loss": 1.1}}) == []
 
 
-def test_the_page_has_every_row_with_its_seeds_and_its_command():
-    scores = {"1": {"log_loss": 1.0, "accuracy": 0.4, "bayes_optimal": 0.5},
-              "2": {"log_loss": 1.1, "accuracy": 0.5, "bayes_optimal": 0.5}}
-    better = {"1": {"log_loss": 0.75, "accuracy": 0.6, "minutes": 2.0}, "2": {"log_loss": 0.8, "accuracy": 0.7,
-                                                                          "minutes": 4.0}}
+def test_the_table_has_every_row_with_its_seeds_and_its_command():
+    prior = {"1": {"log_loss": 1.0, "accuracy": 0.4, "bayes_optimal": 0.5},
+             "2": {"log_loss": 1.1, "accuracy": 0.5, "bayes_optimal": 0.5}}
+    better = {"1": {"log_loss": 0.75, "accuracy": 0.6, "minutes": 2.0, "last": 0.9, "auc_tie": 0.75},
+              "2": {"log_loss": 0.8, "accuracy": 0.7, "minutes": 4.0, "last": 0.8, "auc_tie": 0.5}}
     how = {"command": "python benchmarks/experiments.py small --train a.csv", "machine": "2 cores"}
-    text = experiments.as_table("small", {"rows": {"class prior": scores, "bundled": better},
-                                          "how": {"class prior": how, "bundled": how}})
-    lines = [re.split(r" *\| *", line.strip("| ")) for line in text.splitlines() if line.startswith("|")]
-    assert lines[2] == ["class prior", "1.0500", "1.0000, 1.1000", "0%", "0.450"]
-    assert lines[3] == ["bundled", "0.7750", "0.7500, 0.8000", "50%", "0.650", "3.0"]
-    assert text.endswith("- class prior, bundled: `python benchmarks/experiments.py small --train a.csv` (2 cores)\n")
+
+    def cells(text: str) -> list[list[str]]:
+        return [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("|")]
+
+    text = experiments.table({"rows": {"uniform": {}, "class prior": prior, "bundled": better},
+                              "how": {"class prior": how, "bundled": how}})
+    assert cells(text) == [
+        ["", "log loss", "gap closed", "accuracy", "last evaluation, one order", "log loss per seed"],
+        ["---", "---:", "---:", "---:", "---:", "---"],
+        ["class prior", "1.0500", "0%", "0.450", "", "1.0000, 1.1000"],
+        ["bundled", "0.7750", "50%", "0.650", "0.8500", "0.7500, 0.8000"],
+        ["Bayes-optimal", "0.5000", "100%", "", "", ""]]
+    assert text.endswith("- class prior, bundled: `python benchmarks/experiments.py small --train a.csv` (2 cores)")
+
+    real = {seed: {"log_loss": x["log_loss"], "accuracy": x["accuracy"]} for seed, x in prior.items()}
+    assert cells(experiments.table({"rows": {"class prior": real, "bundled": better}, "how": {}})) == [
+        ["", "log loss", "accuracy", "AUC, tie", "log loss per seed"], ["---", "---:", "---:", "---:", "---"],
+        ["class prior", "1.0500", "0.450", "", "1.0000, 1.1000"],
+        ["bundled", "0.7750", "0.650", "0.62", "0.7500, 0.8000"]]
+
+
+def test_a_command_is_shown_with_short_paths():
     given = ["real", "--train", "/data/autoj.csv", "b.csv", "--encoders", "bundled", "es=/runs/es/model", "nes=x"]
     assert experiments.without_paths(given) == ["real", "--train", "autoj.csv", "b.csv", "--encoders", "bundled",
                                                 "es=es/model", "nes=x"]
-
-
-def test_the_page_in_the_repository_is_of_the_figures_in_it(monkeypatch):
-    written = {}
-    monkeypatch.setattr(experiments, "write_text", lambda path, text: written.update({path: text}))
-    experiments.write_page(json.loads(experiments.FIGURES.read_text(encoding="utf-8")))
-    assert written == {experiments.PAGE: experiments.PAGE.read_text(encoding="utf-8")}
 
 
 def test_words_tell_apart_what_they_can(tmp_path):

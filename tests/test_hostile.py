@@ -100,7 +100,7 @@ CSV = {
     "labels gone": ("\n".join([HEADER, "1,p,a,b"]), "winner_model_a: no column"),
     "one label column": (HEADER + ",winner_tie\n1,p,a,b,1\n", "winner_model_a: no column"),
     "half of UTF-16": (rows().encode("utf-16")[:-1], "not UTF-16"),
-    "UTF-16 without its mark": (rows().encode("utf-16-le"), "UTF-16 without its mark"),
+    "UTF-16 without its mark": (rows().encode("utf-16-le"), "UTF-16 without a byte order mark"),
     "UTF-32": (rows().encode("utf-32"), "bad.csv"),
     "Latin-1": (rows("x", "café", "a", "b", "1,0,0").encode("latin-1"), "not UTF-8"),
     "half a character at the end": (rows().encode() + b"\xe6\xa8", "not UTF-8"),

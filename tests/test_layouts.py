@@ -105,7 +105,7 @@ def test_rows_without_labels_are_read_where_none_are_needed(tmp_path):
 @pytest.mark.parametrize("change, what", [
     ({"winner": "model_c"}, "row 2, column winner: 'model_c'; expected model_a, model_b, tie"),
     ({"winner": None}, "row 2, column winner: None"),
-    ({"conversation_b": conversation(("other",), ("f",))}, "row 2, column conversation_b: another prompt"),
+    ({"conversation_b": conversation(("other",), ("f",))}, "row 2, column conversation_b: not the prompt"),
     ({"conversation_a": "[{'role': 'user'}]"}, "row 2, column conversation_a"),
     ({"conversation_a": [{"role": "judge", "content": "x"}]}, "row 2, column conversation_a"),
     ({"conversation_a": None}, "row 2, column conversation_a"),
@@ -121,7 +121,7 @@ def test_a_bad_value_is_named_with_its_row(tmp_path, change, what):
 @pytest.mark.parametrize("line, what", [
     ('{"id": 2', "row 2: not JSON"), ("[1]", "row 2: [1]; expected a JSON object"),
     ('{"id": 2}', "row 2, column prompt"),
-    ('{"id": 2, "prompt": "p", "response_a": "a", "response_a": "b"}', "row 2: not JSON (a key stands there twice"),
+    ('{"id": 2, "prompt": "p", "response_a": "a", "response_a": "b"}', "row 2: not JSON (a repeated key, among"),
     (json.dumps({**rows("columns", "winner")[0], "prompt": {"a": 1}}), "row 2, column prompt: {'a': 1}")])
 def test_a_bad_line_is_named(tmp_path, line, what):
     path = written(tmp_path / "rows.jsonl", rows("columns", "winner")[:1])

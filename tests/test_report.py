@@ -136,8 +136,9 @@ def test_a_constant_model_has_a_warning_on_its_page(tmp_path):
 
 def test_the_command_on_the_page_has_every_option():
     options = argparse.Namespace(train=["a b.csv", "c.csv"], seed=7, no_swap=True, no_fast=False, folds=None, lr=0.1,
-                                 resume=True)
-    assert run_report.command(options) == "python train.py --lr 0.1 --no-swap --seed 7 --train 'a b.csv' c.csv"
+                                 resume=True, patience=0, warmup=0.0)
+    assert run_report.command(options) == (
+        "python train.py --lr 0.1 --no-swap --patience 0 --seed 7 --train 'a b.csv' c.csv --warmup 0.0")
 
 
 def test_the_loss_plot_has_the_baselines_and_the_loss_by_length_every_row():

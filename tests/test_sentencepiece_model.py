@@ -63,11 +63,12 @@ WRONG_MODELS = {   # name: (bytes, part of the message)
     "a trie of exabytes": (spm_model([A], charsmap=b"\xfc\xff\xff\xff" + bytes(64)), "with a trie of 4,294,967,292"),
     "half a unit": (spm_model([A], charsmap=struct.pack("<I", 3) + bytes(64)), "with a trie of 3"),
     # The child 'a' of the root has the root's own base.
-    "a trie with a cycle": (spm_model([A], charsmap=charsmap_of({97: 97 << 10 | 97})), "is not one"),
+    "a trie with a cycle": (spm_model([A], charsmap=charsmap_of({97: 97 << 10 | 97})), "is not a valid trie"),
     # From base 4 k two children, at 4 k ^ 1 and ^ 2, lead to base 4 k + 4: 2^60 ways through 120 units.
     "a trie of a quintillion rules": (spm_model([A], charsmap=charsmap_of(
-        {4 * k ^ byte: (4 * k ^ byte ^ 4 * k + 4) << 10 | byte for k in range(60) for byte in (1, 2)})), "is not one"),
-    "a trie that leads outside": (spm_model([A], charsmap=charsmap_of({97: 999 << 10 | 97})), "is not one"),
+        {4 * k ^ byte: (4 * k ^ byte ^ 4 * k + 4) << 10 | byte for k in range(60) for byte in (1, 2)})),
+        "is not a valid trie"),
+    "a trie that leads outside": (spm_model([A], charsmap=charsmap_of({97: 999 << 10 | 97})), "is not a valid trie"),
     "a target outside": (spm_model([A], charsmap=charsmap_of(one_rule(97, target=2))), "no target starts at byte 2"),
     "a target without end": (spm_model([A], charsmap=charsmap_of(one_rule(97), b"xyz")), "no target starts at byte 0"),
     "a target that is not UTF-8": (spm_model([A], charsmap=charsmap_of(one_rule(97), b"\xff\0")), "codec can't decode"),

@@ -10,10 +10,10 @@ Without --model it uses the newest run's model, else the bundled encoder, which 
 then shows its attention and no prediction.
 
 What is unusual here:
-- Scores are shown less their row's mean. Adding a number to all of a query's scores changes no probability, and in
-  trained heads that number is often larger than the differences that matter.
+- The mean of each row of scores is subtracted. Adding a number to all of a query's scores changes no probability, and
+  in trained heads that number is often larger than the differences that matter.
 - The pair is predicted in both orders. A token that matters in one order only shows position bias.
-- There is no second forward pass: hooks on the model keep what each attention is given.
+- The forward pass is the model's own: hooks keep the input of each attention layer.
 
     attribution.py   the forward pass, watched, and the attributions
     figure.py        one head as an SVG

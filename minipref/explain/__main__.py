@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
     if options.serve:
         with Server(judge, name, pairs, pair, max_length=options.tokens, layer=layer, head=head,
                     port=options.port) as server:
-            server.explain(EXAMPLES[0][1])                  # what is wrong with --tokens is wrong at the start
+            server.explain(EXAMPLES[0][1])                  # an invalid --tokens fails before serving starts
             print(f"serving    {server.address}   (for browsers on this machine; Ctrl-C stops it)", flush=True)
             server.run()
         print("stopped")

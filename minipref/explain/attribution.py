@@ -21,7 +21,7 @@ from minipref.tokenizer import SPACE, Tokenizer
 TERMS = ("c2c", "c2p", "p2c")
 VECTORS = ("q", "k", "pos_q", "pos_k")
 OUTCOMES = ("A is better", "B is better", "a tie")
-MARGIN = 0.05          # two probabilities that are closer than this are not told apart in words
+MARGIN = 0.05          # two probabilities closer than this are reported as 'undecided'
 
 
 @dataclass
@@ -57,20 +57,20 @@ def _leads(probabilities: np.ndarray) -> bool:
 
 @dataclass
 class Explanation:
-    """Everything that the page shows of one pair, in the order that has A first. U: the distances' different rows."""
+    """Everything that the page shows of one pair, in the order that has A first. U: number of distinct buckets."""
 
     model: str                     # its name
     pair: Pair
     tokens: list[str]              # L, as plain text
     segments: list[str]            # L: prompt, A, B, or "" for a special token
-    scores: np.ndarray             # (N, H, 3, L, L): c2c, c2p, p2c, each row less its mean
+    scores: np.ndarray             # (N, H, 3, L, L): c2c, c2p, p2c, each row minus its mean
     means: np.ndarray              # (N, H, 3, L): those means
     probs: np.ndarray              # (N, H, L, L)
     vectors: dict[str, np.ndarray]     # q, k (N, H, L, d), pos_q, pos_k (N, H, U, d)
     buckets: np.ndarray            # (U,) the bucket of each of these rows
     rows: np.ndarray               # (2L - 1,) which of the U belongs to the distance i - j, at i - j + L - 1
     exact: int                     # up to this distance a bucket is the distance itself
-    gaps: dict[int, int]           # the tokens in front of which something did not fit, and how many tokens that were
+    gaps: dict[int, int]           # where text was truncated: index of the next kept token -> number of tokens cut
     attribution: Attribution | None    # None without a trained classifier
 
     @property
@@ -158,7 +158,7 @@ def attention_terms(model: PreferenceModel, inputs: list[tuple]) -> tuple[Tensor
 
 def attribute(judge: Judge, pair: Pair, tokenized: TokenizedPairs, orders: list[Watched]) -> Attribution:
     """The probabilities and attributions of both orders (A first, B first)."""
-    added = judge.surface_logits([pair])                                 # of the blend; no token has a part in them
+    added = judge.surface_logits([pair])                                 # of the blend; they get no attribution
     surface = torch.zeros(1, len(LABELS)) if added is None else torch.from_numpy(added)
     a_first, b_first = (order.logits[0] / judge.temperature for order in orders)
     logits = torch.stack([a_first, b_first[[1, 0, 2]]]) + surface        # (2, 3), both in the order A, B, tie

@@ -336,8 +336,8 @@ function drawQuery() {
   if (!keys.includes(chosen.key)) keys.push(chosen.key);
   const limit = largest(keys.flatMap(j => [...TERMS, "sum"].map(name => matrices[name][i * L + j])));
   by("query-title").textContent = "Where " + named(i) + " looks, and through which term";
-  by("keys-words").textContent = "The keys with the highest probabilities. Each term is less its row's mean. The bucket " +
-    "of a distance is the distance itself up to \u00b1" + data.exact + " and stands for a range of distances beyond.";
+  by("keys-words").textContent = "The keys with the highest probabilities. Each row of a term has its mean subtracted. " +
+    "The bucket of a distance is the distance itself up to \u00b1" + data.exact + " and stands for a range of distances beyond.";
   by("keys").replaceChildren(...keys.map(j => {
     const button = element("button", {type: "button", "aria-label": "Show this key's dimensions: " + named(j)}, label(j));
     button.addEventListener("click", () => { choose({key: j}); by("keys").querySelector("[aria-selected=true] button").focus(); });

@@ -42,7 +42,7 @@ def to_json(value: object) -> str:
 def page_data(explanation: Explanation) -> dict:
     """What the page shows of a pair. A number of `_int16` is off by at most a 65,534th of its matrix's largest.
 
-    Scores come less their row's mean, with the means beside; probabilities as shares of 65,535.
+    Each row of scores is centred, with its mean beside it; probabilities are in units of 1/65,535.
     """
     attribution = explanation.attribution
     probs = np.rint(explanation.probs * 65535).astype("<u2")

@@ -29,7 +29,7 @@ EXAMPLES = (
     ("the same twice", ("Say hello.", "Hello!", "Hello!")),
 )
 MOST_BYTES = 1 << 20       # of a request
-MOST_DISCARDED = 1 << 26   # of a body that is too large: so many bytes are received before the answer, then no more
+MOST_DISCARDED = 1 << 26   # of a body that is too large: at most this many bytes are read before the answer
 MOST_WAITING = 8           # requests at once, the one that is computed included
 SECONDS = 10               # without a byte, after which a connection is closed
 HEADERS = {
@@ -121,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._refuse(HTTPStatus.BAD_REQUEST, str(problem))
         except (ValueError, RecursionError):
             return self._refuse(HTTPStatus.BAD_REQUEST, "not a JSON list of three texts")
-        except RuntimeError as problem:        # of torch, as when memory does not suffice
+        except RuntimeError as problem:        # torch's, for example out of memory
             return self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, str(problem).split("\n")[0])
         finally:
             self.server.waiting.release()

@@ -87,8 +87,8 @@ FAST = {plain.DisentangledSelfAttention: FastSelfAttention, plain.EncoderLayer: 
 def accelerate(model: nn.Module) -> nn.Module:
     """Accelerate every encoder and classifier in `model`, in place; return `model`.
 
-    Parameters stay the same, and outputs are the same up to rounding. In training mode on a CPU, dropout draws other
-    masks from the same seed. Call it before DDP wraps the model.
+    Parameters stay the same, and outputs are the same up to rounding. In training mode the same seed gives different
+    dropout masks. Call it before DDP wraps the model.
     """
     for module in list(model.modules()):
         if type(module) is plain.Encoder:

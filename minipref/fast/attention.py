@@ -27,8 +27,8 @@ the incoming gradient:
     dk_j = scale * sum_i dS[i, j] (q_i + pos_q[i - j])         dpos_q[m] = scale * sum_(i - j = m) dS[i, j] k_j
 
 The sums over one distance are also matrix products: write dS into the `relative_shift` of a zeroed T; the formulas are
-then T times the table, and T transposed times the queries. The row sum over O * dO, as in the literature, is the same
-number up to rounding, but only the sum over P * dP makes the gradients of a single token exactly 0.
+then T times the table, and T transposed times the queries. FlashAttention's row sum, over O * dO, is the same number
+up to rounding, but only the sum over P * dP makes dS of a one-token sequence exactly 0.
 
 **4. Far tokens need no table.** All distances from 506 on share one row. There the three products are one,
 q_i . (k_j + pos_k) + k_j . pos_q, with one more number for each key. It is used in the forward pass of long sequences.
@@ -111,7 +111,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, pos_q: Tensor, pos_k: T
                         buckets: Tensor, dropout: float = 0.0) -> Tensor:
     """Disentangled attention in blocks, with dropout on the probabilities. Differentiable once.
 
-    Queries after the last token of all sequences of a block are not computed; their result is 0.
+    Queries past the longest sequence of a block are not computed; their result is 0.
 
     Shapes: q, k, v (B, H, L, d); pos_q, pos_k (H, R, d); attention_mask (B, L) bool; buckets (2L - 1,) int64, the row
     of each distance as `model.distance_buckets` returns it; dropout a rate in [0, 1) -> (B, H, L, d).
@@ -220,7 +220,7 @@ class Block(NamedTuple):
         return tiles(start, stop - start, self.first, self.queries.shape[1], self.L, self.keys.dtype)
 
     def near_keys(self, reach: int) -> tuple[int, int]:
-        """The keys start..stop - 1 that are nearer than `reach` to any query; too few others are counted as near."""
+        """The keys start..stop - 1 nearer than `reach` to some query. Fewer than LEAST_FAR others count as near."""
         n, last = self.keys.shape[1], self.first + self.queries.shape[1] - 1
         start, stop = self.first - reach + 1, last + reach
         return start if start >= LEAST_FAR else 0, stop if stop <= n - LEAST_FAR else n
@@ -228,7 +228,7 @@ class Block(NamedTuple):
     def compute_probs(self, padding: Tensor | None, space: "Workspace", reach: int) -> None:
         """Fill `probs` with softmax(c2c + c2p + p2c). `padding` (G, 1, n) marks the keys that are padding.
 
-        From the distance `reach` on all distances share one row of the table: there
+        All distances of at least `reach` share one row of the table: there
         c2c + c2p + p2c = q_i . (k_j + pos_k) + k_j . pos_q, one product and a number for each key.
         """
         scores, (m, n) = self.probs, self.probs.shape[1:]
@@ -272,7 +272,7 @@ def blocks(q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor, attention_mask: T
 
 
 def distance_of_last_bucket(buckets: Tensor) -> int:
-    """The distance from which on, in both directions, all distances share one row of the table. At least 1."""
+    """The least r >= 1 such that, in each direction, all distances of at least r share one row of the table."""
     runs = []
     for outermost_first in (buckets, buckets.flip(0)):
         different = (outermost_first != outermost_first[0]).nonzero()
@@ -332,7 +332,7 @@ def tiles(start: int, count: int, others_start: int, others: int, L: int, dtype:
     for a in range(0, count, c):
         b = min(a + c, count)
         width = -(-(b - a + others - 1) // LANES) * LANES
-        if width % 512 == 0:         # rows at a distance of a power of two compete for the same cache lines
+        if width % 512 == 0:         # rows with such a stride compete for the same cache sets
             width += LANES
         column = others_start - (start + b) + L
         found.append((slice(a, b), slice(column, column + width)))
@@ -359,7 +359,7 @@ def tile_backward(d_scores: Tensor, tile: Tensor, table: Tensor, space: "Workspa
 
 
 def relative_shift(product: Tensor, others: int) -> Tensor:
-    """The view of a tile's products with a table whose entry (a, b) is product[a, b - a + c - 1].
+    """The view of a tile's products with a table; its entry (a, b) is product[a, b - a + c - 1].
 
     Shapes: (G, c, width), contiguous, width >= others + c - 1 -> (G, c, others).
     """

@@ -1,6 +1,6 @@
-"""Dropout and feed-forward with less memory and time than torch's own, and the same results.
+"""Dropout and feed-forward that need less memory and time than torch's own.
 
-On a CPU, random numbers for dropout take a large part of the time of the matrix products. The feed-forward's hidden
+On a CPU, drawing dropout masks takes a time comparable to that of the matrix products. The feed-forward's hidden
 activations, four times as wide as the others, take most of the memory of a training step.
 """
 
@@ -22,7 +22,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # of glibc's malloc.h
 class DropoutMask:
     """Dropout masks of zeros and ones, with a fraction `keep` of ones; the same seed gives the same sequence.
 
-    Each element uses 16 random bits, so `keep` is 1 - rate to within 1e-5, and dividing by it is exact. numpy's
+    Each element uses 16 random bits: `keep` is 1 - rate within 1e-5, and dividing by it is unbiased. numpy's
     generator is six times as fast as torch's bernoulli_, which draws a double for each element.
     """
 
@@ -123,7 +123,7 @@ class _GeluLinear(torch.autograd.Function):
 
 
 def cast_for_autocast(x: Tensor) -> Tensor:
-    """x in autocast's precision, if autocast is on. Otherwise each of several products would convert x again."""
+    """x in autocast's precision, if autocast is on: convert x once, not again in each product that uses it."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 

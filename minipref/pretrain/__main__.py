@@ -10,7 +10,7 @@ from minipref.pretrain.loop import PATHS, PROGRAM, pretrain
 from minipref.run import folder
 from minipref.runtime import ArgumentParser, InputError, number, run_program
 
-COUNT, LENGTH, RATE = number(int, 1), number(int, 4), number(float, 0, 0.999)     # 15% of three tokens round to none
+COUNT, LENGTH, RATE = number(int, 1), number(int, 4), number(float, 0, 0.999)     # LENGTH: 15% of 3 tokens round to 0
 NUMBERS = {  # option -> (type, default, help)
     "steps": (COUNT, 5000, "optimizer steps"),
     "batch-tokens": (COUNT, 2048, "tokens per step"),
@@ -55,7 +55,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> dict:
     add("--output", metavar="DIR", help="the run's folder, with the encoder in its model/ (default: runs/pretrain)")
     add("--resume", action="store_true", help="resume the run in --output, with its options")
     add("--encoder", metavar="DIR", help="start from this encoder and its tokenizer instead of random weights")
-    add("--objective", choices=("rtd", "mlm"), help="mlm: train a BERT without discriminator (default: rtd)")
+    add("--objective", choices=("rtd", "mlm"), help="mlm: masked LM only, no discriminator (default: rtd)")
     add("--sharing", choices=("gdes", "es", "nes"), help="sharing of the word embeddings in rtd (default: gdes)")
     add("--precision", choices=("auto", "fp32", "bf16"), help="precision of the forward pass (default: auto)")
     add("--device", choices=runtime.DEVICES, help="(default: auto)")
@@ -85,7 +85,7 @@ def resolve_options(overrides: dict) -> argparse.Namespace:
     for name, length in (("length", options.length), ("long-length", options.long_length)):
         if length > options.batch_tokens:
             raise InputError(found=f"--{name} {length} with --batch-tokens {options.batch_tokens}",
-                             expected="--batch-tokens or fewer")
+                             expected="at most --batch-tokens")
     return options
 
 

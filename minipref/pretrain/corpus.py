@@ -87,7 +87,7 @@ def read_corpus(paths: Sequence[str | Path]) -> list[str]:
             raise InputError(file=path, found=found, expected="a file or folder of " + ", ".join(SUFFIXES))
         for file in files:
             if (place := file.resolve()) in seen:
-                raise InputError(file=file, found="a file that the corpus has already", expected="each file once")
+                raise InputError(file=file, found="a file already in the corpus", expected="each file once")
             seen.add(place)
             text = _read_text(file)
             documents += _split_text(text) if file.suffix == ".txt" else _parse_jsonl(file, text)

@@ -11,7 +11,8 @@ The encoder, the *discriminator*, predicts for each token whether it was replace
 
     L = L_MLM(generator) + 50 L_RTD(discriminator)            only the discriminator is kept
 
-Both networks have word embeddings. v3 introduced a new way of sharing them (`Pretraining.discriminator_table`):
+Both networks have word embeddings: one shared table (ES), two separate tables (NES), or v3's mixture (GDES;
+`Pretraining.discriminator_table`):
 
     ES     E_D = E                  one table, as in ELECTRA: MLM pulls similar words together and RTD pulls them apart
     NES    E_D = its own            no conflict, but the discriminator learns nothing from the generator's table

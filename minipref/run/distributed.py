@@ -4,7 +4,7 @@
 
 torchrun starts N processes with ranks 0 to N - 1. Each rank holds the whole model and optimizer and computes its own
 rows of every batch. Gradients are summed by PyTorch's DistributedDataParallel (DDP), with NCCL between GPUs and gloo
-between CPUs, so all ranks take the same step. In a single process, each function below returns its argument.
+between CPUs, so all ranks take the same step. In a single process the functions below change nothing.
 
 **Gradients are weighted by rows.** A step's loss is the mean over all its rows on all ranks. DDP averages over *ranks*
 instead: with 8 rows on 3 processes (3, 3 and 2) a row of the smallest shard would count 1.5 times. So every rank
@@ -69,8 +69,8 @@ def is_local_main() -> bool:
 def process_group() -> Iterator[None]:
     """Within this block torchrun's processes form a group, and only rank 0 prints to stdout.
 
-    Errors: `RunError` if another process of the group has ended. `InputError`, `RunError` and `Stopped`, which occur in
-    all processes, are raised in one; the others exit with the same code. So each is reported once.
+    Errors: `RunError` if another process of the group has ended. `InputError`, `RunError` and `Stopped` occur in all
+    processes. The first two are raised once per machine, `Stopped` once; other processes exit with the same code.
     """
     if world_size() == 1:
         yield

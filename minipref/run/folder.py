@@ -44,7 +44,7 @@ except ModuleNotFoundError:        # Windows
 LATEST = Path("runs/latest")       # a text file with the path of the newest run
 MANIFEST = {"options", "hyperparameters", "fingerprint"}        # keys of a run's config.json
 RESULTS = ("model", "metrics.csv", "timing.csv", "valid_predictions.csv", "oof.csv", "report.html", "report.json")
-# Parts of a fingerprint that may change on --resume. The result is then equal only up to rounding.
+# Parts of a fingerprint that may change on --resume. The result is then not bit for bit the same.
 MAY_CHANGE = ("device", "threads", "processes", "torch", "python", "system")
 
 
@@ -207,7 +207,7 @@ def _check_program(manifest: dict, folder: Path, program: str) -> None:
 # --- what a run was started with --------------------------------------------------------------------------------------
 
 def machine_fingerprint(device: torch.device) -> dict:
-    """Properties of the machine that change the order of additions, and so the last digits."""
+    """Properties of the machine that change the order of additions or the dropout masks."""
     return {"device": device.type, "threads": torch.get_num_threads(), "processes": distributed.world_size(),
             "torch": torch.__version__, "python": platform.python_version(), "system": platform.machine()}
 

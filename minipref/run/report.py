@@ -152,7 +152,7 @@ def command(options) -> str:
     """The run's command with every option written out."""
     words = ["python", "train.py"]
     for name, value in sorted(vars(options).items()):
-        if value not in (None, False) and name != "resume":
+        if value is not None and value is not False and name != "resume":              # 0 stays
             words += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, np.atleast_1d(value)))]
     return shlex.join(words)
 
@@ -223,8 +223,8 @@ prefers B or calls it a tie ({", ".join(f"{i} {label}" for i, label in enumerate
 
 Use: `minipref.load_judge(folder).compare(prompt, a, b)`, `python predict.py test.csv --model folder`, or
 `transformers.AutoModelForSequenceClassification.from_pretrained(folder)` on ids laid out as
-`[CLS] prompt [SEP] A [SEP] B [SEP]`. `minipref.json` holds the budgets, the temperature and the regression on surface
-features. The first two use them; transformers returns only the network's logits.
+`[CLS] prompt [SEP] A [SEP] B [SEP]`. `minipref.json` holds the maximum length, the temperature and the regression on
+surface features. minipref uses them; transformers returns only the network's logits.
 
 The model reproduces the preferences of its annotators, including their preference for longer responses. It does not
 check facts, and a probability of 0.6 is a weak preference.

@@ -14,12 +14,12 @@ SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name)
 
 
 class StopSignal:
-    """Inside its block the first of `SIGNALS` is held until `check()`; a second SIGINT or SIGTERM ends the process.
+    """Hold the first of `SIGNALS` until `check()`. If that is SIGINT or SIGTERM, another of these two ends the process.
 
     Ignored signals stay ignored, such as SIGHUP under nohup. SIGINT is an exception: shell scripts ignore it for
     background jobs, and `kill -INT` must still stop those. Outside the main thread Python allows no handlers.
-    With torchrun a process may get the same signal twice, from the system and from torchrun, so a second signal within
-    five seconds of the first is ignored.
+    With torchrun a process may get the same signal twice, from the system and from torchrun, so another signal within
+    five seconds of the last is ignored.
     """
 
     def __init__(self):
