@@ -171,9 +171,9 @@ def write_page(section: str) -> None:
 MEMORY = """
 GB (2^30 bytes) for rows of 512 tokens, with dropout. 'Fixed' are weights, gradients and AdamW's two moments, float32 in
 every precision and in every process. 'Peak' is the most that is alive at once in a step. 'Rows' is the largest
-micro-batch on one GPU with {usable} of its memory in use; a larger batch needs `--accumulate`. 'Checkpointed' is
-`--checkpoint-activations`, which costs a second forward pass. With few rows the peak is AdamW's step, which takes the
-same memory in every precision.
+micro-batch on one GPU with {usable} of its memory in use, interpolated between 1, 8, 64 and 512 rows; a larger batch
+needs `--accumulate`. 'Checkpointed' is `--checkpoint-activations`, which costs a second forward pass. With few rows the
+peak is AdamW's step, which takes the same memory in every precision.
 
 {table}
 """
