@@ -296,7 +296,7 @@ def one_head() -> tuple[str, str]:
     caption = f"""Layer {layer + 1}, head {head + 1} of the bundled encoder is a previous-token head: {hits} of \
 {len(queries)} queries attend most to the token before them.
 The colours show each term minus its mean over the query's keys: orange above the mean, blue below, all on one scale.
-At the previous token, c2p exceeds its mean the most for {largest[1]} queries, p2c for {largest[2]}, c2c for \
+At the previous token the term most above its mean is c2p for {largest[1]} queries, p2c for {largest[2]}, c2c for \
 {largest[0]}."""
     return figure(explanation, layer, head), caption
 
