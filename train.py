@@ -242,7 +242,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
 
 def check_step(state: TrainState, loss: float, grad_norm: float, scaler: torch.amp.GradScaler, rows: list[np.ndarray],
                pairs: list[Pair]) -> None:
-    """Record the step's loss, or an overflow that the scaler skips. Errors: `RunError` if else not finite."""
+    """Record the step's loss, or an overflow that the scaler skips. Errors: `RunError` if otherwise not finite."""
     if math.isfinite(grad_norm) and math.isfinite(loss):
         step_rows = sum(map(len, rows))
         state.skipped_in_a_row = 0

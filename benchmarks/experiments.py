@@ -7,7 +7,7 @@
     python benchmarks/experiments.py parts --train a.csv --encoders bundled --without swap warmup
 
 The first argument names the table. An encoder is `bundled` (weights/minipref-tiny), `random` (the same architecture and
-tokenizer with random weights), or NAME=FOLDER. --without trains the bundled encoder without one part of the recipe
+tokenizer with random weights), or NAME=FOLDER. --without trains the bundled encoder without one part of the training
 (ablation). The seed decides the split by prompt, the order, the new head and, for `random`, the encoder, so equal seeds
 have equal rows. Scores are those of report.json or, with --test, those of the best model on a held-out test set. Both
 orders are averaged; without --test, the temperature is cross-fitted. Results are stored in benchmarks/experiments.json;
@@ -54,7 +54,7 @@ from minipref.tokenizer import load_tokenizer  # noqa: E402
 
 FIGURES = ROOT / "benchmarks" / "experiments.json"
 BUNDLED = ROOT / "weights" / "minipref-tiny"
-WITHOUT = {                                          # a part of the recipe `tiny`: the options that leave it out
+WITHOUT = {                                          # a part of the training: the options that leave it out
     "auxiliary-head": ["--aux-loss", "0"],
     "swap": ["--no-swap"],
     "warmup": ["--warmup", "0"],
@@ -316,7 +316,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--valid-fraction", type=float, default=recipe("tiny").valid_fraction, help="share of the rows for validation")
     add("--encoders", nargs="*", default=["bundled", "random"], metavar="NAME[=DIR]")
     add("--without", nargs="*", default=[], choices=WITHOUT, metavar="PART",
-        help=f"also the bundled encoder without a part of the recipe: {', '.join(WITHOUT)}")
+        help=f"also the bundled encoder without a part of the training: {', '.join(WITHOUT)}")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
     add("--by", metavar="COLUMN", help="add the class prior of each value of this column as a baseline")
     add("--options", default="", help="more options of train.py, as one argument")

@@ -4,10 +4,10 @@
     python benchmarks/peers.py --small     a toy model, to test this script
 
 ONNX Runtime (in float32) and OpenVINO take transformers' DeBERTa, exported (`pip install .[peers]`; a peer that is not
-installed is left out). BERT is no DeBERTa: it has the same sizes and vocabulary and torch's fused attention, and shows
-what disentangled attention costs. All take turns in one process, with a pause in between because idle threads spin;
-times are medians. Each row is written once it is measured, and a row in the file is not measured again:
-remove the file to begin anew.
+installed is left out). BERT is another model of the same sizes and vocabulary, with torch's fused attention in the
+forward pass; it computes all tokens of the last layer, not [CLS] only. All take turns in one process, with a pause in
+between because idle threads spin; times are medians. Each row is written once it is measured, and a row in the file is
+not measured again: remove the file to begin anew.
 """
 
 import argparse

@@ -423,10 +423,13 @@ def measured(name: str) -> str:
 
 
 def experiments(text: str) -> str:
-    """docs/experiments.md with the tables of benchmarks/experiments.json, as experiments.py formats them."""
+    """The page with the tables that it has marks for, from benchmarks/experiments.json, as experiments.py formats them.
+
+    Other tables of that file are a reader's own.
+    """
     figures = json.loads((ROOT / "benchmarks" / "experiments.json").read_text(encoding="utf-8"))
-    for name, table in figures.items():
-        text = marked(text, name, importlib.import_module("experiments").table(table))
+    for name in re.findall(r"<!-- /(\S+) -->", text):
+        text = marked(text, name, importlib.import_module("experiments").table(figures[name]))
     return text
 
 

@@ -104,7 +104,7 @@ def _to_pair(row: object, number: int, as_lists: bool) -> Pair:
         raise InputError(row=number, found=f"{len(values)} values" if values else f"a {type(row).__name__}",
                          expected=f"a tuple of {', '.join(TEXT_COLUMNS)}; for a DataFrame, "
                                   f"frame[{list(TEXT_COLUMNS)}].itertuples(index=False)")
-    segments, are_cells = [], as_lists and not isinstance(values[0], tuple | list)      # if the prompt is a list, no
+    segments, are_cells = [], as_lists and not isinstance(values[0], tuple | list)      # False if the prompt is a list
     for column, value in zip(TEXT_COLUMNS, values):
         if isinstance(value, str):
             turns = parse_turns(value) if are_cells else (value,)

@@ -212,6 +212,13 @@ def test_figures_tables_and_the_notebook_are_what_make_docs_makes():
     assert [why for path, text in build.build().items() if (why := build.drift(path, text))] == []
 
 
+def test_the_experiments_page_has_the_tables_that_it_marks_and_no_others():
+    build = module("docs/build.py")
+    text = build.experiments("Before.\n<!-- autoj -->\n<!-- /autoj -->\nAfter.\n")
+    assert text.startswith("Before.\n<!-- autoj -->\n| | log loss |") and text.endswith("<!-- /autoj -->\nAfter.\n")
+    assert build.experiments("no marks\n") == "no marks\n"
+
+
 def test_drift_is_noticed():
     build = module("docs/build.py")
     for path in ("docs/figures/buckets.svg", "docs/figures/head.svg", "docs/kaggle.ipynb", "README.md"):
