@@ -236,7 +236,7 @@ def fit(run: Path, train_rows: np.ndarray, valid_rows: np.ndarray, setup: Setup)
     print(f"ended: {ended}")
     if state.step < total_steps and state.lr > 0.1 * config.lr:
         print(f"           at {state.lr / config.lr:.0%} of the peak learning rate: with fewer --epochs it would have "
-              "fallen further, which often lowers the log loss")
+              "fallen further, which often lowers the log loss (docs/troubleshooting.md)")
     return final_report(run, classifier, state, ended, train_rows, valid_rows, setup)
 
 
@@ -254,7 +254,7 @@ def check_step(state: TrainState, loss: float, grad_norm: float, scaler: torch.a
     else:
         ids = ", ".join(pairs[row].id for batch in rows for row in batch)
         raise RunError(f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}; rows {ids}. "
-                       "A smaller --lr or --precision bf16 or fp32 usually helps.")
+                       "A smaller --lr or --precision bf16 or fp32 usually helps (docs/troubleshooting.md).")
 
 
 def record_evaluation(state: TrainState, logits: np.ndarray, valid_rows: np.ndarray, setup: Setup,

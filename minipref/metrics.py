@@ -251,7 +251,8 @@ def conclusions(probabilities: np.ndarray, raw: np.ndarray, labels: np.ndarray, 
     sentences = []
     if is_constant(raw):
         sentences.append("CONSTANT PREDICTIONS: the model predicts nearly the same for every row; it has learnt only "
-                         "the class prior. Another --lr, more --epochs or another --seed may help.")
+                         "the class prior. Another --lr, more --epochs or another --seed may help "
+                         "(docs/troubleshooting.md).")
     sentences.append(f"{'Better' if score < counted else 'NOT better'} than the {name.replace(' ', '-')} baseline: "
                      f"{score:.4f} against {counted:.4f} (standard error of the score: {error:.4f}).")
     if score >= prior:

@@ -87,9 +87,10 @@ def run_program(name: str, body: Callable[[], None], out_of_memory_advice: str =
             elif isinstance(problem, RuntimeError):
                 first_line = message.splitlines()[0].rstrip(". ") if message else ""
                 if is_out_of_memory(problem):
-                    message = f"out of memory: {first_line}{out_of_memory_advice}"
+                    message = f"out of memory: {first_line}{out_of_memory_advice} (docs/troubleshooting.md)"
                 elif is_compile_failure(problem):
-                    message = f"{first_line}; --compile needs a C++ compiler, and on a GPU Triton"
+                    message = (f"{first_line}; --compile needs a C++ compiler, and on a GPU Triton "
+                               "(docs/troubleshooting.md)")
                 else:
                     raise
             line = " ".join("; ".join([message, *getattr(problem, "__notes__", [])]).split())

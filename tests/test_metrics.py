@@ -270,6 +270,7 @@ def test_a_model_that_predicts_the_same_for_every_row_is_said_to_have_learnt_onl
     labels, lengths, logits = preference_rows()
     said = " ".join(scored(labels, lengths, np.zeros_like(logits) + [0.1, 0.05, 0])["conclusions"])
     assert "CONSTANT PREDICTIONS" in said and "NOT better than the length-only baseline" in said
+    assert "(docs/troubleshooting.md)" in said
 
 
 def test_confident_and_wrong_predictions_are_not_called_constant_but_worse_than_the_prior():

@@ -35,6 +35,7 @@ from minipref.run import report, signals, state
 from minipref.runtime import TEMPORARY, InputError, Stopped, atomic_write, run_program
 
 ROOT = Path(train.__file__).resolve().parent
+HELP = "(docs/troubleshooting.md)"             # of the page that explains the message
 FAST = ["--recipe", "tiny", "--epochs", "2", "--lr", "3e-3", "--precision", "fp32", "--batch-size", "8",
         "--evals-per-epoch", "1", "--accumulate", "2", "--valid-fraction", "0.2", "--max-length", "32"]
 OUTCOME = ("metrics.csv", "valid_predictions.csv", "model/model.safetensors", "model/minipref.json")
@@ -504,11 +505,11 @@ def test_out_of_memory_is_one_line_with_advice(encoder, whole, capsys, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(train, STEP, fail)
         code, _, err = call(capsys, begin(encoder))
-        assert code == 1 and err.count("\n") == 1 and "out of memory" in err and "--accumulate" in err
+        assert code == 1 and err.count("\n") == 1 and "out of memory" in err and "--accumulate" in err and HELP in err
         patch.setattr(predict, "predict_rows", fail)
         assert predict.main(["t.csv", "--model", str(whole / "model")]) == 1
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and "out of memory" in err and "--batch-tokens" in err
+        assert err.count("\n") == 1 and "out of memory" in err and "--batch-tokens" in err and HELP in err
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="something else"):
         problem = RuntimeError("something else")
         patch.setattr(train, STEP, fail)
@@ -752,7 +753,7 @@ def test_without_a_compiler_compile_is_one_line(encoder, monkeypatch, capsys, pr
 
     monkeypatch.setattr(torch, "compile", fail if where.startswith("when") else lambda *_, **__: fail)
     code, _, err = call(capsys, begin(encoder, "--compile"))
-    assert code == 1 and err.count("\n") == 1 and "--compile needs a C++ compiler" in err
+    assert code == 1 and err.count("\n") == 1 and "--compile needs a C++ compiler" in err and HELP in err
     assert str(problem).splitlines()[0] in err and "TORCHDYNAMO" not in err and "Command" not in err
 
 
@@ -831,7 +832,7 @@ def test_a_row_of_overflows_ends_with_advice(encoder, monkeypatch, capsys):
     monkeypatch.setattr(train, "clip_gradients", lambda *_: float("inf"))
     monkeypatch.setattr(torch.amp.GradScaler, "step", lambda *_: None)
     code, _, err = call(capsys, [x if x != "fp32" else "fp16" for x in begin(encoder)])
-    assert code == 1 and "step 3: loss" in err and "--precision bf16 or fp32 usually helps" in err
+    assert code == 1 and "step 3: loss" in err and f"--precision bf16 or fp32 usually helps {HELP}" in err
 
 
 def test_weights_that_overflow_just_before_an_evaluation_are_named_and_not_a_traceback(encoder, capsys, monkeypatch):

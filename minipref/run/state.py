@@ -147,7 +147,8 @@ def _load(folder: Path, which: str) -> tuple[dict[str, Tensor], dict]:
         raise InputError(file=folder / which, found=found, expected="the pointer to a saved state")
     if (found := pointer.get("format", FORMAT)) != FORMAT:
         raise InputError(file=folder / which, found=f"a state of format {short_repr(found)}",
-                         expected=f"format {FORMAT}: resume with the version of minipref that wrote it")
+                         expected=f"format {FORMAT}: resume with the version of minipref that wrote it "
+                                  "(docs/troubleshooting.md)")
     if _digest(pointer["facts"]) != pointer["facts_sha256"]:
         raise InputError(file=folder / which, found="the facts do not match their checksum",
                          expected="the file as it was written")
